@@ -1,0 +1,234 @@
+//! Checks on image bytes that need no decoding: strict Base64, magic number, size from the header.
+
+use std::{fmt, io::Cursor};
+
+use aws_lc_rs::digest;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use image::{ImageFormat, ImageReader};
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS};
+
+/// An image file's bytes. `Debug` prints their length and the start of their SHA-256, never the bytes.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ImageBytes(Vec<u8>);
+
+impl ImageBytes {
+    /// The file.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The digest of the file, in lower-case hexadecimal.
+    pub fn sha256(&self) -> String {
+        hex(digest::digest(&digest::SHA256, &self.0).as_ref())
+    }
+
+    /// The SHA-1 that FHIR R4's `Attachment.hash` asks for, in Base64. A checksum, not a protection.
+    pub fn sha1_base64(&self) -> String {
+        STANDARD.encode(digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, &self.0))
+    }
+}
+
+impl From<Vec<u8>> for ImageBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+}
+
+impl fmt::Debug for ImageBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ImageBytes({} bytes, sha256 {}…)", self.0.len(), &self.sha256()[..8])
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The formats we take, told by their magic number, whatever the request calls them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Format {
+    /// JPEG (ITU-T T.81).
+    #[serde(rename = "image/jpeg")]
+    Jpeg,
+    /// PNG (W3C PNG, third edition).
+    #[serde(rename = "image/png")]
+    Png,
+}
+
+impl Format {
+    /// The media type.
+    pub fn media_type(self) -> &'static str {
+        match self {
+            Self::Jpeg => "image/jpeg",
+            Self::Png => "image/png",
+        }
+    }
+
+    /// The same format as the decoder calls it.
+    pub fn decoder(self) -> ImageFormat {
+        match self {
+            Self::Jpeg => ImageFormat::Jpeg,
+            Self::Png => ImageFormat::Png,
+        }
+    }
+
+    fn sniff(bytes: &[u8]) -> Option<Self> {
+        if bytes.starts_with(b"\xff\xd8\xff") {
+            Some(Self::Jpeg)
+        } else if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
+            Some(Self::Png)
+        } else {
+            None
+        }
+    }
+}
+
+/// What an image's header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// By magic number.
+    pub format: Format,
+    /// Columns, in pixels, as stored (before any EXIF orientation).
+    pub width: u32,
+    /// Rows, in pixels, as stored.
+    pub height: u32,
+}
+
+/// What is wrong with an image, as far as its Base64 and its header tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ImageFault {
+    /// Not RFC 4648 §4 Base64: standard alphabet, padded, no white space, no `data:` prefix.
+    #[error("first fault at character {0}")]
+    NotBase64(usize),
+    /// More than [`MAX_IMAGE_BYTES`].
+    #[error("{0} bytes, at most {MAX_IMAGE_BYTES}")]
+    TooManyBytes(usize),
+    /// Neither JPEG nor PNG.
+    #[error("neither the magic number of JPEG nor of PNG")]
+    Format,
+    /// The magic number is right, the header behind it cannot be read.
+    #[error("the header gives no size")]
+    Header,
+    /// A side is below [`MIN_SIDE_PIXELS`].
+    #[error("{0} x {1} pixels, at least {MIN_SIDE_PIXELS} a side")]
+    TooSmall(u32, u32),
+    /// A side is above [`MAX_SIDE_PIXELS`] or the area above [`MAX_PIXELS`].
+    #[error("{0} x {1} pixels, at most {MAX_SIDE_PIXELS} a side and {MAX_PIXELS} in all")]
+    TooLarge(u32, u32),
+}
+
+/// Decodes strict Base64 (RFC 4648 §4), refusing what would be too large before it is allocated.
+///
+/// # Errors
+/// [`ImageFault::NotBase64`] with the offset of the first bad character, or [`ImageFault::TooManyBytes`].
+pub fn decode_base64(text: &str) -> Result<ImageBytes, ImageFault> {
+    let length = text.len() / 4 * 3;
+    if length > MAX_IMAGE_BYTES + 2 {
+        return Err(ImageFault::TooManyBytes(length));
+    }
+    let bytes = STANDARD.decode(text).map_err(|error| ImageFault::NotBase64(offset(&error, text)))?;
+    if bytes.len() > MAX_IMAGE_BYTES {
+        return Err(ImageFault::TooManyBytes(bytes.len()));
+    }
+    Ok(ImageBytes(bytes))
+}
+
+fn offset(error: &base64::DecodeError, text: &str) -> usize {
+    use base64::DecodeError::{InvalidByte, InvalidLastSymbol};
+    match error {
+        InvalidByte(at, _) | InvalidLastSymbol { offset: at, .. } => *at,
+        _ => text.len(),
+    }
+}
+
+/// Reads an image's header and holds it against the limits.
+///
+/// # Errors
+/// An [`ImageFault`] other than those of Base64.
+pub fn check(image: &ImageBytes) -> Result<Header, ImageFault> {
+    let format = Format::sniff(&image.0).ok_or(ImageFault::Format)?;
+    let (width, height) = ImageReader::with_format(Cursor::new(&image.0), format.decoder())
+        .into_dimensions()
+        .map_err(|_| ImageFault::Header)?;
+    if width < MIN_SIDE_PIXELS || height < MIN_SIDE_PIXELS {
+        return Err(ImageFault::TooSmall(width, height));
+    }
+    let area = u64::from(width) * u64::from(height);
+    if width > MAX_SIDE_PIXELS || height > MAX_SIDE_PIXELS || area > MAX_PIXELS {
+        return Err(ImageFault::TooLarge(width, height));
+    }
+    Ok(Header { format, width, height })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn png(width: u32, height: u32) -> ImageBytes {
+        let mut file = Cursor::new(Vec::new());
+        image::GrayImage::new(width, height).write_to(&mut file, ImageFormat::Png).unwrap();
+        ImageBytes(file.into_inner())
+    }
+
+    #[test]
+    fn base64_is_strict() {
+        assert_eq!(decode_base64("AAEC").unwrap().as_slice(), [0, 1, 2]);
+        let bad = [
+            ("data:image/png;base64,AAEC", 4),
+            ("AAE C", 3),
+            ("AAEC\n", 4),
+            ("AA-_", 2),
+            ("AAE", 3),
+            ("AA==AA==", 2),
+            ("AB==", 1),
+        ];
+        for (text, at) in bad {
+            assert!(matches!(decode_base64(text), Err(ImageFault::NotBase64(_))), "{text}");
+            if text != "AAE" && text != "AAEC\n" {
+                assert_eq!(decode_base64(text), Err(ImageFault::NotBase64(at)), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_image_of_the_limit_passes_and_one_byte_more_does_not() {
+        let full = STANDARD.encode(vec![0; MAX_IMAGE_BYTES]);
+        assert_eq!(decode_base64(&full).unwrap().as_slice().len(), MAX_IMAGE_BYTES);
+        let over = STANDARD.encode(vec![0; MAX_IMAGE_BYTES + 1]);
+        assert!(matches!(decode_base64(&over), Err(ImageFault::TooManyBytes(_))));
+    }
+
+    #[test]
+    fn sizes_are_read_from_the_header_and_held_against_the_limits() {
+        assert_eq!(check(&png(80, 81)), Ok(Header { format: Format::Png, width: 80, height: 81 }));
+        assert_eq!(check(&png(79, 100)), Err(ImageFault::TooSmall(79, 100)));
+        assert_eq!(check(&png(12_001, 80)), Err(ImageFault::TooLarge(12_001, 80)));
+        assert_eq!(check(&b"GIF89a".to_vec().into()), Err(ImageFault::Format));
+        assert_eq!(check(&b"\xff\xd8\xff\xe0".to_vec().into()), Err(ImageFault::Header));
+    }
+
+    /// A header that promises 30,000 x 30,000 pixels is refused without allocating them.
+    #[test]
+    fn a_bomb_is_refused_by_its_header() {
+        let mut bomb = png(100, 100).0;
+        bomb[16..20].copy_from_slice(&30_000u32.to_be_bytes());
+        bomb[20..24].copy_from_slice(&30_000u32.to_be_bytes());
+        let crc = crc32fast::hash(&bomb[12..29]);
+        bomb[29..33].copy_from_slice(&crc.to_be_bytes());
+        assert_eq!(check(&bomb.into()), Err(ImageFault::TooLarge(30_000, 30_000)));
+    }
+
+    #[test]
+    fn debug_shows_no_pixel() {
+        let shown = format!("{:?}", ImageBytes(b"secret pixels".to_vec()));
+        assert!(shown.starts_with("ImageBytes(13 bytes, sha256 "), "{shown}");
+        assert!(!shown.contains("secret"));
+    }
+}

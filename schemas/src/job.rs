@@ -1,0 +1,177 @@
+//! The life of a job as one pure function, [`step`]; every other piece of code calls it.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// Where a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Recorded, not yet known to be in the queue.
+    Accepted,
+    /// Recorded and acknowledged by the queue.
+    Queued,
+    /// A worker has begun an attempt.
+    Running,
+    /// There is a report. Terminal.
+    Succeeded,
+    /// There is an error. Terminal.
+    Failed,
+    /// The client withdrew it. Terminal.
+    Cancelled,
+}
+
+/// Every state, in the order of a job's life.
+pub const STATES: [State; 6] =
+    [State::Accepted, State::Queued, State::Running, State::Succeeded, State::Failed, State::Cancelled];
+
+impl State {
+    /// Whether nothing can happen to the job any more.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+
+    /// The word that the API and the database use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A word that names no state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a job state")]
+pub struct UnknownState;
+
+impl FromStr for State {
+    type Err = UnknownState;
+
+    fn from_str(text: &str) -> Result<Self, UnknownState> {
+        STATES.into_iter().find(|state| state.as_str() == text).ok_or(UnknownState)
+    }
+}
+
+/// What can happen to a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The queue acknowledged the payload.
+    Queued,
+    /// A worker began an attempt.
+    Started,
+    /// A worker published a report.
+    Succeeded,
+    /// A worker or the sweeper gave the job up.
+    Failed,
+    /// The client withdrew it.
+    Cancelled,
+}
+
+/// The state after `event`, or `None` when the event comes too late to change anything.
+///
+/// Events may be lost, repeated or reordered: a result may overtake the queue's acknowledgement. The first
+/// terminal event wins, and nothing leaves a terminal state.
+pub fn step(state: State, event: Event) -> Option<State> {
+    use State::{Accepted, Cancelled, Failed, Queued, Running, Succeeded};
+    match (state, event) {
+        (Succeeded | Failed | Cancelled, _) | (Queued | Running, Event::Queued) => None,
+        (Accepted, Event::Queued) => Some(Queued),
+        (Accepted | Queued | Running, Event::Started) => Some(Running),
+        (Accepted | Queued | Running, Event::Succeeded) => Some(Succeeded),
+        (Accepted | Queued | Running, Event::Failed) => Some(Failed),
+        (Accepted | Queued | Running, Event::Cancelled) => Some(Cancelled),
+    }
+}
+
+/// Which queue a job waits in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Lane {
+    /// Somebody waits on the connection: no `Prefer`, or `Prefer: wait`.
+    Interactive,
+    /// Nobody waits: `Prefer: respond-async` alone.
+    Bulk,
+}
+
+/// Both lanes, the more urgent one first.
+pub const LANES: [Lane; 2] = [Lane::Interactive, Lane::Bulk];
+
+impl Lane {
+    /// The word in subjects, records and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Interactive => "interactive",
+            Self::Bulk => "bulk",
+        }
+    }
+
+    /// The other lane.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Interactive => Self::Bulk,
+            Self::Bulk => Self::Interactive,
+        }
+    }
+}
+
+impl FromStr for Lane {
+    type Err = UnknownState;
+
+    fn from_str(text: &str) -> Result<Self, UnknownState> {
+        LANES.into_iter().find(|lane| lane.as_str() == text).ok_or(UnknownState)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVENTS: [Event; 5] =
+        [Event::Queued, Event::Started, Event::Succeeded, Event::Failed, Event::Cancelled];
+
+    /// I1: whatever the order, the number and the loss of events, a job ends once and stays ended.
+    #[test]
+    fn every_sequence_of_six_events_ends_at_most_once() {
+        for n in 0..EVENTS.len().pow(6) {
+            let mut state = State::Accepted;
+            let mut ends = 0;
+            let mut rest = n;
+            for _ in 0..6 {
+                if let Some(next) = step(state, EVENTS[rest % EVENTS.len()]) {
+                    assert!(!state.is_terminal());
+                    ends += u32::from(next.is_terminal());
+                    state = next;
+                }
+                rest /= EVENTS.len();
+            }
+            assert_eq!(ends, u32::from(state.is_terminal()));
+        }
+    }
+
+    #[test]
+    fn a_result_may_overtake_the_acknowledgement() {
+        assert_eq!(step(State::Accepted, Event::Succeeded), Some(State::Succeeded));
+        assert_eq!(step(State::Succeeded, Event::Queued), None);
+    }
+
+    #[test]
+    fn words_round_trip() {
+        for state in STATES {
+            assert_eq!(state.as_str().parse(), Ok(state));
+        }
+        assert_eq!("done".parse::<State>(), Err(UnknownState));
+    }
+}

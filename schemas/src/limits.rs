@@ -1,0 +1,90 @@
+//! Every limit of the system, with its reason. Nothing in flight is unbounded (invariant I3).
+
+use std::time::Duration;
+
+/// Images in one request: one case, seen up to three times.
+pub const MAX_IMAGES: usize = 3;
+/// Bytes of one image file. A 12-megapixel photograph as JPEG has 3 to 6 MB.
+pub const MAX_IMAGE_BYTES: usize = 10 * 1024 * 1024;
+/// Bytes of one request body. Base64 adds a third.
+pub const MAX_BODY_BYTES: usize = 24 * 1024 * 1024;
+/// The smallest side that an analysis makes sense for, in pixels.
+pub const MIN_SIDE_PIXELS: u32 = 80;
+/// The largest side, in pixels.
+pub const MAX_SIDE_PIXELS: u32 = 12_000;
+/// The largest area, in pixels: decoded to RGB it takes 120 MB in a worker.
+pub const MAX_PIXELS: u64 = 40_000_000;
+/// Memory that one decoder may allocate: [`MAX_PIXELS`] as 16-bit RGBA is refused, as 8-bit RGBA it fits.
+pub const MAX_DECODE_BYTES: u64 = 192 * 1024 * 1024;
+/// JSON values in one request: a full request has about 60; more is an attempt to exhaust memory.
+pub const MAX_JSON_VALUES: u32 = 2_000;
+/// Characters of a string that is copied into the report.
+pub const MAX_TEXT_CHARS: usize = 255;
+/// Faults named in one answer.
+pub const MAX_FAULTS: usize = 20;
+
+/// Request bodies held in memory at once, in bytes, per ingress process; the next one gets a 503.
+pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
+/// Sealed payloads on their way to the broker at once, in bytes, per ingress process. A frozen broker holds
+/// no more than this of our memory.
+pub const PUBLISH_MEMORY_BYTES: usize = 64 * 1024 * 1024;
+/// Open connections per listener.
+pub const MAX_CONNECTIONS: usize = 1_024;
+/// Callers waiting for a result at once, per ingress process.
+pub const MAX_WAITERS: usize = 512;
+/// The longest synchronous wait.
+pub const MAX_WAIT: Duration = Duration::from_mins(1);
+/// The synchronous wait when the caller names none. Below the time-outs that HTTP clients start from (30 s).
+pub const DEFAULT_WAIT: Duration = Duration::from_secs(25);
+/// How often a waiter looks at the record itself, in case a wake-up was lost with a connection.
+pub const WAITER_POLL: Duration = Duration::from_secs(1);
+/// What a client is told to wait between two polls.
+pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Status polls per second of one client; beyond it, 429.
+pub const POLLS_PER_SECOND: u32 = 200;
+
+/// A TLS handshake.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// From the first byte of a request to the end of its header.
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// A request body, whatever its size: 24 MiB in 30 s is 7 Mbit/s.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// What an orderly shutdown of ingress waits for requests in flight.
+pub const INGRESS_DRAIN: Duration = Duration::from_secs(30);
+
+/// The whole hand-over of a payload to the broker; after it the outcome is unknown and the answer 503.
+pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(2);
+/// A connection from the pool to PostgreSQL, and each statement on it.
+pub const DATABASE_DEADLINE: Duration = Duration::from_secs(2);
+/// Connections to PostgreSQL per ingress process.
+pub const DATABASE_CONNECTIONS: usize = 16;
+/// The broker's largest message; a sealed payload that does not fit goes through the object store.
+pub const MAX_MESSAGE_BYTES: usize = 8 * 1024 * 1024;
+/// The largest payload that is published inline: [`MAX_MESSAGE_BYTES`] less room for the header.
+pub const MAX_INLINE_BYTES: usize = MAX_MESSAGE_BYTES - 64 * 1024;
+
+/// Attempts at one job, crashes of workers included, before it goes to the dead letters.
+pub const MAX_ATTEMPTS: u32 = 5;
+/// The pause before attempt 2, 3, 4, 5.
+pub const BACKOFF: [Duration; 4] =
+    [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(30), Duration::from_mins(2)];
+/// How long the broker waits for a worker's sign of life before it hands the job to another one.
+pub const DEFAULT_ACK_WAIT: Duration = Duration::from_secs(30);
+/// One attempt at the model, all images together.
+pub const DEFAULT_JOB_TIMEOUT: Duration = Duration::from_secs(30);
+/// From acceptance to the end, interactive lane: nobody waits longer at a screen.
+pub const INTERACTIVE_DEADLINE: Duration = Duration::from_mins(5);
+/// From acceptance to the end, bulk lane.
+pub const BULK_DEADLINE: Duration = Duration::from_hours(24);
+/// A record that never reached the queue is settled after this; until then a retry with its key revives it.
+pub const ACCEPTED_GRACE: Duration = Duration::from_mins(10);
+/// Between two rounds of the sweeper.
+pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// Records settled or erased in one statement of the sweeper.
+pub const SWEEP_BATCH: i64 = 500;
+/// How long reports, records and idempotency keys are kept after the job's end.
+pub const RETENTION: Duration = Duration::from_hours(24 * 7);
+/// Results recorded in one transaction.
+pub const RECORD_BATCH: usize = 64;
+/// Bulk jobs that an interactive backlog lets through: one in this many.
+pub const BULK_FLOOR: u32 = 5;
