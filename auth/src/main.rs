@@ -1,0 +1,56 @@
+//! `auth`: the command line with which staff register clients.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use dermflow_auth::{db::DatabaseOptions, users};
+use dermflow_schemas::{clock, process};
+use secrecy::ExposeSecret;
+
+/// Registers the clients of Dermflow.
+#[derive(Debug, Parser)]
+#[command(name = "auth", version)]
+struct Options {
+    #[command(flatten)]
+    database: DatabaseOptions,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Users: the clients that may sign in.
+    #[command(subcommand)]
+    User(UserCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum UserCommand {
+    /// Registers a user and prints the generated password, once, on standard output.
+    Create {
+        /// 1 to 63 of a-z 0-9 . _ @ - beginning with a letter or digit.
+        name: String,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    process::init();
+    match run(Options::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("auth: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Options) -> anyhow::Result<()> {
+    let pool = options.database.pool("auth", 2)?;
+    users::migrate(&pool).await?;
+    let Command::User(UserCommand::Create { name }) = options.command;
+    let password = users::create(&pool, &name, clock::now()).await.context("cannot register")?;
+    println!("{}", password.expose_secret());
+    Ok(())
+}

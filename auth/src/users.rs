@@ -1,0 +1,117 @@
+//! Registered users, in the table `auth.users`.
+
+use deadpool_postgres::Pool;
+use dermflow_schemas::id::ClientId;
+use secrecy::SecretString;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::{
+    db::{self, DbError},
+    password::{self, Hasher, PasswordError},
+};
+
+mod migrations {
+    refinery::embed_migrations!("migrations");
+}
+
+/// Why a user cannot be created or checked.
+#[derive(Debug, thiserror::Error)]
+pub enum UserError {
+    /// The name is taken.
+    #[error("the user {0} exists already")]
+    Exists(String),
+    /// The name has the wrong form.
+    #[error("a user name has 1 to 63 of a-z 0-9 . _ @ - and begins with a letter or digit")]
+    BadName,
+    /// See [`PasswordError`].
+    #[error(transparent)]
+    Password(#[from] PasswordError),
+    /// See [`DbError`].
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+impl From<tokio_postgres::Error> for UserError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+impl From<deadpool_postgres::PoolError> for UserError {
+    fn from(error: deadpool_postgres::PoolError) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+/// Brings the `auth` schema up to date.
+///
+/// # Errors
+/// See [`db::migrate`].
+pub async fn migrate(pool: &Pool) -> Result<(), DbError> {
+    db::migrate(pool, &migrations::migrations::runner()).await
+}
+
+/// Registers a user with a generated password, which is returned and kept nowhere in clear.
+///
+/// # Errors
+/// When the name is taken or malformed, or the database is away.
+pub async fn create(pool: &Pool, name: &str, now: OffsetDateTime) -> Result<SecretString, UserError> {
+    if !valid_name(name) {
+        return Err(UserError::BadName);
+    }
+    let password = password::generate()?;
+    let hash = password::hash(&password)?;
+    let inserted = pool
+        .get()
+        .await?
+        .execute(
+            "INSERT INTO auth.users (id, username, password_hash, created_at) VALUES ($1, $2, $3, $4)
+             ON CONFLICT (username) DO NOTHING",
+            &[&Uuid::new_v4(), &name, &hash, &now],
+        )
+        .await?;
+    if inserted == 1 { Ok(password) } else { Err(UserError::Exists(name.into())) }
+}
+
+/// Checks a name and a password; `None` when either is wrong, in the same time for both.
+///
+/// # Errors
+/// When the database is away or every hashing thread is taken.
+pub async fn authenticate(
+    pool: &Pool,
+    hasher: &Hasher,
+    name: &str,
+    password: SecretString,
+) -> Result<Option<ClientId>, UserError> {
+    let row = pool
+        .get()
+        .await?
+        .query_opt("SELECT id, password_hash FROM auth.users WHERE username = $1 AND NOT disabled", &[&name])
+        .await?;
+    let (id, hash) = row.map(|row| (row.get::<_, Uuid>(0), row.get::<_, String>(1))).unzip();
+    let right = hasher.verify(password, hash).await?;
+    Ok(id.filter(|_| right).map(ClientId::from))
+}
+
+fn valid_name(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._@-".contains(&b);
+    (1..=63).contains(&name.len())
+        && name.bytes().all(allowed)
+        && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_short_plain_and_lower_case() {
+        for good in ["demo", "a", "clinic-7", "it@example.org", &"x".repeat(63)] {
+            assert!(valid_name(good), "{good}");
+        }
+        for bad in ["", "Demo", "-a", "a b", "ä", "a\0", &"x".repeat(64)] {
+            assert!(!valid_name(bad), "{bad}");
+        }
+    }
+}
