@@ -95,6 +95,11 @@ pub fn step(state: State, event: Event) -> Option<State> {
     }
 }
 
+/// The states that `event` can still change, for statements that test and set in one.
+pub fn sources(event: Event) -> impl Iterator<Item = State> {
+    STATES.into_iter().filter(move |state| step(*state, event).is_some())
+}
+
 /// Which queue a job waits in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -88,3 +88,23 @@ pub const RETENTION: Duration = Duration::from_hours(24 * 7);
 pub const RECORD_BATCH: usize = 64;
 /// Bulk jobs that an interactive backlog lets through: one in this many.
 pub const BULK_FLOOR: u32 = 5;
+
+/// How long a worker's request for a job waits at the broker. Short, because a request that a restart of the
+/// broker swallowed is only noticed when its answer is overdue.
+pub const PULL_EXPIRES: Duration = Duration::from_secs(2);
+/// How late the answer to such a request may be before it counts as lost.
+pub const PULL_ANSWER: Duration = Duration::from_secs(2);
+/// A worker's pause after a request that the broker refused or lost, and between two tries to publish.
+pub const BROKER_PAUSE: Duration = Duration::from_millis(250);
+/// How long a worker goes on offering a result to a broker that does not take it; then the job is left to
+/// redelivery.
+pub const RESULT_PATIENCE: Duration = Duration::from_secs(30);
+/// Reading a payload from the object store.
+pub const OBJECT_DEADLINE: Duration = Duration::from_secs(10);
+/// Bytes of one sealed payload: [`MAX_IMAGES`] full images and room for the manifest.
+pub const MAX_PAYLOAD_BYTES: usize = MAX_IMAGES * MAX_IMAGE_BYTES + 1024 * 1024;
+/// Executor threads of one worker process.
+pub const MAX_EXECUTORS: usize = 256;
+/// The shortest time the broker may wait for a sign of life: progress acks go out every third of it, and must
+/// survive a slow round trip.
+pub const MIN_ACK_WAIT: Duration = Duration::from_secs(1);

@@ -1,0 +1,48 @@
+//! What every request handler shares.
+
+use std::{num::NonZeroU32, sync::Arc};
+
+use dermflow_auth::{password::Hasher, token::Tokens};
+use dermflow_schemas::{id::ClientId, limits, queue::Publisher, seal::Keyring};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use tokio::sync::Semaphore;
+
+use crate::{metrics::Metrics, store::Store};
+
+/// The state of an ingress process: nothing in it outlives a request but bounds and connections.
+#[derive(Debug)]
+pub(crate) struct App {
+    /// The origin that clients see, such as `https://localhost:8443`, without a slash at the end.
+    pub(crate) public_url: String,
+    pub(crate) store: Store,
+    pub(crate) tokens: Tokens,
+    pub(crate) hasher: Hasher,
+    pub(crate) keyring: Keyring,
+    pub(crate) nats: async_nats::Client,
+    pub(crate) publisher: Publisher,
+    pub(crate) metrics: Metrics,
+    pub(crate) bounds: Bounds,
+}
+
+/// What bounds the work in flight.
+#[derive(Debug)]
+pub(crate) struct Bounds {
+    /// A permit a KiB of request body in memory.
+    pub(crate) body_kib: Arc<Semaphore>,
+    /// A permit a caller who waits.
+    pub(crate) waiters: Arc<Semaphore>,
+    /// Status polls by client.
+    pub(crate) polls: DefaultKeyedRateLimiter<ClientId>,
+}
+
+impl Bounds {
+    /// The bounds of [`limits`].
+    pub(crate) fn new() -> Self {
+        let polls = NonZeroU32::new(limits::POLLS_PER_SECOND).unwrap_or(NonZeroU32::MIN);
+        Self {
+            body_kib: Arc::new(Semaphore::new(limits::BODY_MEMORY_BYTES / 1024)),
+            waiters: Arc::new(Semaphore::new(limits::MAX_WAITERS)),
+            polls: RateLimiter::keyed(Quota::per_second(polls)),
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The options of an ingress process: flags, or the environment variables named beside them.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::Parser;
+use dermflow_auth::db::DatabaseOptions;
+use dermflow_schemas::{limits, queue::NatsOptions};
+
+/// Takes skin images over HTTPS, queues them, and answers with FHIR R4 reports.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "ingress", version)]
+pub struct Options {
+    /// Where clients connect: HTTPS.
+    #[arg(long, env = "DERMFLOW_LISTEN", default_value = "0.0.0.0:8443")]
+    pub listen: SocketAddr,
+    /// Where plain HTTP is answered with 308.
+    #[arg(long, env = "DERMFLOW_PLAIN_LISTEN", default_value = "0.0.0.0:8080")]
+    pub plain_listen: SocketAddr,
+    /// Health and metrics, HTTPS; a loopback address.
+    #[arg(long, env = "DERMFLOW_INTERNAL_LISTEN", default_value = "127.0.0.1:9443")]
+    pub internal_listen: Loopback,
+    /// The origin that clients see, `https://host[:port]`: in links, redirects and tokens.
+    #[arg(long, env = "DERMFLOW_PUBLIC_URL", default_value = "https://localhost:8443")]
+    pub public_url: Origin,
+    /// Certificate chain (PEM).
+    #[arg(long, env = "DERMFLOW_TLS_CERT")]
+    pub tls_cert: PathBuf,
+    /// Private key (PEM).
+    #[arg(long, env = "DERMFLOW_TLS_KEY")]
+    pub tls_key: PathBuf,
+    /// Ed25519 key that signs access tokens (PKCS#8 PEM).
+    #[arg(long, env = "DERMFLOW_SIGNING_KEY")]
+    pub signing_key: PathBuf,
+    /// Keys that seal images and reports: a line `<id> <Base64 of 32 bytes>` each, the first one seals.
+    #[arg(long, env = "DERMFLOW_SEALING_KEYS")]
+    pub sealing_keys: PathBuf,
+    /// Seconds after which the broker hands a silent worker's job to another one.
+    #[arg(long, env = "DERMFLOW_ACK_WAIT", default_value_t = limits::DEFAULT_ACK_WAIT.as_secs(),
+          value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub ack_wait: u64,
+    /// The broker.
+    #[command(flatten)]
+    pub nats: NatsOptions,
+    /// The database.
+    #[command(flatten)]
+    pub database: DatabaseOptions,
+}
+
+impl Options {
+    /// See [`limits::DEFAULT_ACK_WAIT`].
+    pub fn ack_wait(&self) -> Duration {
+        Duration::from_secs(self.ack_wait)
+    }
+}
+
+/// A socket address that only this machine reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loopback(SocketAddr);
+
+impl From<Loopback> for SocketAddr {
+    fn from(address: Loopback) -> Self {
+        address.0
+    }
+}
+
+impl FromStr for Loopback {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address: SocketAddr = text.parse().map_err(|_| "not an address with a port".to_owned())?;
+        if address.ip().is_loopback() { Ok(Self(address)) } else { Err("not a loopback address".into()) }
+    }
+}
+
+/// An HTTPS origin without a slash at the end (RFC 6454 §6.2).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin(String);
+
+impl Origin {
+    /// The origin.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Origin {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let uri: axum::http::Uri = text.parse().map_err(|_| "not a URL".to_owned())?;
+        match (
+            uri.scheme_str(),
+            uri.authority(),
+            uri.path_and_query().map(axum::http::uri::PathAndQuery::as_str),
+        ) {
+            (Some("https"), Some(host), None | Some("/")) => Ok(Self(format!("https://{host}"))),
+            _ => Err("not of the form https://host[:port]".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_internal_listener_stays_on_this_machine() {
+        assert!("127.0.0.1:9443".parse::<Loopback>().is_ok());
+        assert!("[::1]:9443".parse::<Loopback>().is_ok());
+        assert!("0.0.0.0:9443".parse::<Loopback>().is_err());
+        assert!("10.0.0.1:9443".parse::<Loopback>().is_err());
+    }
+
+    #[test]
+    fn the_public_url_is_an_https_origin() {
+        assert_eq!("https://a.example:1/".parse::<Origin>().unwrap().as_str(), "https://a.example:1");
+        for bad in ["http://a.example", "https://a.example/x", "a.example", "https://a/?q"] {
+            assert!(bad.parse::<Origin>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! What handlers take from a request before they look at it: who calls, its id, its body within bounds.
+
+use std::sync::Arc;
+
+use axum::{
+    body::{self, Body as AxumBody},
+    extract::{FromRequest, FromRequestParts, Request},
+    http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts},
+    middleware::Next,
+    response::Response,
+};
+use bytes::Bytes;
+use dermflow_auth::token;
+use dermflow_schemas::{
+    clock,
+    error::{ApiError, Code},
+    id::ClientId,
+    limits::{BODY_TIMEOUT, MAX_BODY_BYTES},
+};
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use uuid::Uuid;
+
+use crate::{
+    answer::Problem,
+    app::{App, Bounds},
+};
+
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// A caller with a valid access token. A handler that takes one is closed to everybody else.
+#[derive(Debug)]
+pub(crate) struct Caller(token::Caller);
+
+impl Caller {
+    /// The client, if its token carries `scope`.
+    pub(crate) fn with_scope(&self, scope: &str) -> Result<ClientId, Problem> {
+        if self.0.may(scope) { Ok(self.0.client) } else { Err(Code::Forbidden.into()) }
+    }
+}
+
+impl FromRequestParts<Arc<App>> for Caller {
+    type Rejection = Problem;
+
+    /// The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
+    /// refused goes to the log: every refusal looks the same from outside.
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Problem> {
+        let mut values = parts.headers.get_all(header::AUTHORIZATION).iter();
+        let Some(value) = values.next() else { return Err(unauthenticated("Bearer")) };
+        let refused = || unauthenticated("Bearer error=\"invalid_token\"");
+        if values.next().is_some() {
+            return Err(refused());
+        }
+        let bearer = value.to_str().ok().and_then(|value| value.split_once(' '));
+        let token =
+            bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
+        match app.tokens.verify(token.unwrap_or_default(), clock::now()) {
+            Ok(caller) => Ok(Self(caller)),
+            Err(error) => {
+                tracing::info!(%error, "access refused");
+                Err(refused())
+            }
+        }
+    }
+}
+
+fn unauthenticated(challenge: &str) -> Problem {
+    Problem::from(Code::Unauthenticated).header(header::WWW_AUTHENTICATE, challenge)
+}
+
+/// A request body that has not been read: its handler first decides whether it wants it.
+#[derive(Debug)]
+pub(crate) struct Body {
+    announced: Option<usize>,
+    body: AxumBody,
+}
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        let announced = request.headers().get(header::CONTENT_LENGTH);
+        let announced = announced.and_then(|length| length.to_str().ok()?.parse().ok());
+        Ok(Self { announced, body: request.into_body() })
+    }
+}
+
+/// A body in memory, with the permit that accounts for it.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) bytes: Bytes,
+    _memory: OwnedSemaphorePermit,
+}
+
+impl Body {
+    /// Reads the body: [`MAX_BODY_BYTES`], within [`BODY_TIMEOUT`], and only while there is memory for it.
+    pub(crate) async fn read(self, bounds: &Bounds) -> Result<Held, Problem> {
+        let too_large = || ApiError::from(Code::BodyTooLarge).detail(format!("limit {MAX_BODY_BYTES} bytes"));
+        let expected = self.announced.unwrap_or(MAX_BODY_BYTES);
+        if expected > MAX_BODY_BYTES {
+            return Err(too_large().into());
+        }
+        let kib = expected.div_ceil(1024).max(1) as u32;
+        let memory = bounds.body_kib.clone().try_acquire_many_owned(kib).map_err(|_| Code::Overloaded)?;
+        let bytes = timeout(BODY_TIMEOUT, body::to_bytes(self.body, MAX_BODY_BYTES))
+            .await
+            .map_err(|_| Code::BodyTimeout)?
+            .map_err(|error| read_error(&error, too_large))?;
+        Ok(Held { bytes, _memory: memory })
+    }
+}
+
+fn read_error(error: &axum::Error, too_large: impl Fn() -> ApiError) -> Problem {
+    use std::error::Error;
+    let over_limit = error.source().is_some_and(<dyn Error>::is::<http_body_util::LengthLimitError>);
+    if over_limit { too_large().into() } else { Code::BodyTimeout.into() }
+}
+
+/// Gives every request an id, the caller's own if it is fit to be logged, and puts it in the answer.
+pub(crate) async fn request_id(request: Request, next: Next) -> Response {
+    let id = callers_id(request.headers()).unwrap_or_else(new_id);
+    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
+    let mut response = tracing::Instrument::instrument(next.run(request), span).await;
+    response.headers_mut().insert(REQUEST_ID.clone(), id);
+    response
+}
+
+fn callers_id(headers: &HeaderMap) -> Option<HeaderValue> {
+    let id = headers.get(&REQUEST_ID)?;
+    let plain = |b: &u8| b.is_ascii_alphanumeric() || b"._-".contains(b);
+    (id.len() <= 64 && !id.is_empty() && id.as_bytes().iter().all(plain)).then(|| id.clone())
+}
+
+fn new_id() -> HeaderValue {
+    HeaderValue::from_str(&Uuid::new_v4().to_string()).unwrap_or_else(|_| HeaderValue::from_static("-"))
+}

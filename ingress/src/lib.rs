@@ -1,0 +1,100 @@
+//! HTTPS in, answers out.
+//!
+//! Ingress owns TLS, tokens on requests, validation, admission, submit, wait, poll, the recorder and the
+//! sweeper. It is stateless: run as many as the load balancer needs. It knows nothing of ONNX.
+//!
+//! Invariants kept here: no 202 and no 200 before record and payload are on disk; the first result of a job
+//! wins and is counted once; a client sees only its own jobs; every body, wait and queue has a bound.
+
+mod answer;
+mod app;
+mod config;
+mod extract;
+mod json;
+mod metrics;
+mod parameters;
+mod prefer;
+mod recorder;
+mod routes;
+mod serve;
+mod store;
+mod submit;
+mod sweeper;
+
+pub use config::Options;
+pub use serve::{TlsError, tls_config};
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use dermflow_auth::{password::Hasher, token::Tokens};
+use dermflow_schemas::{
+    limits::DATABASE_CONNECTIONS,
+    process::shutdown_requested,
+    queue::{self, Publisher},
+    seal::Keyring,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    app::{App, Bounds},
+    metrics::Metrics,
+    store::Store,
+};
+
+/// Runs an ingress process until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// One clear sentence when something it needs at start is missing, broken or out of reach.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let tls = tls_config(&options.tls_cert, &options.tls_key)?;
+    let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
+    let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
+    store.migrate().await.context("cannot prepare the database")?;
+    let nats =
+        options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
+    let context = queue::context(nats.clone());
+    let ensured = queue::ensure(&context, options.ack_wait()).await;
+    ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
+    let app = Arc::new(App {
+        public_url: options.public_url.as_str().into(),
+        store,
+        tokens,
+        hasher: Hasher::new()?,
+        keyring,
+        nats,
+        publisher: Publisher::new(context),
+        metrics: Metrics::new()?,
+        bounds: Bounds::new(),
+    });
+    let public = serve::bind("listen", options.listen).await?;
+    let plain = serve::bind("plain-listen", options.plain_listen).await?;
+    let internal = serve::bind("internal-listen", options.internal_listen.into()).await?;
+    let (stop, stop_recording) = (CancellationToken::new(), CancellationToken::new());
+    let recorders = [
+        tokio::spawn(recorder::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(recorder::run_progress(app.clone(), stop_recording.clone())),
+        tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
+    ];
+    let listeners = [
+        tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),
+        tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), stop.clone())),
+        tokio::spawn(serve::https(internal, tls, routes::internal(app), stop.clone())),
+    ];
+    tracing::info!(listen = %options.listen, "ready");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    shutdown_requested().await?;
+    tracing::info!("draining");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    // Waiting callers need the recorder's neighbours to the end: listeners first.
+    stop.cancel();
+    for listener in listeners {
+        listener.await?;
+    }
+    stop_recording.cancel();
+    for recorder in recorders {
+        recorder.await?;
+    }
+    Ok(())
+}

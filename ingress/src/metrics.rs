@@ -1,0 +1,83 @@
+//! Every metric, described once. Prometheus text format on the internal listener.
+
+use prometheus::{
+    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    core::Collector,
+};
+
+/// From a millisecond to the longest wait.
+const SECONDS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// The metrics of an ingress process.
+#[derive(Debug, Clone)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    /// Answers by route, method and status.
+    pub(crate) requests: IntCounterVec,
+    /// Time to answer by route.
+    pub(crate) request_seconds: HistogramVec,
+    /// Jobs that reached a terminal state on this process's account, by lane and state.
+    pub(crate) jobs_ended: IntCounterVec,
+    /// From acceptance to the start of the last attempt, by lane.
+    pub(crate) queue_seconds: HistogramVec,
+    /// In the model, by lane.
+    pub(crate) model_seconds: HistogramVec,
+    /// Results that came after the first one of their job, and were dropped.
+    pub(crate) late_results: IntCounterVec,
+    /// Jobs that the sweeper settled, by lane.
+    pub(crate) swept: IntCounterVec,
+    /// Callers waiting for a result.
+    pub(crate) waiters: IntGauge,
+}
+
+impl Metrics {
+    /// A registry with every metric in it.
+    pub(crate) fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            add(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+        };
+        let seconds = |name: &str, help: &str, labels: &[&str]| {
+            let options = HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
+            add(&registry, HistogramVec::new(options, labels)?)
+        };
+        Ok(Self {
+            requests: counter("dermflow_http_requests_total", "Answers.", &["route", "method", "status"])?,
+            request_seconds: seconds("dermflow_http_request_seconds", "Time to answer.", &["route"])?,
+            jobs_ended: counter(
+                "dermflow_jobs_ended_total",
+                "Jobs that reached a terminal state.",
+                &["lane", "state"],
+            )?,
+            queue_seconds: seconds(
+                "dermflow_job_queue_seconds",
+                "From acceptance to the last attempt.",
+                &["lane"],
+            )?,
+            model_seconds: seconds("dermflow_job_model_seconds", "Time in the model.", &["lane"])?,
+            late_results: counter(
+                "dermflow_late_results_total",
+                "Results after the first one of their job.",
+                &[],
+            )?,
+            swept: counter("dermflow_swept_jobs_total", "Jobs that the sweeper settled.", &["lane"])?,
+            waiters: add(&registry, IntGauge::new("dermflow_waiters", "Callers waiting for a result.")?)?,
+            registry: registry.clone(),
+        })
+    }
+
+    /// The exposition.
+    pub(crate) fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            tracing::error!(%error, "metrics cannot be rendered");
+        }
+        text
+    }
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}

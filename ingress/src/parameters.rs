@@ -1,0 +1,531 @@
+//! The body of `$analyze`: FHIR R4 Parameters, read strictly.
+//!
+//! Every fault is collected with its FHIRPath, up to a limit, so that one answer mends a whole request. A
+//! name that FHIR R4 does not know is refused; an element that it knows and we do not use is let be; a
+//! `modifierExtension` and `implicitRules` may turn the meaning round and are refused.
+
+use std::borrow::Cow;
+
+use dermflow_schemas::{
+    envelope::{ImageEntry, Manifest, Payload},
+    error::{ApiError, Code, Fault},
+    fhir::{CodeableConcept, Coding, Identifier, Reference, SNOMED},
+    image::{self, ImageBytes, ImageFault},
+    limits::{MAX_FAULTS, MAX_IMAGES, MAX_TEXT_CHARS},
+};
+
+use crate::json::Json;
+
+/// Reads a request body.
+pub(crate) fn parse(body: &[u8]) -> Result<Payload, ApiError> {
+    let json = Json::parse(body)?;
+    let mut faults = Faults::default();
+    let payload = parameters(&Node { json: &json, path: "Parameters".into() }, &mut faults);
+    match payload {
+        Some(payload) if faults.0.is_empty() => Ok(payload),
+        _ => Err(faults.0.into()),
+    }
+}
+
+#[derive(Default)]
+struct Faults(Vec<Fault>);
+
+impl Faults {
+    fn add(&mut self, code: Code, path: impl Into<String>, detail: Option<String>) {
+        if self.0.len() < MAX_FAULTS {
+            self.0.push(Fault { code, field: Some(path.into()), detail });
+        }
+    }
+}
+
+/// A value and where it stands, as FHIRPath.
+struct Node<'n, 'a> {
+    json: &'n Json<'a>,
+    path: String,
+}
+
+/// An object whose member names have been checked.
+struct Element<'n, 'a> {
+    members: &'n [(Cow<'a, str>, Json<'a>)],
+    path: String,
+}
+
+impl<'n, 'a> Node<'n, 'a> {
+    /// The object, if every member is one of `names` or an element of any type.
+    fn element(&self, names: &[&str], faults: &mut Faults) -> Option<Element<'n, 'a>> {
+        let Json::Object(members) = self.json else {
+            faults.add(
+                Code::ElementType,
+                &self.path,
+                Some(format!("expected object, found {}", self.json.kind())),
+            );
+            return None;
+        };
+        for (name, value) in members {
+            let path = format!("{}.{name}", self.path);
+            match name.as_ref() {
+                "modifierExtension" | "implicitRules" => faults.add(Code::ExtensionModifier, path, None),
+                "id" | "extension" => {}
+                known if names.contains(&known.strip_prefix('_').unwrap_or(known)) => {
+                    if matches!(value, Json::Null) {
+                        faults.add(Code::ElementType, path, Some("null is not FHIR JSON".into()));
+                    }
+                }
+                _ => faults.add(Code::ElementUnknown, printable(&path), None),
+            }
+        }
+        Some(Element { members, path: self.path.clone() })
+    }
+
+    fn items(&self, faults: &mut Faults) -> Vec<Node<'n, 'a>> {
+        let Json::Array(items) = self.json else {
+            faults.add(
+                Code::ElementType,
+                &self.path,
+                Some(format!("expected array, found {}", self.json.kind())),
+            );
+            return Vec::new();
+        };
+        if items.is_empty() {
+            faults.add(Code::ElementMissing, &self.path, Some("an array may not be empty".into()));
+        }
+        let node = |(i, json)| Node { json, path: format!("{}[{i}]", self.path) };
+        items.iter().enumerate().map(node).collect()
+    }
+
+    fn string(&self, faults: &mut Faults) -> Option<&'n str> {
+        match self.json {
+            Json::String(text) if text.is_empty() => {
+                faults.add(Code::ValueInvalid, &self.path, Some("a string may not be empty".into()));
+                None
+            }
+            Json::String(text) => Some(text),
+            other => {
+                faults.add(
+                    Code::ElementType,
+                    &self.path,
+                    Some(format!("expected string, found {}", other.kind())),
+                );
+                None
+            }
+        }
+    }
+}
+
+impl<'n, 'a> Element<'n, 'a> {
+    fn get(&self, name: &str) -> Option<Node<'n, 'a>> {
+        let (_, json) = self.members.iter().find(|(member, _)| member == name)?;
+        Some(Node { json, path: format!("{}.{name}", self.path) })
+    }
+
+    /// A string that is copied into the report.
+    fn text(&self, name: &str, faults: &mut Faults) -> Option<String> {
+        let node = self.get(name)?;
+        let text = node.string(faults)?;
+        if text.chars().count() > MAX_TEXT_CHARS
+            || text.chars().any(char::is_control)
+            || text.trim().is_empty()
+        {
+            let rule = format!("1 to {MAX_TEXT_CHARS} characters, none of them a control character");
+            faults.add(Code::ValueInvalid, node.path, Some(rule));
+            return None;
+        }
+        Some(text.to_owned())
+    }
+
+    /// A text without any white space: a code or a URI.
+    fn token(&self, name: &str, faults: &mut Faults) -> Option<String> {
+        let text = self.text(name, faults)?;
+        if text.chars().any(char::is_whitespace) {
+            faults.add(Code::ValueInvalid, format!("{}.{name}", self.path), Some("no white space".into()));
+            return None;
+        }
+        Some(text)
+    }
+
+    fn required(&self, name: &str, faults: &mut Faults) -> Option<Node<'n, 'a>> {
+        let node = self.get(name);
+        if node.is_none() {
+            faults.add(Code::ElementMissing, format!("{}.{name}", self.path), None);
+        }
+        node
+    }
+}
+
+/// A name from outside, cut to what an error message may hold.
+fn printable(path: &str) -> String {
+    path.chars().filter(|c| !c.is_control()).take(MAX_TEXT_CHARS).collect()
+}
+
+fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
+    let root = node.element(&["resourceType", "meta", "language", "parameter"], faults)?;
+    let kind = root.required("resourceType", faults)?;
+    if kind.string(faults) != Some("Parameters") {
+        faults.add(Code::ValueInvalid, "Parameters.resourceType", Some("expected Parameters".into()));
+        return None;
+    }
+    let (mut entries, mut files, mut images) = (Vec::new(), Vec::new(), 0);
+    let (mut subject, mut identifier, mut heat_map) = (None, None, None);
+    for item in root.required("parameter", faults)?.items(faults) {
+        let Some(parameter) =
+            item.element(&["name", "part", "valueReference", "valueIdentifier", "valueCode"], faults)
+        else {
+            continue;
+        };
+        let Some(name) = parameter.required("name", faults).and_then(|name| name.string(faults)) else {
+            continue;
+        };
+        match name {
+            "image" => {
+                images += 1;
+                // Beyond the limit nothing is decoded.
+                if images <= MAX_IMAGES
+                    && let Some((entry, file)) = analysed_image(&parameter, faults)
+                {
+                    entries.push(entry);
+                    files.push(file);
+                }
+            }
+            "subject" => once(&mut subject, &parameter, "valueReference", reference, faults),
+            "identifier" => once(&mut identifier, &parameter, "valueIdentifier", business_identifier, faults),
+            "heatMap" => once(&mut heat_map, &parameter, "valueCode", no_heat_map, faults),
+            _ => faults.add(Code::ParameterUnknown, format!("{}.name", item.path), None),
+        }
+    }
+    if !(1..=MAX_IMAGES).contains(&images) {
+        faults.add(Code::ImageCount, "Parameters.parameter", Some(format!("found {images}")));
+    }
+    Some(Payload { manifest: Manifest::new(entries, subject, identifier), images: files })
+}
+
+/// Reads a parameter that may be there once, from the one value type it may have.
+fn once<T>(
+    slot: &mut Option<T>,
+    parameter: &Element<'_, '_>,
+    value: &str,
+    read: impl FnOnce(&Node<'_, '_>, &mut Faults) -> Option<T>,
+    faults: &mut Faults,
+) {
+    if slot.is_some() {
+        return faults.add(Code::ElementRepeated, &parameter.path, None);
+    }
+    if let Some(node) = parameter.required(value, faults) {
+        *slot = read(&node, faults);
+    }
+}
+
+fn no_heat_map(node: &Node<'_, '_>, faults: &mut Faults) -> Option<()> {
+    match node.string(faults)? {
+        "none" => {}
+        "top-1" | "top-5" => faults.add(Code::HeatMapUnsupported, &node.path, None),
+        _ => faults.add(Code::ValueInvalid, &node.path, Some("none, top-1 or top-5".into())),
+    }
+    Some(())
+}
+
+fn analysed_image(parameter: &Element<'_, '_>, faults: &mut Faults) -> Option<(ImageEntry, ImageBytes)> {
+    let (mut content, mut body_site) = (None, None);
+    for item in parameter.required("part", faults)?.items(faults) {
+        let part = item.element(&["name", "valueAttachment", "valueCodeableConcept"], faults)?;
+        match part.required("name", faults)?.string(faults)? {
+            "content" => once(&mut content, &part, "valueAttachment", attachment, faults),
+            "bodySite" => once(&mut body_site, &part, "valueCodeableConcept", body_site_concept, faults),
+            _ => faults.add(Code::ParameterUnknown, format!("{}.name", item.path), None),
+        }
+    }
+    let Some((bytes, format, title)) = content else {
+        if faults.0.is_empty() {
+            faults.add(
+                Code::ElementMissing,
+                format!("{}.part", parameter.path),
+                Some("a part named content".into()),
+            );
+        }
+        return None;
+    };
+    Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, body_site }, bytes))
+}
+
+fn attachment(
+    node: &Node<'_, '_>,
+    faults: &mut Faults,
+) -> Option<(ImageBytes, image::Format, Option<String>)> {
+    let names = ["contentType", "language", "data", "url", "size", "hash", "title", "creation"];
+    let attachment = node.element(&names, faults)?;
+    let title = attachment.text("title", faults);
+    let data = attachment.required("data", faults)?;
+    let text = data.string(faults)?;
+    let checked = image::decode_base64(text).and_then(|bytes| Ok((image::check(&bytes)?.format, bytes)));
+    match checked {
+        Ok((format, bytes)) => Some((bytes, format, title)),
+        Err(fault) => {
+            faults.add(image_code(fault), data.path, Some(fault.to_string()));
+            None
+        }
+    }
+}
+
+fn image_code(fault: ImageFault) -> Code {
+    match fault {
+        ImageFault::NotBase64(_) => Code::ImageNotBase64,
+        ImageFault::TooManyBytes(_) => Code::ImageTooManyBytes,
+        ImageFault::Format => Code::ImageFormat,
+        ImageFault::Header => Code::ImageHeader,
+        ImageFault::TooSmall(..) => Code::ImageTooSmall,
+        ImageFault::TooLarge(..) => Code::ImageTooLarge,
+    }
+}
+
+fn body_site_concept(node: &Node<'_, '_>, faults: &mut Faults) -> Option<CodeableConcept> {
+    let concept = node.element(&["coding", "text"], faults)?;
+    let text = concept.text("text", faults);
+    let nodes = concept.get("coding").map(|list| list.items(faults)).unwrap_or_default();
+    let coding = nodes.iter().filter_map(|node| body_site_coding(node, faults)).collect::<Vec<_>>();
+    if text.is_none() && nodes.is_empty() {
+        faults.add(Code::ElementMissing, format!("{}.coding", node.path), None);
+    }
+    Some(CodeableConcept { coding, text })
+}
+
+fn body_site_coding(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Coding> {
+    let element = node.element(&["system", "version", "code", "display", "userSelected"], faults)?;
+    let coding = Coding {
+        system: element.token("system", faults),
+        version: element.text("version", faults),
+        code: element.token("code", faults),
+        display: element.text("display", faults),
+    };
+    if coding.code.is_none() {
+        faults.add(Code::ElementMissing, format!("{}.code", node.path), None);
+    }
+    let wrong = |code: &String| !is_snomed_concept(code);
+    if coding.system.as_deref() == Some(SNOMED) && coding.code.as_ref().is_some_and(wrong) {
+        let rule = "not a SNOMED CT concept identifier (its check digit is wrong)";
+        faults.add(Code::ValueInvalid, format!("{}.code", node.path), Some(rule.into()));
+    }
+    Some(coding)
+}
+
+/// Whether `code` has the form of a SNOMED CT concept identifier: 6 to 18 digits, partition 00 or 10, and a
+/// right Verhoeff check digit (SNOMED CT Release File Specifications, §6). A mistyped digit is caught without
+/// a copy of the terminology.
+fn is_snomed_concept(code: &str) -> bool {
+    const PERMUTATION: [usize; 10] = [1, 5, 7, 6, 2, 8, 3, 0, 9, 4];
+    let Some(digits) = code.chars().map(|c| c.to_digit(10).map(|d| d as usize)).collect::<Option<Vec<_>>>()
+    else {
+        return false;
+    };
+    if !(6..=18).contains(&digits.len()) || digits[0] == 0 {
+        return false;
+    }
+    let partition = &digits[digits.len() - 3..digits.len() - 1];
+    let permuted = |(position, digit): (usize, &usize)| (0..position % 8).fold(*digit, |d, _| PERMUTATION[d]);
+    let check = digits.iter().rev().enumerate().map(permuted).fold(0, dihedral);
+    matches!(partition, [0 | 1, 0]) && check == 0
+}
+
+/// The product in the dihedral group of the pentagon, on which Verhoeff's check rests.
+fn dihedral(a: usize, b: usize) -> usize {
+    match (a < 5, b < 5) {
+        (true, true) => (a + b) % 5,
+        (true, false) => (a + b - 5) % 5 + 5,
+        (false, true) => (a - 5 + 5 - b) % 5 + 5,
+        (false, false) => (a + 5 - b) % 5,
+    }
+}
+
+fn reference(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Reference> {
+    let element = node.element(&["reference", "type", "identifier", "display"], faults)?;
+    let literal = element.token("reference", faults);
+    if literal.as_ref().is_some_and(|literal| literal.starts_with('#')) {
+        let rule = "a contained resource cannot be referred to";
+        faults.add(Code::ValueInvalid, format!("{}.reference", node.path), Some(rule.into()));
+    }
+    let type_ = element.token("type", faults);
+    let is_type = |name: &String| name.starts_with(|c: char| c.is_ascii_uppercase()) && name.is_ascii();
+    if !type_.as_ref().is_none_or(is_type) {
+        let rule = "a resource type, such as Patient";
+        faults.add(Code::ValueInvalid, format!("{}.type", node.path), Some(rule.into()));
+    }
+    let identifier =
+        element.get("identifier").and_then(|node| business_identifier(&node, faults)).map(Box::new);
+    let display = element.text("display", faults);
+    if literal.is_none() && identifier.is_none() && display.is_none() {
+        faults.add(Code::ElementMissing, format!("{}.identifier", node.path), None);
+    }
+    Some(Reference { reference: literal, type_, identifier, display })
+}
+
+fn business_identifier(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Identifier> {
+    let element = node.element(&["use", "type", "system", "value", "period", "assigner"], faults)?;
+    let use_ = element.token("use", faults);
+    let allowed = ["usual", "official", "temp", "secondary", "old"];
+    if !use_.as_deref().is_none_or(|text| allowed.contains(&text)) {
+        faults.add(Code::ValueInvalid, format!("{}.use", node.path), Some(allowed.join(", ")));
+    }
+    let identifier =
+        Identifier { use_, system: element.token("system", faults), value: element.text("value", faults) };
+    if identifier.value.is_none() {
+        faults.add(Code::ElementMissing, format!("{}.value", node.path), None);
+    }
+    Some(identifier)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use ::image::{GrayImage, ImageFormat};
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn png() -> String {
+        let mut file = Cursor::new(Vec::new());
+        GrayImage::new(80, 80).write_to(&mut file, ImageFormat::Png).unwrap();
+        STANDARD.encode(file.into_inner())
+    }
+
+    fn request() -> Value {
+        json!({
+            "resourceType": "Parameters",
+            "parameter": [
+                {"name": "image", "part": [
+                    {"name": "content", "valueAttachment": {"contentType": "image/png", "data": png(), "title": "One"}},
+                    {"name": "bodySite", "valueCodeableConcept": {"coding": [
+                        {"system": SNOMED, "code": "66643007", "display": "Skin of back"}]}}]},
+                {"name": "subject", "valueReference": {"type": "Patient", "identifier": {"value": "P-1"}}},
+                {"name": "identifier", "valueIdentifier": {"system": "https://h.example/orders", "value": "ORD-1"}},
+                {"name": "heatMap", "valueCode": "none"}
+            ]
+        })
+    }
+
+    fn faults(request: &Value) -> Vec<(&'static str, String)> {
+        let error = parse(request.to_string().as_bytes()).unwrap_err();
+        error.faults.into_iter().map(|f| (f.code.kind().code, f.field.unwrap_or_default())).collect()
+    }
+
+    /// Changes a request by JSON pointer and expects exactly one fault.
+    fn expect_one(pointer: &str, value: Value, code: &str, field: &str) {
+        let mut changed = request();
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        match changed.pointer_mut(parent).unwrap() {
+            Value::Object(members) => drop(members.insert(name.into(), value)),
+            Value::Array(items) => items.push(value),
+            _ => panic!("{pointer} has no members"),
+        }
+        assert_eq!(faults(&changed), [(code_of(code), field.to_owned())], "{pointer}");
+    }
+
+    fn code_of(code: &str) -> &'static str {
+        dermflow_schemas::error::CODES.iter().map(|c| c.kind().code).find(|c| *c == code).unwrap()
+    }
+
+    #[test]
+    fn a_complete_request_is_read() {
+        let payload = parse(request().to_string().as_bytes()).unwrap();
+        assert_eq!(payload.images.len(), 1);
+        assert_eq!(payload.manifest.images[0].title.as_deref(), Some("One"));
+        let site = payload.manifest.images[0].body_site.as_ref().unwrap();
+        assert_eq!(site.coding[0].code.as_deref(), Some("66643007"));
+        assert_eq!(payload.manifest.identifier.unwrap().value.as_deref(), Some("ORD-1"));
+    }
+
+    #[test]
+    fn each_fault_is_named_with_its_place() {
+        let content = "Parameters.parameter[0].part[0].valueAttachment";
+        let attachment = "/parameter/0/part/0/valueAttachment";
+        let data = format!("{content}.data");
+        expect_one("/vendor", json!(1), "element-unknown", "Parameters.vendor");
+        expect_one("/implicitRules", json!("http://x"), "modifier-extension", "Parameters.implicitRules");
+        expect_one(
+            "/parameter/1/modifierExtension",
+            json!([]),
+            "modifier-extension",
+            "Parameters.parameter[1].modifierExtension",
+        );
+        expect_one("/resourceType", json!("Bundle"), "value-invalid", "Parameters.resourceType");
+        expect_one("/parameter/-", json!({"name": "x"}), "parameter-unknown", "Parameters.parameter[4].name");
+        expect_one("/parameter/-", json!(7), "element-type", "Parameters.parameter[4]");
+        let again = json!({"name": "heatMap", "valueCode": "none"});
+        expect_one("/parameter/-", again, "element-repeated", "Parameters.parameter[4]");
+        expect_one(
+            "/parameter/3/valueCode",
+            json!("top-1"),
+            "heat-map-unsupported",
+            "Parameters.parameter[3].valueCode",
+        );
+        expect_one(
+            "/parameter/3/valueCode",
+            json!("all"),
+            "value-invalid",
+            "Parameters.parameter[3].valueCode",
+        );
+        expect_one(
+            &format!("{attachment}/data"),
+            json!("data:image/png;base64,AAEC"),
+            "image-not-base64",
+            &data,
+        );
+        expect_one(&format!("{attachment}/data"), json!("AAEC"), "image-format", &data);
+        expect_one(&format!("{attachment}/data"), json!(7), "element-type", &data);
+        expect_one(&format!("{attachment}/foo"), json!(7), "element-unknown", &format!("{content}.foo"));
+        expect_one(
+            &format!("{attachment}/title"),
+            json!("a\u{0}"),
+            "value-invalid",
+            &format!("{content}.title"),
+        );
+        let site = "/parameter/0/part/1/valueCodeableConcept/coding/0";
+        let place = "Parameters.parameter[0].part[1].valueCodeableConcept.coding[0].code";
+        expect_one(&format!("{site}/code"), json!("66643008"), "value-invalid", place);
+        let subject = "Parameters.parameter[1].valueReference.reference";
+        expect_one("/parameter/1/valueReference/reference", json!("#p"), "value-invalid", subject);
+    }
+
+    #[test]
+    fn legal_elements_that_are_not_used_are_let_be() {
+        let mut full = request();
+        full["id"] = json!("r1");
+        full["meta"] = json!({"tag": [{"code": "x"}]});
+        full["parameter"][0]["part"][0]["valueAttachment"]["creation"] = json!("2026-01-01");
+        full["parameter"][0]["part"][0]["valueAttachment"]["_title"] = json!({"extension": []});
+        full["parameter"][1]["valueReference"]["extension"] =
+            json!([{"url": "http://x", "valueBoolean": true}]);
+        assert!(parse(full.to_string().as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn one_to_three_images_and_every_fault_at_once() {
+        let mut none = request();
+        none["parameter"].as_array_mut().unwrap().remove(0);
+        assert_eq!(faults(&none), [("image-count", "Parameters.parameter".to_owned())]);
+        let mut four = request();
+        let image = four["parameter"][0].clone();
+        four["parameter"].as_array_mut().unwrap().extend([image.clone(), image.clone(), image]);
+        assert_eq!(faults(&four), [("image-count", "Parameters.parameter".to_owned())]);
+        let mut two = request();
+        let mut bad = two["parameter"][0].clone();
+        bad["part"][0]["valueAttachment"]["data"] = json!("R0lG");
+        two["parameter"].as_array_mut().unwrap().push(bad);
+        two["parameter"][0]["part"][0]["valueAttachment"]["data"] = json!("####");
+        assert_eq!(
+            faults(&two).iter().map(|(code, _)| *code).collect::<Vec<_>>(),
+            ["image-not-base64", "image-format"]
+        );
+    }
+
+    #[test]
+    fn snomed_identifiers_carry_a_check_digit() {
+        for good in ["66643007", "181491009", "43067004", "73897004", "1902009", "371311000", "8001006"] {
+            assert!(is_snomed_concept(good), "{good}");
+        }
+        for bad in
+            ["66643070", "66643008", "6664300", "", "12345", "0066643007", "6664300x", "1234567890123456789"]
+        {
+            assert!(!is_snomed_concept(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! The `Prefer` header (RFC 7240): whether, and how long, a caller wants to wait.
+
+use std::time::Duration;
+
+use axum::http::{HeaderMap, header::HeaderName};
+use dermflow_schemas::{
+    job::Lane,
+    limits::{DEFAULT_WAIT, MAX_WAIT},
+};
+
+static PREFER: HeaderName = HeaderName::from_static("prefer");
+
+/// What the caller prefers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Prefer {
+    /// Answer 202 rather than 504 when the wait ends.
+    pub(crate) respond_async: bool,
+    /// The wait that the caller named, at most [`MAX_WAIT`].
+    pub(crate) wait: Option<Duration>,
+}
+
+impl Prefer {
+    /// Reads every `Prefer` header. As RFC 7240 §2 wants, what is unknown or malformed is ignored, and the
+    /// first of repeated preferences counts.
+    pub(crate) fn from_headers(headers: &HeaderMap) -> Self {
+        let mut prefer = Self { respond_async: false, wait: None };
+        for preference in
+            headers.get_all(&PREFER).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','))
+        {
+            let token = preference.split(';').next().unwrap_or_default();
+            let (name, value) = token.split_once('=').unwrap_or((token, ""));
+            match name.trim().to_ascii_lowercase().as_str() {
+                "respond-async" => prefer.respond_async = true,
+                "wait" if prefer.wait.is_none() => {
+                    let seconds = value.trim().trim_matches('"').parse::<u32>().ok();
+                    prefer.wait = seconds.map(|s| Duration::from_secs(s.into()).min(MAX_WAIT));
+                }
+                _ => {}
+            }
+        }
+        prefer
+    }
+
+    /// How long to hold the connection for a result.
+    pub(crate) fn budget(self) -> Duration {
+        match (self.wait, self.respond_async) {
+            (Some(wait), _) => wait,
+            (None, true) => Duration::ZERO,
+            (None, false) => DEFAULT_WAIT,
+        }
+    }
+
+    /// Where the job waits: behind nobody's bulk when somebody holds the line.
+    pub(crate) fn lane(self) -> Lane {
+        if self.budget().is_zero() { Lane::Bulk } else { Lane::Interactive }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prefer(values: &[&'static str]) -> (bool, Option<u64>) {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(&PREFER, value.parse().unwrap());
+        }
+        let prefer = Prefer::from_headers(&headers);
+        (prefer.respond_async, prefer.wait.map(|wait| wait.as_secs()))
+    }
+
+    #[test]
+    fn preferences_are_read_wherever_they_stand() {
+        assert_eq!(prefer(&[]), (false, None));
+        assert_eq!(prefer(&["respond-async"]), (true, None));
+        assert_eq!(prefer(&["respond-async, wait=10"]), (true, Some(10)));
+        assert_eq!(prefer(&["Wait = 10 ; x=1", "respond-async"]), (true, Some(10)));
+        assert_eq!(prefer(&["wait=5, wait=9"]), (false, Some(5)));
+        assert_eq!(prefer(&["wait=600"]), (false, Some(60)));
+        assert_eq!(prefer(&["wait=-1, return=minimal"]), (false, None));
+    }
+
+    #[test]
+    fn a_caller_who_waits_is_interactive() {
+        let lane = |respond_async, wait| Prefer { respond_async, wait }.lane();
+        assert_eq!(lane(false, None), Lane::Interactive);
+        assert_eq!(lane(true, Some(Duration::from_secs(1))), Lane::Interactive);
+        assert_eq!(lane(true, None), Lane::Bulk);
+    }
+}

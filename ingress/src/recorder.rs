@@ -1,0 +1,193 @@
+//! Step 8 of a job's life: results and progress notes from the queue into the record.
+
+use std::{sync::Arc, time::Duration};
+
+use async_nats::jetstream::{AckKind, Message, consumer::pull::Stream};
+use dermflow_auth::db::DbError;
+use dermflow_schemas::{
+    envelope::{EnvelopeError, Outcome, Progress, ResultHeader},
+    id::JobId,
+    limits::RECORD_BATCH,
+    queue,
+    seal::Sealed,
+};
+use futures_util::{FutureExt, StreamExt};
+use tokio_util::sync::CancellationToken;
+
+use crate::{app::App, store::Settled};
+
+/// The pause after a failure of broker or database.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Drains RESULTS until `stop`, whatever fails on the way. The recorders of all replicas share the work.
+pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        let mut messages = match subscribe(&app).await {
+            Ok(messages) => messages,
+            Err(error) => {
+                tracing::warn!(%error, "recorder cannot reach the queue");
+                pause(&stop).await;
+                continue;
+            }
+        };
+        loop {
+            let first = tokio::select! {
+                () = stop.cancelled() => return,
+                next = messages.next() => next,
+            };
+            match first {
+                Some(Ok(first)) => {
+                    let batch = ready_too(first, &mut messages);
+                    record_batch(&app, batch, &stop).await;
+                }
+                // A missed heartbeat is not the end; the stream goes on when polled again.
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "recorder");
+                    pause(&stop).await;
+                    break;
+                }
+                None => break,
+            }
+        }
+    }
+}
+
+async fn subscribe(app: &App) -> Result<Stream, async_nats::Error> {
+    let consumer = queue::bind(app.publisher.context(), queue::RESULTS, queue::RECORDER).await?;
+    Ok(consumer.stream().max_messages_per_batch(RECORD_BATCH).messages().await?)
+}
+
+async fn pause(stop: &CancellationToken) {
+    let _ = tokio::time::timeout(PAUSE, stop.cancelled()).await;
+}
+
+/// Everything that has arrived already, so that a burst takes few transactions and a single result no delay.
+fn ready_too(first: Message, messages: &mut Stream) -> Vec<Message> {
+    let mut batch = vec![first];
+    while batch.len() < RECORD_BATCH
+        && let Some(Some(Ok(message))) = messages.next().now_or_never()
+    {
+        batch.push(message);
+    }
+    batch
+}
+
+async fn record_batch(app: &App, batch: Vec<Message>, stop: &CancellationToken) {
+    let (mut results, mut messages) = (Vec::new(), Vec::new());
+    for message in batch {
+        match ResultHeader::decode(&message.payload) {
+            Ok(result) => {
+                results.push(result);
+                messages.push(message);
+            }
+            Err(error) => set_aside(&message, &error).await,
+        }
+    }
+    // Until the record has them they stay in RESULTS: acknowledged is what is on disk.
+    while let Err(error) = record(app, &results).await {
+        tracing::warn!(%error, results = results.len(), "results not recorded yet");
+        pause(stop).await;
+        if stop.is_cancelled() {
+            return;
+        }
+    }
+    for message in messages {
+        if let Err(error) = message.ack().await {
+            tracing::debug!(%error, "a recorded result will be delivered again");
+        }
+    }
+}
+
+/// A newer build's result is left for a replica that knows it; a broken one can help nobody, and its job ends
+/// at its deadline.
+async fn set_aside(message: &Message, error: &EnvelopeError) {
+    tracing::error!(subject = %message.subject, %error, "unreadable result");
+    let kind = match error {
+        EnvelopeError::UnknownVersion(_) => AckKind::Nak(Some(Duration::from_secs(5))),
+        EnvelopeError::Malformed(_) => AckKind::Term,
+    };
+    let _ = message.ack_with(kind).await;
+}
+
+/// Records results; of each job the first one wins.
+pub(crate) async fn record(app: &App, results: &[(ResultHeader, Option<Sealed>)]) -> Result<(), DbError> {
+    let winners = app.store.settle(results).await?;
+    app.metrics.late_results.with_label_values::<&str>(&[]).inc_by((results.len() - winners.len()) as u64);
+    for winner in &winners {
+        let result = results.iter().map(|(header, _)| header).find(|header| header.job == winner.id);
+        if let Some(header) = result {
+            observe(app, winner, header);
+        }
+    }
+    clean_up(app, &winners).await;
+    Ok(())
+}
+
+fn observe(app: &App, winner: &Settled, header: &ResultHeader) {
+    let lane = [winner.lane.as_str()];
+    app.metrics.jobs_ended.with_label_values(&[winner.lane.as_str(), winner.state.as_str()]).inc();
+    let queued = (header.started_at - winner.accepted_at).as_seconds_f64().max(0.0);
+    app.metrics.queue_seconds.with_label_values(&lane).observe(queued);
+    if header.outcome == Outcome::Succeeded {
+        app.metrics.model_seconds.with_label_values(&lane).observe(header.model_us as f64 / 1e6);
+    }
+}
+
+/// Frees what ended jobs leave in the queue. What fails here is freed by the streams' limits.
+pub(crate) async fn clean_up(app: &App, ended: &[Settled]) {
+    for job in ended {
+        if job.spent_claim_check {
+            delete_object(app, job.id).await;
+        }
+    }
+}
+
+/// Removes a job that ended without a worker's result from the queue, wherever it waits.
+pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
+    let jobs = match app.publisher.context().get_stream_no_info(queue::JOBS).await {
+        Ok(jobs) => jobs,
+        Err(error) => return tracing::warn!(job = %id, %error, "not withdrawn"),
+    };
+    if let Some(sequence) = stream_seq.and_then(|sequence| u64::try_from(sequence).ok()) {
+        let _ = jobs.delete_message(sequence).await;
+    }
+    let _ = jobs.purge().filter(queue::retry_subject(id)).await;
+}
+
+/// Removes a claim-checked payload.
+pub(crate) async fn delete_object(app: &App, id: JobId) {
+    let delete = async {
+        let bucket = app.publisher.context().get_object_store(queue::PAYLOADS).await?;
+        bucket.delete(id.to_string()).await?;
+        Ok::<(), async_nats::Error>(())
+    };
+    if let Err(error) = delete.await {
+        tracing::warn!(job = %id, %error, "payload not removed");
+    }
+}
+
+/// Takes workers' progress notes into the record until `stop`. They may be lost: results repeat them.
+pub(crate) async fn run_progress(app: Arc<App>, stop: CancellationToken) {
+    let mut notes = loop {
+        match app.nats.queue_subscribe(queue::ALL_PROGRESS, queue::RECORDER.into()).await {
+            Ok(notes) => break notes.ready_chunks(RECORD_BATCH),
+            Err(error) => tracing::warn!(%error, "progress"),
+        }
+        pause(&stop).await;
+        if stop.is_cancelled() {
+            return;
+        }
+    };
+    loop {
+        let chunk = tokio::select! {
+            () = stop.cancelled() => return,
+            chunk = notes.next() => chunk,
+        };
+        let Some(chunk) = chunk else { return };
+        let chunk: Vec<Progress> =
+            chunk.iter().filter_map(|message| serde_json::from_slice(&message.payload).ok()).collect();
+        if let Err(error) = app.store.started(&chunk).await {
+            tracing::debug!(%error, "progress not recorded");
+        }
+    }
+}

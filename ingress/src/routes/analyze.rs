@@ -1,0 +1,87 @@
+//! `POST /fhir/DiagnosticReport/$analyze`: one to three images in, a report or a job out.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::State,
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    response::Response,
+};
+use dermflow_auth::token::SCOPE_ANALYZE;
+use dermflow_schemas::{
+    error::{ApiError, Code},
+    id::IdempotencyKey,
+};
+
+use crate::{
+    answer::{Problem, accepts_fhir, sends_fhir},
+    app::App,
+    extract::{Body, Caller},
+    parameters,
+    prefer::Prefer,
+    routes::status::{accepted, finished},
+    submit::{Submission, blocking, submit, wait, with_status_url},
+};
+
+static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+static PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
+
+pub(crate) async fn post(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    if !accepts_fhir(&headers) {
+        return Err(Code::NotAcceptable.into());
+    }
+    if !sends_fhir(&headers) {
+        return Err(ApiError::from(Code::MediaType).at("Content-Type").into());
+    }
+    let key = idempotency_key(&headers)?;
+    let prefer = Prefer::from_headers(&headers);
+    let bytes = body.read(&app.bounds).await?;
+    // The body is gone from memory when its images are decoded.
+    let payload = blocking(move || parameters::parse(&bytes.bytes)).await??;
+    let submission = Submission { client, lane: prefer.lane(), key, payload };
+    let submitted = submit(app.clone(), submission).await?;
+    let job = submitted.job;
+    match wait(&app, submitted, client, prefer.budget()).await.map_err(|p| with_status_url(p, &app, job))? {
+        Some(ended) => {
+            let mut response = finished(&app, ended)?;
+            if let Some(wait) = prefer.wait {
+                applied(&mut response, &format!("wait={}", wait.as_secs()));
+            }
+            Ok(response)
+        }
+        None if prefer.respond_async => {
+            let mut response = accepted(&app, job);
+            applied(&mut response, "respond-async");
+            Ok(response)
+        }
+        None => Err(with_status_url(Code::WaitEnded.into(), &app, job)),
+    }
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ApiError> {
+    let mut values = headers.get_all(&IDEMPOTENCY_KEY).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    let invalid = || {
+        ApiError::from(Code::HeaderInvalid).at("Idempotency-Key").detail("1 to 255 visible ASCII characters")
+    };
+    if values.next().is_some() {
+        return Err(invalid());
+    }
+    let key = value.to_str().map_err(|_| invalid())?.parse().map_err(|_| invalid())?;
+    Ok(Some(key))
+}
+
+fn applied(response: &mut Response, preference: &str) {
+    if response.status() <= StatusCode::ACCEPTED
+        && let Ok(value) = HeaderValue::from_str(preference)
+    {
+        response.headers_mut().insert(PREFERENCE_APPLIED.clone(), value);
+        response.headers_mut().append(header::VARY, HeaderValue::from_static("Prefer"));
+    }
+}

@@ -1,0 +1,65 @@
+//! `POST /login`: a name and a password for an access token.
+
+use std::sync::Arc;
+
+use axum::{
+    Form,
+    extract::{State, rejection::FormRejection},
+    response::Response,
+};
+use dermflow_auth::{
+    password::PasswordError,
+    token::LIFETIME,
+    users::{self, UserError},
+};
+use dermflow_schemas::{clock, error::Code};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::{
+    answer::{self, Problem},
+    app::App,
+    submit::internal,
+};
+
+/// The form. `Debug` shows no password.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Credentials {
+    username: String,
+    #[serde(deserialize_with = "secret")]
+    password: SecretString,
+}
+
+fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretString, D::Error> {
+    String::deserialize(deserializer).map(SecretString::from)
+}
+
+/// `expires_in` is RFC 6749's, in seconds; `expires_in_minutes` is what clients of the device API read.
+pub(crate) async fn post(
+    State(app): State<Arc<App>>,
+    form: Result<Form<Credentials>, FormRejection>,
+) -> Result<Response, Problem> {
+    let Form(Credentials { username, password }) = form.map_err(|_| Code::FormInvalid)?;
+    let user = users::authenticate(app.store.pool(), &app.hasher, &username, password).await;
+    let client = user.map_err(unavailable)?.ok_or_else(|| {
+        tracing::info!("login refused");
+        Code::LoginFailed
+    })?;
+    let token = app.tokens.issue(client, clock::now()).map_err(|error| internal(&error))?;
+    tracing::info!(%client, "login");
+    Ok(answer::json(json!({
+        "access_token": token.expose_secret(),
+        "token_type": "Bearer",
+        "expires_in": LIFETIME.as_secs(),
+        "expires_in_minutes": LIFETIME.as_secs() / 60,
+    })))
+}
+
+fn unavailable(error: UserError) -> Problem {
+    match error {
+        UserError::Db(error) => error.into(),
+        UserError::Password(PasswordError::Busy) => Code::Overloaded.into(),
+        other => internal(&other),
+    }
+}

@@ -1,0 +1,89 @@
+//! The route table: the whole API on one screen.
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::{MatchedPath, Request, State},
+    http::{HeaderValue, StatusCode, header},
+    middleware::{Next, from_fn, from_fn_with_state},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use dermflow_schemas::{error::Code, limits::MAX_BODY_BYTES};
+use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
+
+use crate::{
+    answer::{Problem, render},
+    app::App,
+    extract::request_id,
+};
+
+mod analyze;
+mod health;
+mod jobs;
+mod login;
+mod status;
+
+/// What clients reach.
+pub(crate) fn public(app: Arc<App>) -> Router {
+    let routes = Router::new()
+        .route("/login", post(login::post))
+        .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
+        .route("/fhir/DiagnosticReport/{id}", get(status::report))
+        .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
+        .route("/jobs/{id}", get(jobs::get));
+    dressed(routes, app)
+}
+
+/// What operators reach, on the loopback interface only.
+pub(crate) fn internal(app: Arc<App>) -> Router {
+    let routes = Router::new()
+        .route("/livez", get(health::live))
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(health::metrics));
+    dressed(routes, app)
+}
+
+fn dressed(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
+    let header = |name, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));
+    routes
+        .fallback(async || Problem::from(Code::NotFound))
+        .method_not_allowed_fallback(async || Problem::from(Code::MethodNotAllowed))
+        .layer(from_fn_with_state(app.clone(), measure))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(render))
+        .layer(from_fn(request_id))
+        .layer(header(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000"))
+        .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+        .layer(header(header::CACHE_CONTROL, "no-store"))
+        .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(app)
+}
+
+fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
+    // The panic hook has logged place and message; the payload may quote a request.
+    Problem::from(Code::Internal).into_response()
+}
+
+async fn measure(
+    State(app): State<Arc<App>>,
+    path: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let method = request.method().clone();
+    // Methods are the caller's words too: unknown ones share a label.
+    let method = if matches!(method.as_str(), "GET" | "POST" | "DELETE" | "HEAD") {
+        method.to_string()
+    } else {
+        "other".into()
+    };
+    let path = path.as_ref().map_or("none", MatchedPath::as_str).to_owned();
+    let timer = app.metrics.request_seconds.with_label_values(&[&path]).start_timer();
+    let response = next.run(request).await;
+    timer.observe_duration();
+    let status: StatusCode = response.status();
+    app.metrics.requests.with_label_values(&[path.as_str(), &method, status.as_str()]).inc();
+    response
+}

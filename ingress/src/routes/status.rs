@@ -1,0 +1,183 @@
+//! `/fhir/_async/{id}` and `/fhir/DiagnosticReport/{id}`: poll, fetch, cancel.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Path, State},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    response::Response,
+};
+use dermflow_auth::token::SCOPE_ANALYZE;
+use dermflow_schemas::{
+    clock,
+    error::{ApiError, Code},
+    id::JobId,
+    job::State as JobState,
+    limits::{POLL_INTERVAL, RETENTION},
+};
+use time::{OffsetDateTime, format_description::well_known::Rfc2822};
+
+use crate::{
+    answer::{self, Problem, accepts_fhir},
+    app::App,
+    extract::Caller,
+    recorder,
+    store::Record,
+    submit::{Ended, ended, status_url},
+};
+
+static PROGRESS: HeaderName = HeaderName::from_static("x-progress");
+static SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+
+/// The state of a job: 202 while it goes on, then exactly what the synchronous call would have answered.
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    if app.bounds.polls.check_key(&client).is_err() {
+        return Err(Code::PollTooFast.into());
+    }
+    if !accepts_fhir(&headers) {
+        return Err(Code::NotAcceptable.into());
+    }
+    let id = job_id(&id)?;
+    let record = app.store.find(id, client).await?.filter(|record| !gone(record)).ok_or(Code::NotFound)?;
+    if !record.state.is_terminal() {
+        let mut response = accepted(&app, id);
+        insert(response.headers_mut(), &PROGRESS, &progress(&record));
+        return Ok(response);
+    }
+    let ended = ended(&app, id, client).await?.ok_or(Code::NotFound)?;
+    finished(&app, ended)
+}
+
+/// The report alone; there is none while the job goes on, or when it failed.
+pub(crate) async fn report(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    if !accepts_fhir(&headers) {
+        return Err(Code::NotAcceptable.into());
+    }
+    let ended = ended(&app, job_id(&id)?, client).await?;
+    finished(&app, ended.filter(|ended| ended.report.is_some()).ok_or(Code::NotFound)?)
+}
+
+/// Cancels a job that goes on; removes the result of one that has ended.
+pub(crate) async fn delete(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    let id = job_id(&id)?;
+    let record = app.store.delete(id, client, clock::now()).await?.ok_or(Code::NotFound)?;
+    if !record.state.is_terminal() {
+        let cancelled = [record.lane.as_str(), JobState::Cancelled.as_str()];
+        app.metrics.jobs_ended.with_label_values(&cancelled).inc();
+        recorder::withdraw(&app, id, record.stream_seq).await;
+    }
+    if record.claim_check {
+        recorder::delete_object(&app, id).await;
+    }
+    let body = answer::information("job-deleted", "The job and what it left behind are removed.");
+    Ok(answer::fhir(StatusCode::ACCEPTED, body))
+}
+
+/// 202: the job goes on, here is where to ask.
+pub(crate) fn accepted(app: &App, job: JobId) -> Response {
+    let text = "The analysis is queued. Poll the URL in Content-Location.";
+    let mut response = answer::fhir(StatusCode::ACCEPTED, answer::information("job-accepted", text));
+    let headers = response.headers_mut();
+    insert(headers, &header::CONTENT_LOCATION, &status_url(app, job));
+    insert(headers, &header::RETRY_AFTER, &POLL_INTERVAL.as_secs().to_string());
+    response
+}
+
+/// What a job that has ended answers: its report with 200, or its error.
+pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
+    let Ended { record, report } = ended;
+    let Some(report) = report else { return Err(failed(&record).into()) };
+    let mut response = answer::fhir(StatusCode::OK, report);
+    let headers = response.headers_mut();
+    let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);
+    insert(headers, &header::CONTENT_LOCATION, &location);
+    insert(headers, &header::ETAG, "W/\"1\"");
+    if let Some(finished_at) = record.finished_at {
+        insert(headers, &header::LAST_MODIFIED, &http_date(finished_at));
+        insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
+    }
+    insert(headers, &SERVER_TIMING, &server_timing(&record));
+    Ok(response)
+}
+
+fn failed(record: &Record) -> ApiError {
+    match (&record.failure, record.state) {
+        (Some(failure), _) => {
+            let error = ApiError::from(failure.code);
+            match failure.image {
+                Some(image) => error.detail(format!("image {} of the request", image + 1)),
+                None => error,
+            }
+        }
+        (None, JobState::Cancelled) => Code::JobCancelled.into(),
+        (None, _) => Code::Internal.into(),
+    }
+}
+
+/// Milliseconds in the queue, in the model, and from acceptance to the end (W3C Server Timing).
+fn server_timing(record: &Record) -> String {
+    let millis =
+        |end: Option<OffsetDateTime>| end.map_or(0, |end| clock::elapsed_ms(record.accepted_at, end));
+    let model = record.model_us.unwrap_or(0) as f64 / 1e3;
+    format!(
+        "queue;dur={}, model;dur={model:.3}, total;dur={}",
+        millis(record.started_at),
+        millis(record.finished_at)
+    )
+}
+
+fn progress(record: &Record) -> String {
+    match record.state {
+        JobState::Running => format!("running, attempt {}", record.attempts),
+        _ => "queued".into(),
+    }
+}
+
+/// Withdrawn, or its result removed: for the client it is not there any more.
+fn gone(record: &Record) -> bool {
+    record.deleted || record.state == JobState::Cancelled
+}
+
+/// Whatever is no job id names no job.
+pub(crate) fn job_id(text: &str) -> Result<JobId, Code> {
+    text.parse().map_err(|_| Code::NotFound)
+}
+
+/// RFC 9110 §5.6.7.
+fn http_date(at: OffsetDateTime) -> String {
+    let date = at.to_offset(time::UtcOffset::UTC).format(&Rfc2822).unwrap_or_default();
+    date.replace("+0000", "GMT")
+}
+
+fn insert(headers: &mut HeaderMap, name: &HeaderName, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(name, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_in_the_form_of_http() {
+        assert_eq!(http_date(OffsetDateTime::UNIX_EPOCH), "Thu, 01 Jan 1970 00:00:00 GMT");
+    }
+}

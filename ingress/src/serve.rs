@@ -1,0 +1,181 @@
+//! Listeners: an accept loop with a time-out on every step, which `axum::serve` does not have.
+//!
+//! Handshakes run in their own tasks, so that a stalled one blocks nobody; the version of HTTP comes from
+//! ALPN, so that there is no reading ahead to guess it.
+
+use std::{io, net::SocketAddr, path::Path, sync::Arc};
+
+use axum::{Router, body::Body, http::Request};
+use dermflow_schemas::limits::{HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS};
+use hyper::{Response, StatusCode, body::Incoming, header, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{conn::auto, graceful::GracefulShutdown},
+    service::TowerToHyperService,
+};
+use rustls::{
+    ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::{Duration, timeout},
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+/// HTTP/2 flow-control windows: with the defaults an upload of megabytes takes a round trip every 64 KiB.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+/// Requests at once on one HTTP/2 connection.
+const MAX_STREAMS: u32 = 128;
+/// Bytes of all headers of a request.
+const MAX_HEADER_BYTES: u32 = 32 * 1024;
+/// Between two HTTP/2 pings, and the wait for their answer.
+const H2_PING: Duration = Duration::from_secs(20);
+/// The pause after an accept that failed for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why the certificate cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file is missing or holds no PEM of the kind.
+    #[error("{0}: {1}")]
+    Pem(String, String),
+    /// Certificate and key do not belong together, or are of no known kind.
+    #[error("certificate and key: {0}")]
+    Pair(#[from] rustls::Error),
+}
+
+/// TLS 1.2 and 1.3 with rustls's suites, all of them AEAD with forward secrecy; ALPN h2 and http/1.1.
+///
+/// # Errors
+/// When certificate or key cannot be read or do not match.
+pub fn tls_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
+    let pem = |path: &Path, error: rustls::pki_types::pem::Error| {
+        TlsError::Pem(path.display().to_string(), error.to_string())
+    };
+    let chain = CertificateDer::pem_file_iter(certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| pem(certificate, error))?;
+    let key = PrivateKeyDer::from_pem_file(key).map_err(|error| pem(key, error))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// Serves `router` over HTTPS until `stop`, then lets requests in flight finish.
+pub(crate) async fn https(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    router: Router,
+    stop: CancellationToken,
+) {
+    let acceptor = TlsAcceptor::from(tls);
+    let graceful = Arc::new(GracefulShutdown::new());
+    let serve = {
+        let graceful = graceful.clone();
+        move |stream: TcpStream| {
+            let (acceptor, router, graceful) = (acceptor.clone(), router.clone(), graceful.clone());
+            async move {
+                let Ok(Ok(stream)) = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else {
+                    return;
+                };
+                let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                let builder = builder(is_h2);
+                let service = TowerToHyperService::new(router);
+                let connection = builder.serve_connection(TokioIo::new(stream), service);
+                // What a peer does wrong on its own connection is its own affair.
+                let _ = graceful.watch(connection.into_owned()).await;
+            }
+        }
+    };
+    accept(listener, stop, serve).await;
+    if let Some(graceful) = Arc::into_inner(graceful)
+        && timeout(INGRESS_DRAIN, graceful.shutdown()).await.is_err()
+    {
+        tracing::warn!("requests were still in flight when the time to drain ended");
+    }
+}
+
+fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_headers(100);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(MAX_HEADER_BYTES)
+        .keep_alive_interval(H2_PING)
+        .keep_alive_timeout(H2_PING);
+    if is_h2 { builder.http2_only() } else { builder.http1_only() }
+}
+
+/// Answers every plain request with 308 to `public_url`, without reading a body, and hangs up.
+pub(crate) async fn redirect(listener: TcpListener, public_url: Arc<str>, stop: CancellationToken) {
+    let serve = move |stream: TcpStream| {
+        let public_url = public_url.clone();
+        async move {
+            let service = service_fn(move |request: Request<Incoming>| {
+                let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+                let response = Response::builder()
+                    .status(StatusCode::PERMANENT_REDIRECT)
+                    .header(header::LOCATION, format!("{public_url}{path}"))
+                    .header(header::CONNECTION, "close")
+                    .body(Body::empty());
+                async move { response }
+            });
+            let connection = builder(false).http1_only();
+            let served = connection.serve_connection(TokioIo::new(stream), service);
+            let _ = timeout(HEADER_TIMEOUT, served).await;
+        }
+    };
+    accept(listener, stop, serve).await;
+}
+
+/// Hands each connection to its own task; [`MAX_CONNECTIONS`] at once, more wait in the kernel's queue.
+async fn accept<F: Future<Output = ()> + Send + 'static>(
+    listener: TcpListener,
+    stop: CancellationToken,
+    serve: impl Fn(TcpStream) -> F,
+) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = async {
+                let permit = connections.clone().acquire_owned().await;
+                listener.accept().await.map(|(stream, _)| (stream, permit))
+            } => accepted,
+        };
+        match accepted {
+            Ok((stream, permit)) => {
+                // Nagle's algorithm would hold an HTTP/2 answer back for 40 ms.
+                let _ = stream.set_nodelay(true);
+                let connection = serve(stream);
+                tokio::spawn(async move {
+                    connection.await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "accept");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Binds a listener; the error names the option and the address.
+pub(crate) async fn bind(option: &str, address: SocketAddr) -> io::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| io::Error::new(error.kind(), format!("--{option} {address}: {error}")))
+}

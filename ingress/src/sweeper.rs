@@ -1,0 +1,39 @@
+//! Step 9 of a job's life: what does not move is settled, what is past its retention erased.
+
+use std::sync::Arc;
+
+use dermflow_schemas::{clock, job::State, limits::SWEEP_INTERVAL};
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    app::App,
+    recorder::{clean_up, withdraw},
+    store::Settled,
+};
+
+/// A round every [`SWEEP_INTERVAL`] until `stop`; the database sees to it that one replica leads.
+pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
+    let mut round = interval(SWEEP_INTERVAL);
+    round.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = round.tick() => {}
+        }
+        match app.store.sweep(clock::now()).await {
+            Ok(settled) => sweep_up(&app, &settled).await,
+            Err(error) => tracing::warn!(%error, "sweeper"),
+        }
+    }
+}
+
+async fn sweep_up(app: &App, settled: &[Settled]) {
+    for job in settled {
+        tracing::warn!(job = %job.id, "settled by the sweeper");
+        app.metrics.swept.with_label_values(&[job.lane.as_str()]).inc();
+        app.metrics.jobs_ended.with_label_values(&[job.lane.as_str(), State::Failed.as_str()]).inc();
+        withdraw(app, job.id, job.stream_seq).await;
+    }
+    clean_up(app, settled).await;
+}
