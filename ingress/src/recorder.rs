@@ -144,14 +144,19 @@ pub(crate) async fn clean_up(app: &App, ended: &[Settled]) {
 
 /// Removes a job that ended without a worker's result from the queue, wherever it waits.
 pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
-    let jobs = match app.publisher.context().get_stream_no_info(queue::JOBS).await {
-        Ok(jobs) => jobs,
-        Err(error) => return tracing::warn!(job = %id, %error, "not withdrawn"),
+    let withdraw = async {
+        let context = app.publisher.context();
+        if let Some(sequence) = stream_seq.and_then(|sequence| u64::try_from(sequence).ok()) {
+            // It is an error when a worker has it already, and then there is nothing to do.
+            let _ = context.get_stream_no_info(queue::JOBS).await?.delete_message(sequence).await;
+        }
+        let retries = context.get_stream_no_info(queue::RETRIES).await?;
+        retries.purge().filter(queue::retry_subject(id)).await?;
+        Ok::<(), async_nats::Error>(())
     };
-    if let Some(sequence) = stream_seq.and_then(|sequence| u64::try_from(sequence).ok()) {
-        let _ = jobs.delete_message(sequence).await;
+    if let Err(error) = withdraw.await {
+        tracing::warn!(job = %id, %error, "not withdrawn");
     }
-    let _ = jobs.purge().filter(queue::retry_subject(id)).await;
 }
 
 /// Removes a claim-checked payload.

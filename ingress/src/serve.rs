@@ -132,7 +132,7 @@ pub(crate) async fn redirect(listener: TcpListener, public_url: Arc<str>, stop: 
                     .body(Body::empty());
                 async move { response }
             });
-            let connection = builder(false).http1_only();
+            let connection = builder(false);
             let served = connection.serve_connection(TokioIo::new(stream), service);
             let _ = timeout(HEADER_TIMEOUT, served).await;
         }

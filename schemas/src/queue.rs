@@ -2,13 +2,15 @@
 //!
 //! | stream | subjects | holds |
 //! |---|---|---|
-//! | `JOBS` | `jobs.<lane>.<partition>.<client>`, `retry.<job>` | sealed payloads; `retry` are scheduled republications (ADR-51) |
+//! | `JOBS` | `jobs.<lane>.<partition>.<client>` | sealed payloads that wait for a worker |
+//! | `RETRIES` | `retry.<job>`, `due.<lane>.<partition>.<client>` | failed attempts until their back-off ends, then until a worker takes them |
 //! | `RESULTS` | `results.<job>` | sealed reports until they are recorded |
 //! | `DEAD` | `dead.<lane>.<partition>.<client>` | payloads that were given up, with the reason |
 //! | `OBJ_payloads` | object store | sealed payloads beyond the broker's message size |
 //!
 //! The partition is a function of the client, so that fair scheduling can filter on it without any other
-//! change.
+//! change. Retries have a stream of their own because the broker refuses message schedules (ADR-51) on a stream
+//! that discards new messages, as JOBS must: a full queue refuses, it never forgets.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -39,6 +41,10 @@ use crate::{
 pub const PARTITIONS: u8 = 16;
 /// The stream of jobs.
 pub const JOBS: &str = "JOBS";
+/// The stream of failed attempts.
+pub const RETRIES: &str = "RETRIES";
+/// The consumer of `RETRIES` that all workers share.
+pub const DUE: &str = "due";
 /// The stream of results.
 pub const RESULTS: &str = "RESULTS";
 /// The stream of dead letters.
@@ -62,6 +68,11 @@ pub fn job_subject(lane: Lane, client: ClientId) -> String {
 /// The subject that a failed attempt is parked on until its back-off ends.
 pub fn retry_subject(job: JobId) -> String {
     format!("retry.{job}")
+}
+
+/// The subject that the broker moves it to then.
+pub fn due_subject(lane: Lane, client: ClientId) -> String {
+    format!("due.{}.{}.{client}", lane.as_str(), client.partition())
 }
 
 /// The subject of a given-up payload.
@@ -96,9 +107,16 @@ fn stream(name: &str, subjects: &[&str]) -> Config {
 }
 
 /// Every stream.
-pub fn streams() -> [Config; 3] {
+pub fn streams() -> [Config; 4] {
     [
-        Config { max_bytes: 16 * GIB, allow_message_schedules: true, ..stream(JOBS, &["jobs.>", "retry.*"]) },
+        Config { max_bytes: 16 * GIB, ..stream(JOBS, &["jobs.>"]) },
+        // No limit of its own, which would discard the oldest: what is here was within the limit of JOBS, and
+        // the broker's limit on storage refuses what is too much.
+        Config {
+            allow_message_schedules: true,
+            discard: DiscardPolicy::Old,
+            ..stream(RETRIES, &["retry.*", "due.>"])
+        },
         Config { max_bytes: 4 * GIB, ..stream(RESULTS, &["results.*"]) },
         Config {
             max_bytes: 4 * GIB,
@@ -156,6 +174,8 @@ pub async fn ensure(context: &Context, ack_wait: Duration) -> Result<(), async_n
     for lane in LANES {
         jobs.create_consumer(lane_consumer(lane, ack_wait)).await?;
     }
+    let retries = context.get_stream_no_info(RETRIES).await?;
+    retries.create_consumer(consumer(DUE, "due.>", ack_wait)).await?;
     let results = context.get_stream_no_info(RESULTS).await?;
     results.create_consumer(recorder_consumer(ack_wait)).await?;
     if context.get_object_store(PAYLOADS).await.is_err() {
@@ -266,7 +286,7 @@ impl Message {
     pub fn retry(lane: Lane, client: ClientId, job: JobId, due: OffsetDateTime, body: Bytes) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Schedule", format!("@at {}", instant(due)));
-        headers.insert("Nats-Schedule-Target", job_subject(lane, client));
+        headers.insert("Nats-Schedule-Target", due_subject(lane, client));
         Self { subject: retry_subject(job), id: None, headers, body }
     }
 }
