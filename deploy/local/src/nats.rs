@@ -1,0 +1,426 @@
+//! nats-server with JetStream: TLS, one user per service, every acknowledged message on disk.
+
+use std::{
+    fmt::Write,
+    net::{Ipv4Addr, TcpListener},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow};
+use async_nats::{Client, ConnectOptions, jetstream};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::{
+    pki::Pki,
+    process::{Process, Signal, TICK},
+    state::{State, read, write_private},
+};
+
+const READY_WITHIN: Duration = Duration::from_secs(30);
+const STOP_WITHIN: Duration = Duration::from_secs(20);
+
+/// The subjects that a user may use; everything else is refused.
+#[derive(Debug, Clone, Copy)]
+pub struct Permissions {
+    /// The user's name, also in the prefix of its inbox.
+    pub user: &'static str,
+    /// Subjects it may publish to.
+    pub publish: &'static [&'static str],
+    /// Subjects it may subscribe to.
+    pub subscribe: &'static [&'static str],
+}
+
+/// Ingress makes the streams and consumers, submits jobs, stores large payloads, and drains the results. It
+/// cannot read the dead letters.
+pub const INGRESS: Permissions = Permissions {
+    user: "ingress",
+    publish: &[
+        "jobs.>",
+        "$O.payloads.>",
+        "$JS.API.INFO",
+        "$JS.API.STREAM.CREATE.JOBS",
+        "$JS.API.STREAM.UPDATE.JOBS",
+        "$JS.API.STREAM.INFO.JOBS",
+        "$JS.API.STREAM.MSG.DELETE.JOBS",
+        "$JS.API.STREAM.CREATE.RETRIES",
+        "$JS.API.STREAM.UPDATE.RETRIES",
+        "$JS.API.STREAM.INFO.RETRIES",
+        "$JS.API.STREAM.PURGE.RETRIES",
+        "$JS.API.STREAM.CREATE.RETRIES",
+        "$JS.API.STREAM.UPDATE.RETRIES",
+        "$JS.API.STREAM.INFO.RETRIES",
+        "$JS.API.STREAM.PURGE.RETRIES",
+        "$JS.API.STREAM.CREATE.RESULTS",
+        "$JS.API.STREAM.UPDATE.RESULTS",
+        "$JS.API.STREAM.INFO.RESULTS",
+        "$JS.API.STREAM.CREATE.DEAD",
+        "$JS.API.STREAM.UPDATE.DEAD",
+        "$JS.API.STREAM.INFO.DEAD",
+        "$JS.API.STREAM.CREATE.OBJ_payloads",
+        "$JS.API.STREAM.INFO.OBJ_payloads",
+        "$JS.API.STREAM.PURGE.OBJ_payloads",
+        "$JS.API.DIRECT.GET.OBJ_payloads.>",
+        "$JS.API.CONSUMER.CREATE.JOBS.>",
+        "$JS.API.CONSUMER.CREATE.RETRIES.>",
+        "$JS.API.CONSUMER.CREATE.RETRIES.>",
+        "$JS.API.CONSUMER.DURABLE.CREATE.RETRIES.>",
+        "$JS.API.CONSUMER.CREATE.RESULTS.>",
+        "$JS.API.CONSUMER.INFO.RESULTS.*",
+        "$JS.API.CONSUMER.MSG.NEXT.RESULTS.*",
+        "$JS.ACK.RESULTS.>",
+    ],
+    subscribe: &["results.*", "progress.*", "_INBOX_ingress.>"],
+};
+
+/// A worker pulls jobs, reads large payloads, and publishes what came of a job. It cannot submit one: a retry
+/// goes through `retry.*`, from where the broker itself moves it to `due.>`.
+pub const WORKER: Permissions = Permissions {
+    user: "worker",
+    publish: &[
+        "results.*",
+        "progress.*",
+        "retry.*",
+        "dead.>",
+        "$JS.API.STREAM.INFO.JOBS",
+        "$JS.API.CONSUMER.INFO.JOBS.*",
+        "$JS.API.CONSUMER.MSG.NEXT.JOBS.*",
+        "$JS.ACK.JOBS.>",
+        "$JS.API.STREAM.INFO.RETRIES",
+        "$JS.API.CONSUMER.INFO.RETRIES.*",
+        "$JS.API.CONSUMER.MSG.NEXT.RETRIES.*",
+        "$JS.ACK.RETRIES.>",
+        "$JS.API.STREAM.INFO.OBJ_payloads",
+        "$JS.API.DIRECT.GET.OBJ_payloads.>",
+        "$JS.API.CONSUMER.CREATE.OBJ_payloads",
+        "$JS.API.CONSUMER.CREATE.OBJ_payloads.>",
+        "$JS.API.CONSUMER.DELETE.OBJ_payloads.>",
+        "$JS.FC.OBJ_payloads.>",
+    ],
+    subscribe: &["_INBOX_worker.>"],
+};
+
+/// The operator's user, who may do everything.
+pub const ADMIN: Permissions = Permissions { user: "admin", publish: &[">"], subscribe: &[">"] };
+
+/// Every user.
+pub const USERS: [Permissions; 3] = [INGRESS, WORKER, ADMIN];
+
+/// What a benchmark or a fault test changes.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// JetStream's `sync_interval`: `always`, or a duration such as `2m`.
+    pub sync_interval: String,
+    /// JetStream's `max_file_store`. The streams reserve 40 GiB among them, and the broker's own default is
+    /// three quarters of the free disk, which may be less.
+    pub max_file_store: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { sync_interval: "always".into(), max_file_store: "64G".into() }
+    }
+}
+
+/// One nats-server.
+#[derive(Debug)]
+pub struct Nats {
+    /// Its process.
+    pub process: Process,
+    port: u16,
+    store: PathBuf,
+    ca: PathBuf,
+    passwords: Vec<(&'static str, PathBuf)>,
+}
+
+impl Nats {
+    /// Writes its configuration; it listens on a free port of the loopback address, the same at every start of
+    /// this value.
+    ///
+    /// # Errors
+    /// When a file cannot be written or no port is free.
+    pub fn prepare(state: &State, pki: &Pki, server: &Path, settings: &Settings) -> Result<Self> {
+        let port = free_port()?;
+        let mut passwords = Vec::new();
+        for user in USERS {
+            passwords.push((user.user, state.password(&format!("nats-{}", user.user))?));
+        }
+        let config = state.path("nats.conf");
+        let store = state.folder("nats")?;
+        write_private(&config, &configuration(port, pki, &store, &passwords, settings)?)?;
+        let process =
+            Process::new("nats-server", server, state.log("nats-server")?).arg("--config").arg(config);
+        Ok(Self { process, port, store, ca: pki.ca.clone(), passwords })
+    }
+
+    /// Starts it and waits until JetStream answers.
+    ///
+    /// # Errors
+    /// When it runs already, ends at its start, or does not answer in time.
+    pub async fn start(&mut self) -> Result<()> {
+        self.process.spawn()?;
+        let deadline = Instant::now() + READY_WITHIN;
+        loop {
+            let answer = timeout(Duration::from_secs(5), async {
+                let client = self.connect("admin").await?;
+                jetstream::new(client).query_account().await.context("JetStream does not answer")
+            });
+            if let Ok(Ok(_)) = answer.await {
+                return Ok(());
+            }
+            self.process.still_starting(deadline)?;
+            sleep(TICK).await;
+        }
+    }
+
+    /// Kills it (SIGKILL) when it runs, and starts it on the same port and store.
+    ///
+    /// # Errors
+    /// As [`Nats::start`].
+    pub async fn restart(&mut self) -> Result<()> {
+        self.process.kill().await;
+        self.start().await
+    }
+
+    /// Stops it in order.
+    ///
+    /// # Errors
+    /// When it had to be killed.
+    pub async fn stop(&mut self) -> Result<()> {
+        self.process.stop(Signal::TERM, STOP_WITHIN).await
+    }
+
+    /// Its port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The folder with what it has stored.
+    pub fn store(&self) -> &Path {
+        &self.store
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("tls://localhost:{}", self.port)
+    }
+
+    /// The file with a user's password.
+    ///
+    /// # Errors
+    /// When there is no such user.
+    pub fn password_file(&self, user: &str) -> Result<&Path> {
+        let found = self.passwords.iter().find(|(name, _)| *name == user);
+        found.map(|(_, file)| file.as_path()).with_context(|| format!("NATS has no user {user}"))
+    }
+
+    /// Connects as one of [`USERS`], with the inbox that this user is allowed.
+    ///
+    /// # Errors
+    /// When it does not run, or refuses.
+    pub async fn connect(&self, user: &str) -> Result<Client> {
+        // Installed already when somebody else in this process uses TLS.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        ConnectOptions::new()
+            .user_and_password(user.into(), read(self.password_file(user)?)?)
+            .add_root_certificates(self.ca.clone())
+            .require_tls(true)
+            .custom_inbox_prefix(format!("_INBOX_{user}"))
+            .connect(self.url())
+            .await
+            .map_err(|e| anyhow!(e).context("cannot connect to NATS"))
+    }
+}
+
+fn configuration(
+    port: u16,
+    pki: &Pki,
+    store: &Path,
+    passwords: &[(&str, PathBuf)],
+    settings: &Settings,
+) -> Result<String> {
+    let Settings { sync_interval, max_file_store } = settings;
+    let mut users = String::new();
+    for (user, (_, file)) in USERS.iter().zip(passwords) {
+        let Permissions { user, publish, subscribe } = user;
+        let password = read(file)?;
+        writeln!(
+            users,
+            "    {{ user: {user:?}, password: {password:?}, permissions: {{ publish: {publish:?}, subscribe: {subscribe:?} }} }}"
+        )?;
+    }
+    Ok(format!(
+        r#"# Written anew at every start.
+listen: "127.0.0.1:{port}"
+server_name: "dermflow"
+max_payload: 8MB
+max_control_line: 4KB
+ping_interval: "10s"
+ping_max: 3
+write_deadline: "10s"
+tls {{ cert_file: {cert:?}, key_file: {key:?}, timeout: 5 }}
+jetstream {{ store_dir: {store:?}, sync_interval: {sync_interval:?}, max_file_store: {max_file_store} }}
+authorization {{
+  timeout: 5
+  users: [
+{users}  ]
+}}
+"#,
+        cert = pki.cert.to_string_lossy(),
+        key = pki.key.to_string_lossy(),
+        store = store.to_string_lossy(),
+    ))
+}
+
+/// A port of the loopback address that is free now, below those that the system hands out for outgoing
+/// connections: so it stays free while its owner is down.
+///
+/// # Errors
+/// When none is found.
+pub fn free_port() -> Result<u16> {
+    for _ in 0..1_000 {
+        let bytes = uuid::Uuid::new_v4().into_bytes();
+        let port = 20_000 + u16::from_le_bytes([bytes[0], bytes[1]]) % 12_000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(anyhow!("no free port between 20000 and 32000"))
+}
+
+#[cfg(test)]
+mod tests {
+    use dermflow_schemas::queue;
+    use futures_util::StreamExt;
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+    use crate::{servers::Servers, stack::repo};
+
+    async fn nats() -> (State, Nats) {
+        let dir = std::env::temp_dir().join(format!("dermflow-test-{}", uuid::Uuid::new_v4()));
+        let state = State::open(&dir).unwrap();
+        let pki = Pki::prepare(&state).unwrap();
+        let servers = Servers::obtain(repo(), &crate::servers::Given::default(), |_| ()).await.unwrap();
+        let mut nats = Nats::prepare(&state, &pki, &servers.nats_server, &Settings::default()).unwrap();
+        nats.start().await.unwrap();
+        (state, nats)
+    }
+
+    fn violations(nats: &Nats) -> Vec<String> {
+        let log = read(nats.process.log()).unwrap();
+        log.lines().filter(|line| line.contains("Violation")).map(str::to_owned).collect()
+    }
+
+    async fn count(admin: &Client, stream: &str) -> u64 {
+        jetstream::new(admin.clone()).get_stream(stream).await.unwrap().cached_info().state.messages
+    }
+
+    /// What ingress and a worker do with the queue, and then what they must not do.
+    #[tokio::test]
+    async fn each_user_can_do_its_work_and_no_more() {
+        let (state, mut nats) = nats().await;
+        let (admin, ingress, worker) =
+            tokio::try_join!(nats.connect("admin"), nats.connect("ingress"), nats.connect("worker")).unwrap();
+        let (at_ingress, at_worker) = (queue::context(ingress.clone()), queue::context(worker.clone()));
+        queue::ensure(&at_ingress, Duration::from_secs(30)).await.unwrap();
+        queue::ensure(&at_ingress, Duration::from_secs(31)).await.unwrap();
+
+        let mut wake = ingress.subscribe("results.j1").await.unwrap();
+        let mut progress = ingress.subscribe("progress.*").await.unwrap();
+        let bucket = at_ingress.get_object_store(queue::PAYLOADS).await.unwrap();
+        let payload = vec![7; 300_000];
+        bucket.put("j1", &mut payload.as_slice()).await.unwrap();
+        at_ingress.publish("jobs.interactive.3.c", "job".into()).await.unwrap().await.unwrap();
+
+        let lane = queue::bind(&at_worker, queue::JOBS, "interactive").await.unwrap();
+        let mut jobs = lane.fetch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+        let job = jobs.next().await.unwrap().unwrap();
+        job.ack_with(jetstream::AckKind::Progress).await.unwrap();
+        worker.publish("progress.j1", "".into()).await.unwrap();
+        let mut read_back = Vec::new();
+        let objects = at_worker.get_object_store(queue::PAYLOADS).await.unwrap();
+        objects.get("j1").await.unwrap().read_to_end(&mut read_back).await.unwrap();
+        assert_eq!(read_back, payload);
+        for subject in ["results.j1", "dead.interactive.3.c"] {
+            at_worker.publish(subject, "bytes".into()).await.unwrap().await.unwrap();
+        }
+        for (job, year) in [("j1", "20"), ("j2", "99")] {
+            let mut headers = async_nats::HeaderMap::new();
+            headers.insert("Nats-Schedule", format!("@at 20{year}-01-01T00:00:00Z").as_str());
+            headers.insert("Nats-Schedule-Target", "due.interactive.3.c");
+            let parked = at_worker.publish_with_headers(format!("retry.{job}"), headers, "job".into()).await;
+            parked.unwrap().await.unwrap();
+        }
+        let due = queue::bind(&at_worker, queue::RETRIES, queue::DUE).await.unwrap();
+        let mut retries =
+            due.fetch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+        retries.next().await.unwrap().unwrap().double_ack().await.unwrap();
+        job.double_ack().await.unwrap();
+        assert!(progress.next().await.is_some() && wake.next().await.is_some());
+
+        let recorder = queue::bind(&at_ingress, queue::RESULTS, queue::RECORDER).await.unwrap();
+        let mut results =
+            recorder.fetch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+        results.next().await.unwrap().unwrap().double_ack().await.unwrap();
+        bucket.delete("j1").await.unwrap();
+        at_ingress.get_stream(queue::RETRIES).await.unwrap().purge().filter("retry.j2").await.unwrap();
+        let withdrawn = at_ingress.publish("jobs.bulk.3.c", "job".into()).await.unwrap().await.unwrap();
+        let stream = at_ingress.get_stream(queue::JOBS).await.unwrap();
+        stream.delete_message(withdrawn.sequence).await.unwrap();
+        for (stream, left) in [(queue::JOBS, 0), (queue::RETRIES, 0), (queue::RESULTS, 0), (queue::DEAD, 1)] {
+            assert_eq!(count(&admin, stream).await, left, "{stream}");
+        }
+        assert_eq!(violations(&nats), Vec::<String>::new());
+
+        let mut spied = worker.subscribe("jobs.>").await.unwrap();
+        let mut dead = ingress.subscribe("dead.>").await.unwrap();
+        worker.flush().await.unwrap();
+        worker.publish("jobs.interactive.3.c", "forged".into()).await.unwrap();
+        worker.publish("due.interactive.3.c", "forged".into()).await.unwrap();
+        worker.publish("$O.payloads.C.x", "forged".into()).await.unwrap();
+        let refused =
+            ["$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x", "$JS.API.STREAM.DELETE.JOBS"];
+        for subject in refused {
+            let answer =
+                timeout(Duration::from_millis(200), ingress.request(subject, "{\"seq\":1}".into())).await;
+            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
+        }
+        worker.flush().await.unwrap();
+        let at_admin = jetstream::new(admin.clone());
+        for subject in ["dead.interactive.3.d", "jobs.interactive.3.d"] {
+            at_admin.publish(subject, "x".into()).await.unwrap().await.unwrap();
+        }
+        assert_eq!(count(&admin, queue::JOBS).await, 1);
+        for spy in [&mut spied, &mut dead] {
+            let heard = timeout(Duration::from_millis(200), spy.next()).await;
+            assert!(!matches!(heard, Ok(Some(_))), "{heard:?}");
+        }
+        assert_eq!(violations(&nats).len(), 8);
+        nats.stop().await.unwrap();
+        std::fs::remove_dir_all(state.path("")).unwrap();
+    }
+
+    #[tokio::test]
+    async fn messages_and_port_survive_a_kill_and_a_pause_is_noticed() {
+        let (state, mut nats) = nats().await;
+        let admin = nats.connect("admin").await.unwrap();
+        let stream =
+            jetstream::stream::Config { name: "S".into(), subjects: vec!["s".into()], ..Default::default() };
+        let context = jetstream::new(admin.clone());
+        context.create_stream(stream).await.unwrap();
+        context.publish("s", "kept".into()).await.unwrap().await.unwrap();
+        let port = nats.port();
+        nats.restart().await.unwrap();
+        assert_eq!(nats.port(), port);
+        let again = nats.connect("admin").await.unwrap();
+        assert_eq!(count(&again, "S").await, 1);
+        nats.process.pause();
+        assert!(timeout(Duration::from_millis(300), count(&again, "S")).await.is_err());
+        nats.process.resume();
+        assert_eq!(count(&again, "S").await, 1);
+        nats.stop().await.unwrap();
+        assert!(nats.connect("admin").await.is_err());
+        std::fs::remove_dir_all(state.path("")).unwrap();
+    }
+}

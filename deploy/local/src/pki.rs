@@ -1,0 +1,133 @@
+//! The keys of one instance: a private CA, the server's certificate, the signing key, the sealing keys.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use dermflow_schemas::clock;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PKCS_ED25519,
+};
+
+use crate::state::{State, random_bytes, read, write_private};
+
+const DAY: Duration = Duration::from_hours(24);
+const CA_LIFE: Duration = Duration::from_hours(24 * 3_650);
+const LEAF_LIFE: Duration = Duration::from_hours(24 * 90);
+
+/// Paths of the key files, all with mode 0600.
+#[derive(Debug, Clone)]
+pub struct Pki {
+    /// The CA's certificate: what clients trust.
+    pub ca: PathBuf,
+    /// The server's certificate, for `localhost`, the loopback addresses and this machine's name.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// The Ed25519 key that signs access tokens (PKCS#8, PEM).
+    pub signing_key: PathBuf,
+    /// The keys that seal images and reports.
+    pub sealing_keys: PathBuf,
+}
+
+impl Pki {
+    /// Makes what is missing, and a new server certificate every time: it is valid for 90 days from this start,
+    /// and follows a change of the machine's name. The CA (10 years) stays.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written, or a key in it is damaged.
+    pub fn prepare(state: &State) -> Result<Self> {
+        let ca_key_file = state.keep("ca-key.pem", || new_key(&PKCS_ECDSA_P256_SHA256))?;
+        let ca_key = KeyPair::from_pem(&read(&ca_key_file)?).context("the key of the CA is damaged")?;
+        let ca = state.keep("ca.pem", || Ok(ca_params().self_signed(&ca_key)?.pem()))?;
+        let key = state.keep("server-key.pem", || new_key(&PKCS_ECDSA_P256_SHA256))?;
+        let leaf_key = KeyPair::from_pem(&read(&key)?).context("the key of the server is damaged")?;
+        let issuer = Issuer::new(ca_params(), &ca_key);
+        let leaf =
+            leaf_params()?.signed_by(&leaf_key, &issuer).context("cannot issue the server's certificate")?;
+        let cert = state.path("server.pem");
+        write_private(&cert, &leaf.pem())?;
+        let sealing_key = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
+        Ok(Self {
+            ca,
+            cert,
+            key,
+            signing_key: state.keep("signing-key.pem", || new_key(&PKCS_ED25519))?,
+            sealing_keys: state.keep("sealing-keys", sealing_key)?,
+        })
+    }
+}
+
+fn new_key(algorithm: &'static rcgen::SignatureAlgorithm) -> Result<String> {
+    Ok(KeyPair::generate_for(algorithm).context("cannot make a key")?.serialize_pem())
+}
+
+fn params(name: &str, life: Duration) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    // A day back, for clients whose clock is slow.
+    params.not_before = clock::now() - DAY;
+    params.not_after = clock::now() + life;
+    params.use_authority_key_identifier_extension = true;
+    params
+}
+
+fn ca_params() -> CertificateParams {
+    let mut params = params("Dermflow local CA", CA_LIFE);
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
+}
+
+fn leaf_params() -> Result<CertificateParams> {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let names = ["localhost".to_owned(), "127.0.0.1".into(), "::1".into(), host];
+    let mut leaf = params("Dermflow", LEAF_LIFE);
+    leaf.subject_alt_names =
+        CertificateParams::new(names).context("the name of this machine is no DNS name")?.subject_alt_names;
+    leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    Ok(leaf)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rustls::{
+        RootCertStore,
+        client::{WebPkiServerVerifier, danger::ServerCertVerifier},
+        crypto::aws_lc_rs::default_provider,
+        pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    };
+
+    use super::*;
+
+    #[test]
+    fn the_certificate_is_trusted_for_its_names_and_no_other() {
+        let dir = std::env::temp_dir().join(format!("dermflow-test-{}", uuid::Uuid::new_v4()));
+        let state = State::open(&dir).unwrap();
+        let first = Pki::prepare(&state).unwrap();
+        let ca = read(&first.ca).unwrap();
+        let pki = Pki::prepare(&state).unwrap();
+        assert_eq!(read(&pki.ca).unwrap(), ca);
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(&pki.ca).unwrap()).unwrap();
+        let verifier =
+            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider()))
+                .build()
+                .unwrap();
+        let leaf = CertificateDer::from_pem_file(&pki.cert).unwrap();
+        let verify = |name: &str| {
+            let name = ServerName::try_from(name.to_owned()).unwrap();
+            verifier.verify_server_cert(&leaf, &[], &name, &[], UnixTime::now()).is_ok()
+        };
+        assert!(verify("localhost") && verify("127.0.0.1") && verify("::1"));
+        assert!(!verify("example.org") && !verify("127.0.0.2"));
+        PrivateKeyDer::from_pem_file(&pki.signing_key).unwrap();
+        dermflow_schemas::seal::Keyring::load(&pki.sealing_keys).unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}

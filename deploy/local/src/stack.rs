@@ -1,0 +1,277 @@
+//! All parts of one instance, and the flags of our own programs.
+
+use std::{
+    net::{Ipv4Addr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{
+    nats::{self, Nats, free_port},
+    pki::Pki,
+    postgres::Postgres,
+    process::{Process, Signal},
+    servers::Servers,
+    state::State,
+};
+
+/// How long an `ingress` or a `worker` may take to be ready.
+pub const READY_WITHIN: Duration = Duration::from_mins(1);
+/// How long they may take to end what they work on.
+pub const STOP_WITHIN: Duration = Duration::from_secs(45);
+
+/// What an instance is made of.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The servers and the ONNX Runtime.
+    pub servers: Servers,
+    /// The folder with our own programs: `ingress`, `worker`, `auth`.
+    pub programs: PathBuf,
+    /// The model's folder.
+    pub model: PathBuf,
+    /// NATS beyond the ordinary.
+    pub nats: nats::Settings,
+}
+
+/// The ports of one `ingress`, all on 127.0.0.1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// HTTPS for clients.
+    pub https: u16,
+    /// Plain HTTP, which only redirects.
+    pub plain: u16,
+    /// Health and metrics.
+    pub internal: u16,
+}
+
+impl Ports {
+    /// The ports of the instance whose HTTPS port is `https`: 8443 goes with 8080 and 9443.
+    pub fn around(https: u16) -> Self {
+        Self { https, plain: https - 363, internal: https + 1_000 }
+    }
+
+    /// Free ports.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn free() -> Result<Self> {
+        Ok(Self { https: free_port()?, plain: free_port()?, internal: free_port()? })
+    }
+
+    /// # Errors
+    /// When another program listens on one of them.
+    pub fn check(self) -> Result<()> {
+        for port in [self.https, self.plain, self.internal] {
+            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(|| {
+                format!("port {port} is taken by another program: choose others with --port")
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// One `ingress`.
+#[derive(Debug)]
+pub struct Ingress {
+    /// Its process; start it with [`Process::spawn_ready`].
+    pub process: Process,
+    /// Where it listens.
+    pub ports: Ports,
+}
+
+impl Ingress {
+    /// Its origin for clients.
+    pub fn url(&self) -> String {
+        format!("https://localhost:{}", self.ports.https)
+    }
+
+    /// Its origin for health and metrics.
+    pub fn internal_url(&self) -> String {
+        format!("https://localhost:{}", self.ports.internal)
+    }
+}
+
+/// One instance. Nothing runs until it is started, part by part or with [`Stack::start_servers`].
+///
+/// Dropping it kills every process at once; [`Stack::stop`] ends them in order.
+#[derive(Debug)]
+pub struct Stack {
+    /// Ingress processes, in the order in which they were added.
+    pub ingress: Vec<Ingress>,
+    /// Worker processes, in the order in which they were added.
+    pub workers: Vec<Process>,
+    /// The broker.
+    pub nats: Nats,
+    /// The database.
+    pub postgres: Postgres,
+    /// The keys and certificates.
+    pub pki: Pki,
+    /// The state folder, unlocked last.
+    pub state: State,
+    options: Options,
+}
+
+impl Stack {
+    /// Makes the keys, passwords and configuration that are missing in `state`.
+    ///
+    /// # Errors
+    /// When something cannot be made, or one of our programs has not been built.
+    pub fn prepare(state: State, options: Options) -> Result<Self> {
+        let pki = Pki::prepare(&state)?;
+        let nats = Nats::prepare(&state, &pki, &options.servers.nats_server, &options.nats)?;
+        let postgres = Postgres::prepare(&state, &options.servers.postgres_bin)?;
+        Ok(Self { ingress: Vec::new(), workers: Vec::new(), nats, postgres, pki, state, options })
+    }
+
+    /// Starts PostgreSQL and NATS.
+    ///
+    /// # Errors
+    /// When one of them does not become ready.
+    pub async fn start_servers(&mut self) -> Result<()> {
+        let (nats, postgres) = tokio::join!(self.nats.start(), self.postgres.start());
+        nats.and(postgres)
+    }
+
+    /// Adds an `ingress` with these ports and further flags; it is not started yet. All of one instance say in
+    /// links and tokens that they are the first one.
+    ///
+    /// # Errors
+    /// When a path cannot be made.
+    pub fn add_ingress(&mut self, ports: Ports, extra: &[&str]) -> Result<&mut Ingress> {
+        let number = self.ingress.len();
+        let public = self.ingress.first().map_or(ports, |first| first.ports).https;
+        let process = self
+            .program("ingress", number)?
+            .args(["--listen".into(), address(ports.https), "--plain-listen".into(), address(ports.plain)])
+            .args(["--internal-listen".into(), address(ports.internal)])
+            .args(["--public-url".into(), format!("https://localhost:{public}")])
+            .arg("--tls-cert")
+            .arg(&self.pki.cert)
+            .arg("--tls-key")
+            .arg(&self.pki.key)
+            .arg("--signing-key")
+            .arg(&self.pki.signing_key)
+            .arg("--database")
+            .arg(self.postgres.url("dermflow_ingress"))
+            .arg("--database-password-file")
+            .arg(self.postgres.password_file("dermflow_ingress")?);
+        let process = self.with_queue(process, nats::INGRESS.user)?.args(extra);
+        self.ingress.push(Ingress { process, ports });
+        Ok(&mut self.ingress[number])
+    }
+
+    /// Adds a `worker` with further flags; it is not started yet.
+    ///
+    /// # Errors
+    /// When a path cannot be made.
+    pub fn add_worker(&mut self, extra: &[&str]) -> Result<&mut Process> {
+        let number = self.workers.len();
+        let process = self.with_queue(self.program("worker", number)?, nats::WORKER.user)?;
+        let process = process.arg("--ort-dylib").arg(&self.options.servers.onnxruntime);
+        let model = !extra.contains(&"--model");
+        let process = if model { process.arg("--model").arg(&self.options.model) } else { process };
+        self.workers.push(process.args(extra));
+        Ok(&mut self.workers[number])
+    }
+
+    /// Runs the `auth` program with these arguments and returns what it prints, without the line's end.
+    ///
+    /// # Errors
+    /// When it fails; the error is its last line.
+    pub fn auth(&self, args: &[&str]) -> Result<String> {
+        let output = Command::new(self.options.programs.join("auth"))
+            .arg("--database")
+            .arg(self.postgres.url("dermflow_auth"))
+            .arg("--database-password-file")
+            .arg(self.postgres.password_file("dermflow_auth")?)
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start auth: it has not been built")?;
+        if !output.status.success() {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("auth failed: {}", text.lines().last().unwrap_or("it wrote nothing"));
+        }
+        Ok(String::from_utf8(output.stdout)
+            .context("auth printed something else than text")?
+            .trim_end()
+            .into())
+    }
+
+    /// Stops everything in order: ingress and workers together, then NATS, then PostgreSQL.
+    ///
+    /// # Errors
+    /// When something had to be killed; the rest is stopped all the same.
+    pub async fn stop(&mut self) -> Result<()> {
+        let ingress = self.ingress.iter_mut().map(|ingress| &mut ingress.process);
+        let mut ours: Vec<_> = ingress.chain(&mut self.workers).collect();
+        for process in &mut ours {
+            process.signal(Signal::TERM);
+            process.resume();
+        }
+        let mut outcome = Ok(());
+        for process in ours {
+            outcome = outcome.and(process.stop(Signal::TERM, STOP_WITHIN).await);
+        }
+        outcome = outcome.and(self.nats.stop().await);
+        outcome.and(self.postgres.stop().await)
+    }
+
+    fn program(&self, name: &str, number: usize) -> Result<Process> {
+        let path = self.options.programs.join(name);
+        ensure!(path.is_file(), "there is no {}: build it first", path.display());
+        let name = format!("{name}-{}", number + 1);
+        let log = self.state.log(&name)?;
+        Ok(Process::new(name, path, log))
+    }
+
+    fn with_queue(&self, process: Process, user: &str) -> Result<Process> {
+        Ok(process
+            .args(["--nats-url".into(), self.nats.url(), "--nats-user".into(), user.into()])
+            .arg("--nats-ca")
+            .arg(&self.pki.ca)
+            .arg("--nats-password-file")
+            .arg(self.nats.password_file(user)?)
+            .arg("--sealing-keys")
+            .arg(&self.pki.sealing_keys))
+    }
+}
+
+fn address(port: u16) -> String {
+    format!("127.0.0.1:{port}")
+}
+
+/// The root of the repository that this was built from.
+pub fn repo() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.ancestors().nth(2).unwrap_or(here)
+}
+
+/// The folder with our programs: the one that this program, or this test, was built into.
+///
+/// # Errors
+/// When the system does not tell.
+pub fn programs() -> Result<PathBuf> {
+    let here = std::env::current_exe().context("the system does not tell where this program is")?;
+    let folder = here.parent().context("this program is nowhere")?;
+    let of_tests = folder.file_name().is_some_and(|name| name == "deps");
+    Ok(if of_tests { folder.parent().unwrap_or(folder) } else { folder }.to_owned())
+}
+
+/// Checks that the disk of `folder` has room.
+///
+/// # Errors
+/// When less than 1 GB is free there.
+pub fn check_disk(folder: &Path) -> Result<()> {
+    let disk = rustix::fs::statvfs(folder).with_context(|| format!("cannot look at {}", folder.display()))?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize) / 1_000_000;
+    ensure!(
+        free >= 1_000,
+        "only {free} MB are free on the disk of {}: Dermflow needs 1 GB",
+        folder.display()
+    );
+    Ok(())
+}

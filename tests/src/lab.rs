@@ -1,0 +1,484 @@
+//! One whole system for one test: servers, ingress, workers, a registered client, and the means to break it.
+
+use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result};
+use async_nats::jetstream::{self, Context};
+use dermflow_local::{
+    nats::{ADMIN, Settings},
+    postgres::SUPERUSER,
+    process::{Process, Signal},
+    servers::{Given, Servers},
+    stack::{Options, Ports, READY_WITHIN, STOP_WITHIN, Stack, programs, repo},
+    state::State,
+};
+use dermflow_schemas::queue;
+use rustls::{
+    ClientConfig, RootCertStore, SupportedProtocolVersion,
+    pki_types::{CertificateDer, pem::PemObject},
+};
+use tokio_postgres::Row;
+
+use crate::{client::Client, wait::eventually};
+
+/// A worker to start.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    model: Model,
+    timeout: Option<u32>,
+    allow_simulated: bool,
+    args: Vec<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Model {
+    Folder(PathBuf),
+    Simulated { latency_ms: u64, fault: Option<&'static str>, attempts: Option<u32> },
+}
+
+impl Worker {
+    fn new(model: Model, allow_simulated: bool) -> Self {
+        Self { model, timeout: None, allow_simulated, args: Vec::new() }
+    }
+
+    /// The default model.
+    pub fn derm7() -> Self {
+        Self::new(Model::Folder(repo().join("workers/models/derm7")), false)
+    }
+
+    /// A real model of another kind.
+    pub fn tiny() -> Self {
+        Self::new(Model::Folder(repo().join("tests/models/tiny")), false)
+    }
+
+    /// A model that takes `latency_ms` and knows nothing.
+    pub fn simulated(latency_ms: u64) -> Self {
+        Self::new(Model::Simulated { latency_ms, fault: None, attempts: None }, true)
+    }
+
+    /// A simulated model that does `fault` instead: `panic`, `hang`, `nan` or `abort`.
+    #[must_use]
+    pub fn fault(mut self, name: &'static str) -> Self {
+        if let Model::Simulated { fault, .. } = &mut self.model {
+            *fault = Some(name);
+        }
+        self
+    }
+
+    /// The fault happens on the first `n` attempts only.
+    #[must_use]
+    pub fn attempts(mut self, n: u32) -> Self {
+        if let Model::Simulated { attempts, .. } = &mut self.model {
+            *attempts = Some(n);
+        }
+        self
+    }
+
+    /// Seconds for one attempt.
+    #[must_use]
+    pub fn timeout(mut self, seconds: u32) -> Self {
+        self.timeout = Some(seconds);
+        self
+    }
+
+    /// Without `--allow-simulated`.
+    #[must_use]
+    pub fn forbidden(mut self) -> Self {
+        self.allow_simulated = false;
+        self
+    }
+
+    /// A further flag, instead of the usual one of that name.
+    #[must_use]
+    pub fn arg(mut self, flag: &str, value: &str) -> Self {
+        self.args.extend([flag.to_owned(), value.to_owned()]);
+        self
+    }
+
+    fn flags(&self, state: &State, number: usize) -> Result<Vec<String>> {
+        let mut flags = vec!["--executors".to_owned(), "1".to_owned()];
+        if !self.args.contains(&"--model".to_owned()) {
+            let folder = match &self.model {
+                Model::Folder(folder) => folder.clone(),
+                Model::Simulated { latency_ms, fault, attempts } => {
+                    let folder = state.folder(&format!("model-{number}"))?;
+                    fs::write(folder.join("model.toml"), simulated_toml(*latency_ms, *fault, *attempts))?;
+                    folder
+                }
+            };
+            flags.extend(["--model".to_owned(), folder.display().to_string()]);
+        }
+        if self.allow_simulated {
+            flags.push("--allow-simulated".to_owned());
+        }
+        if let Some(seconds) = self.timeout {
+            flags.extend(["--job-timeout".to_owned(), seconds.to_string()]);
+        }
+        flags.extend(self.args.iter().cloned());
+        Ok(flags)
+    }
+}
+
+fn simulated_toml(latency_ms: u64, fault: Option<&str>, attempts: Option<u32>) -> String {
+    let fault = fault.map(|fault| format!("fault = \"{fault}\"\n")).unwrap_or_default();
+    let attempts = attempts.map(|attempts| format!("fault_attempts = {attempts}\n")).unwrap_or_default();
+    let class = |(code, malignant)| {
+        format!("[[class]]\ncode = \"{code}\"\ndisplay = \"Class {code}\"\nmalignant = {malignant}\n")
+    };
+    let classes: String = [("mel", true), ("nv", false), ("bkl", false)].map(class).concat();
+    format!(
+        "name = \"simulated\"\nversion = \"1\"\ntitle = \"Simulated model\"\nlicence = \"Apache-2.0\"\n\
+         [simulated]\nlatency_ms = {latency_ms}\n{fault}{attempts}{classes}[malignancy]\nthreshold = 0.5\n"
+    )
+}
+
+/// What a system consists of.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Ingress processes.
+    pub replicas: usize,
+    /// Worker processes.
+    pub workers: Vec<Worker>,
+    /// Seconds until the broker hands a silent worker's job to another.
+    pub ack_wait: u64,
+    /// `RUST_LOG` of ingress and workers.
+    pub log: &'static str,
+    /// JetStream's `sync_interval`.
+    pub sync_interval: &'static str,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { replicas: 1, workers: Vec::new(), ack_wait: 30, log: "info", sync_interval: "always" }
+    }
+}
+
+impl Setup {
+    /// One ingress and one worker with the default model.
+    pub fn derm7() -> Self {
+        Self { workers: vec![Worker::derm7()], ..Self::default() }
+    }
+
+    /// One ingress and one worker with a simulated model.
+    pub fn simulated(latency_ms: u64) -> Self {
+        Self { workers: vec![Worker::simulated(latency_ms)], ..Self::default() }
+    }
+
+    /// One ingress, and nobody to work.
+    pub fn without_workers() -> Self {
+        Self::default()
+    }
+}
+
+/// A running system. Dropping it kills every process.
+#[derive(Debug)]
+pub struct Lab {
+    stack: Stack,
+    client: Client,
+    sql: tokio_postgres::Client,
+    log: &'static str,
+}
+
+impl Lab {
+    /// Starts a system in a folder of its own and registers the client `demo`.
+    ///
+    /// # Errors
+    /// When a part does not become ready.
+    pub async fn start(setup: Setup) -> Result<Self> {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let servers = Servers::obtain(repo(), &Given::default(), |step| println!("{step}")).await?;
+        let nats = Settings { sync_interval: setup.sync_interval.into(), ..Settings::default() };
+        let model = repo().join("workers/models/derm7");
+        let options = Options { servers, programs: programs()?, model, nats };
+        let dir = std::env::temp_dir().join(format!("dermflow-lab-{}", uuid::Uuid::new_v4().simple()));
+        let mut stack = Stack::prepare(State::open(&dir)?, options)?;
+        stack.start_servers().await?;
+        let ack_wait = setup.ack_wait.to_string();
+        for _ in 0..setup.replicas {
+            let ingress = stack.add_ingress(Ports::free()?, &["--ack-wait", &ack_wait])?;
+            ingress.process.set_env("RUST_LOG", setup.log);
+            ingress.process.spawn_ready(READY_WITHIN).await?;
+        }
+        let client = register(&stack, "demo").await?;
+        let sql = stack.postgres.connect(SUPERUSER).await?;
+        let mut lab = Self { stack, client, sql, log: setup.log };
+        for worker in setup.workers {
+            lab.start_worker(worker).await?;
+        }
+        Ok(lab)
+    }
+
+    /// Stops everything in order, and removes the folder.
+    ///
+    /// # Errors
+    /// When something had to be killed.
+    pub async fn stop(mut self) -> Result<()> {
+        let dir = self.stack.state.path("");
+        let outcome = self.stack.stop().await;
+        drop(self);
+        fs::remove_dir_all(dir)?;
+        outcome
+    }
+
+    /// The client `demo`, signed in at the first replica.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Registers another client and signs it in.
+    ///
+    /// # Errors
+    /// When the name is taken.
+    pub async fn register(&self, name: &str) -> Result<Client> {
+        register(&self.stack, name).await
+    }
+
+    /// The password of a registered client.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn password(&self, name: &str) -> Result<String> {
+        fs::read_to_string(self.stack.state.path(&format!("client-{name}"))).context("no such client")
+    }
+
+    /// The origin of replica `n`.
+    pub fn url(&self, n: usize) -> String {
+        self.stack.ingress[n].url()
+    }
+
+    /// The origin of health and metrics of replica `n`.
+    pub fn internal_url(&self, n: usize) -> String {
+        self.stack.ingress[n].internal_url()
+    }
+
+    /// Where replica `n` speaks TLS.
+    pub fn address(&self, n: usize) -> SocketAddr {
+        ([127, 0, 0, 1], self.stack.ingress[n].ports.https).into()
+    }
+
+    /// Where the first replica speaks plain HTTP.
+    pub fn plain_address(&self) -> SocketAddr {
+        ([127, 0, 0, 1], self.stack.ingress[0].ports.plain).into()
+    }
+
+    /// The CA's certificate.
+    pub fn ca(&self) -> PathBuf {
+        self.stack.pki.ca.clone()
+    }
+
+    /// A TLS client that speaks these versions only.
+    ///
+    /// # Errors
+    /// When the CA cannot be read.
+    pub fn tls(&self, versions: &[&'static SupportedProtocolVersion]) -> Result<ClientConfig> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(self.ca())?)?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = ClientConfig::builder_with_provider(provider).with_protocol_versions(versions)?;
+        Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    }
+
+    /// Runs SQL as the superuser.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub async fn sql(&self, statement: &str) -> Result<Vec<Row>> {
+        Ok(self.sql.query(statement, &[]).await?)
+    }
+
+    /// The one number that a query gives; 0 when it gives no row.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub async fn count(&self, query: &str) -> Result<i64> {
+        Ok(self.sql(query).await?.first().map_or(0, |row| row.get(0)))
+    }
+
+    /// Waits until the record says that `job` is in `state`.
+    ///
+    /// # Errors
+    /// When it does not within 30 s.
+    pub async fn until_state(&self, job: &str, state: &str) -> Result<()> {
+        let query = format!("SELECT count(*) FROM ingress.jobs WHERE id = '{job}' AND state = '{state}'");
+        let reached = async || (self.count(&query).await.ok()? == 1).then_some(());
+        eventually(&format!("{job} is {state}"), Duration::from_secs(30), reached).await
+    }
+
+    /// JetStream with all permissions.
+    ///
+    /// # Errors
+    /// When the broker is away.
+    pub async fn jetstream(&self) -> Result<Context> {
+        Ok(jetstream::new(self.stack.nats.connect(ADMIN.user).await?))
+    }
+
+    /// Messages in a stream.
+    ///
+    /// # Errors
+    /// When the broker is away.
+    pub async fn messages(&self, stream: &str) -> Result<u64> {
+        Ok(self.jetstream().await?.get_stream(stream).await?.cached_info().state.messages)
+    }
+
+    /// Payloads in the object store.
+    ///
+    /// # Errors
+    /// When the broker is away.
+    pub async fn object_count(&self) -> Result<usize> {
+        use futures_util::StreamExt;
+        let bucket = self.jetstream().await?.get_object_store(queue::PAYLOADS).await?;
+        Ok(bucket.list().await?.count().await)
+    }
+
+    /// A metric without labels, of the first replica.
+    pub async fn metric(&self, name: &str) -> Option<f64> {
+        let client = Client::new(&self.ca(), &self.internal_url(0)).ok()?;
+        let text = client.get("/metrics").await.ok()?.text;
+        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+    }
+
+    /// Everything that any process has logged.
+    ///
+    /// # Errors
+    /// When a log cannot be read.
+    pub fn logs(&self) -> Result<String> {
+        let ingress = self.stack.ingress.iter().map(|ingress| &ingress.process);
+        let servers = [&self.stack.nats.process, &self.stack.postgres.process];
+        let read = |process: &Process| fs::read_to_string(process.log()).context(process.name().to_owned());
+        ingress.chain(&self.stack.workers).chain(servers).map(read).collect()
+    }
+
+    /// The folders in which broker and database keep their data.
+    pub fn storage(&self) -> [PathBuf; 2] {
+        [self.stack.nats.store().to_owned(), self.stack.postgres.data().to_owned()]
+    }
+
+    /// Starts a further worker.
+    ///
+    /// # Errors
+    /// When it does not become ready; the error quotes its last line.
+    pub async fn start_worker(&mut self, worker: Worker) -> Result<()> {
+        let flags = worker.flags(&self.stack.state, self.stack.workers.len())?;
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let process = self.stack.add_worker(&flags)?;
+        process.set_env("RUST_LOG", self.log);
+        process.spawn_ready(READY_WITHIN).await
+    }
+
+    /// SIGKILL for worker `n`.
+    ///
+    /// # Errors
+    /// Never; like its siblings.
+    pub async fn kill_worker(&mut self, n: usize) -> Result<()> {
+        self.stack.workers[n].kill().await;
+        Ok(())
+    }
+
+    /// Starts worker `n` again.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn restart_worker(&mut self, n: usize) -> Result<()> {
+        self.stack.workers[n].spawn_ready(READY_WITHIN).await
+    }
+
+    /// SIGTERM for worker `n`.
+    ///
+    /// # Errors
+    /// When it had to be killed in the end.
+    pub async fn stop_worker(&mut self, n: usize) -> Result<()> {
+        self.stack.workers[n].stop(Signal::TERM, STOP_WITHIN).await
+    }
+
+    /// SIGSTOP for worker `n`.
+    pub fn pause_worker(&mut self, n: usize) {
+        self.stack.workers[n].pause();
+    }
+
+    /// SIGCONT for worker `n`.
+    pub fn resume_worker(&mut self, n: usize) {
+        self.stack.workers[n].resume();
+    }
+
+    /// Whether worker `n` runs.
+    pub fn worker_is_alive(&mut self, n: usize) -> bool {
+        self.stack.workers[n].is_running()
+    }
+
+    /// SIGKILL for replica `n`.
+    ///
+    /// # Errors
+    /// Never; like its siblings.
+    pub async fn kill_ingress(&mut self, n: usize) -> Result<()> {
+        self.stack.ingress[n].process.kill().await;
+        Ok(())
+    }
+
+    /// Starts replica `n` again.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn restart_ingress(&mut self, n: usize) -> Result<()> {
+        self.stack.ingress[n].process.spawn_ready(READY_WITHIN).await
+    }
+
+    /// SIGTERM for replica `n`.
+    ///
+    /// # Errors
+    /// When it had to be killed in the end.
+    pub async fn stop_ingress(&mut self, n: usize) -> Result<()> {
+        self.stack.ingress[n].process.stop(Signal::TERM, STOP_WITHIN).await
+    }
+
+    /// SIGKILL for the broker.
+    ///
+    /// # Errors
+    /// Never; like its siblings.
+    pub async fn kill_nats(&mut self) -> Result<()> {
+        self.stack.nats.process.kill().await;
+        Ok(())
+    }
+
+    /// Starts the broker again.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn restart_nats(&mut self) -> Result<()> {
+        self.stack.nats.start().await
+    }
+
+    /// SIGSTOP for the broker.
+    pub fn pause_nats(&mut self) {
+        self.stack.nats.process.pause();
+    }
+
+    /// SIGCONT for the broker.
+    pub fn resume_nats(&mut self) {
+        self.stack.nats.process.resume();
+    }
+
+    /// SIGKILL for PostgreSQL.
+    ///
+    /// # Errors
+    /// Never; like its siblings.
+    pub async fn kill_postgres(&mut self) -> Result<()> {
+        self.stack.postgres.process.kill().await;
+        Ok(())
+    }
+
+    /// Starts PostgreSQL again.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn restart_postgres(&mut self) -> Result<()> {
+        self.stack.postgres.start().await?;
+        self.sql = self.stack.postgres.connect(SUPERUSER).await?;
+        Ok(())
+    }
+}
+
+async fn register(stack: &Stack, name: &str) -> Result<Client> {
+    let password = stack.auth(&["user", "create", name])?;
+    fs::write(stack.state.path(&format!("client-{name}")), &password)?;
+    Client::new(&stack.pki.ca, &stack.ingress[0].url())?.login(name, &password).await
+}

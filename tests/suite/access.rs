@@ -1,0 +1,186 @@
+//! Who gets in, and over what.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use dermflow_tests::{
+    client::{Client, sample, send},
+    lab::{Lab, Setup},
+};
+use reqwest::Method;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+// SRS-004, PLAN_010: no route but the login answers without a valid token, and all refusals look the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_wants_a_token() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    let routes = [
+        (Method::POST, "/fhir/DiagnosticReport/$analyze".to_owned()),
+        (Method::GET, format!("/fhir/DiagnosticReport/{job}")),
+        (Method::GET, format!("/fhir/_async/{job}")),
+        (Method::DELETE, format!("/fhir/_async/{job}")),
+        (Method::GET, format!("/jobs/{job}")),
+    ];
+    let token = lab.client().token();
+    let forged = format!("{}x", &token[..token.len() - 1]);
+    for (method, path) in routes {
+        let mut bodies = Vec::new();
+        for bad in ["", "nonsense", &forged] {
+            let answer = send(lab.client().clone().with_token(bad).request(method.clone(), &path)).await?;
+            assert_eq!((answer.status, answer.code()), (401, "unauthenticated"), "{method} {path}");
+            assert!(answer.header("www-authenticate").starts_with("Bearer"));
+            bodies.push(answer.text);
+        }
+        bodies.dedup();
+        assert_eq!(bodies.len(), 1, "{method} {path}");
+        let anonymous = lab.client().clone().with_token("");
+        let basic =
+            anonymous.request(method.clone(), &path).header("authorization", format!("Basic {token}"));
+        assert_eq!(send(basic).await?.status, 401);
+        let in_url = anonymous.request(method.clone(), &format!("{path}?access_token={token}"));
+        assert_eq!(send(in_url).await?.status, 401);
+    }
+    lab.stop().await
+}
+
+// I5: another client's job answers as a missing one does.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_clients_job_does_not_exist() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    let other = lab.register("other").await?;
+    let missing = "0198f3a2-9c1e-7c55-8f0e-1d2c3b4a5e6f";
+    for (method, path) in [
+        (Method::GET, "/fhir/DiagnosticReport/"),
+        (Method::GET, "/fhir/_async/"),
+        (Method::DELETE, "/fhir/_async/"),
+        (Method::GET, "/jobs/"),
+    ] {
+        let theirs = send(other.request(method.clone(), &format!("{path}{job}"))).await?;
+        let nothing = send(other.request(method.clone(), &format!("{path}{missing}"))).await?;
+        let nonsense = send(other.request(method, &format!("{path}..%2f"))).await?;
+        assert_eq!((theirs.status, nothing.status, nonsense.status), (404, 404, 404), "{path}");
+        assert_eq!(theirs.text.replace(&job, missing), nothing.text);
+    }
+    assert_eq!(lab.client().get(&format!("/jobs/{job}")).await?.body["status"], "queued");
+    lab.stop().await
+}
+
+// SRS-008, SWR-009: only a registered name with its password gets a token; wrong names and wrong passwords
+// look the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn login_takes_registered_clients_only() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let anonymous = lab.client().clone().with_token("");
+    let unknown = anonymous.try_login("nobody", "wrong").await?;
+    let wrong = anonymous.try_login("demo", "wrong").await?;
+    assert_eq!((unknown.status, unknown.code()), (401, "login-failed"));
+    assert_eq!((wrong.status, &wrong.text), (401, &unknown.text));
+    let form = anonymous.request(Method::POST, "/login").form(&[("username", "demo")]);
+    assert_eq!(send(form).await?.code(), "form-invalid");
+    let good = anonymous.try_login("demo", &lab.password("demo")?).await?;
+    assert_eq!(good.body["token_type"], "Bearer");
+    assert_eq!((&good.body["expires_in"], &good.body["expires_in_minutes"]), (&900.into(), &15.into()));
+    let stored = lab.sql("SELECT password_hash FROM auth.users").await?;
+    assert!(stored.iter().all(|row| row.get::<_, &str>(0).starts_with("$argon2id$")));
+    lab.stop().await
+}
+
+// SWR-009: the account that ingress uses can read users and nothing else there.
+#[tokio::test(flavor = "multi_thread")]
+async fn ingress_cannot_register_anybody() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    lab.sql("SET ROLE dermflow_ingress").await?;
+    lab.sql("SELECT username FROM auth.users").await?;
+    let insert = "INSERT INTO auth.users SELECT gen_random_uuid(), 'eve', 'x', false, now()";
+    for forbidden in [insert, "UPDATE auth.users SET disabled = false", "DELETE FROM auth.users"] {
+        let refused = lab.sql(forbidden).await.unwrap_err().to_string();
+        assert!(refused.contains("permission denied") || refused.contains("db error"), "{refused}");
+    }
+    lab.stop().await
+}
+
+// SRS-002, PLAN_005: plain HTTP is answered with 308 for every path and method, and no body is read.
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_http_is_redirected_unread() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    for (method, path) in [("GET", "/"), ("POST", "/login"), ("DELETE", "/fhir/_async/x?y=1"), ("BREW", "/z")]
+    {
+        let mut stream = TcpStream::connect(lab.plain_address()).await?;
+        // The body is announced and never sent: an answer shows that nobody waited for it.
+        let request =
+            format!("{method} {path} HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 1000000\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        assert!(answer.starts_with("HTTP/1.1 308 "), "{answer}");
+        assert!(
+            answer.to_lowercase().contains(&format!("location: {}{path}\r\n", lab.url(0)).to_lowercase()),
+            "{answer}"
+        );
+    }
+    lab.stop().await
+}
+
+// SRS-002: TLS 1.2 and 1.3 are spoken, plain text on the TLS port is not, and a stalled handshake is dropped
+// while others are served.
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_only_and_stalled_handshakes_block_nobody() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let mut stalled = Vec::new();
+    for _ in 0..50 {
+        stalled.push(TcpStream::connect(lab.address(0)).await?);
+    }
+    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+        let stream = TcpStream::connect(lab.address(0)).await?;
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(lab.tls(&[version])?));
+        let stream = connector.connect("localhost".try_into()?, stream).await.context("handshake")?;
+        assert_eq!(stream.get_ref().1.protocol_version(), Some(version.version));
+    }
+    let mut plain = TcpStream::connect(lab.address(0)).await?;
+    plain.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await?;
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer).await;
+    assert!(!answer.starts_with(b"HTTP"), "plain text was answered");
+    // The server hangs up on its own: reading to the end returns within the handshake's time-out.
+    for mut stream in stalled {
+        let mut nothing = Vec::new();
+        let _ = stream.read_to_end(&mut nothing).await;
+    }
+    lab.stop().await
+}
+
+// Health and metrics are on the internal listener, and only there.
+#[tokio::test(flavor = "multi_thread")]
+async fn health_and_metrics_are_internal() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let internal = Client::new(&lab.ca(), &lab.internal_url(0))?;
+    assert_eq!(internal.get("/livez").await?.status, 200);
+    assert_eq!(internal.get("/readyz").await?.status, 200);
+    let metrics = internal.get("/metrics").await?;
+    assert!(metrics.text.contains("dermflow_http_requests_total"), "{}", metrics.text);
+    for path in ["/livez", "/readyz", "/metrics"] {
+        assert_eq!(lab.client().get(path).await?.status, 404);
+    }
+    lab.stop().await
+}
+
+// Every answer carries the security headers and a request id, the caller's own when it is fit to be logged.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_dressed() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let request = lab.client().request(Method::GET, "/nothing").header("x-request-id", "abc-1");
+    let answer = send(request).await?;
+    assert_eq!(answer.header("x-request-id"), "abc-1");
+    assert_eq!(answer.header("strict-transport-security"), "max-age=63072000");
+    assert_eq!(answer.header("x-content-type-options"), "nosniff");
+    assert_eq!(answer.header("cache-control"), "no-store");
+    assert_eq!(answer.header("server"), "");
+    let unfit = lab.client().request(Method::GET, "/nothing").header("x-request-id", "a b");
+    assert_ne!(send(unfit).await?.header("x-request-id"), "a b");
+    lab.stop().await
+}

@@ -1,0 +1,14 @@
+//! The proof: every promise of the README, tried against real servers, real TLS and the real model.
+//!
+//! Each test brings up a system of its own and takes it down; `git grep SRS-` and `git grep REQ_` find the
+//! test of a requirement.
+
+mod access;
+mod api;
+mod architecture;
+mod idempotency;
+mod models;
+mod privacy;
+mod survival;
+mod sweeping;
+mod validation;

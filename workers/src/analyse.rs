@@ -1,0 +1,137 @@
+//! What an executor does with a job: decode every image, ask the engine, check its answer.
+
+use std::time::{Duration, Instant};
+
+use dermflow_schemas::envelope::Payload;
+
+use crate::{
+    decode::{DecodeError, Picture},
+    engine::{Engine, EngineError, Question},
+    model::Model,
+};
+
+/// What is known about one image after the analysis.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finding {
+    /// Columns as displayed, in pixels.
+    pub width: u32,
+    /// Rows as displayed, in pixels.
+    pub height: u32,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub sha256: String,
+    /// SHA-1 of the file, in Base64.
+    pub sha1: String,
+    /// In the order of the model's classes; the sum is 1.
+    pub probabilities: Vec<f64>,
+}
+
+/// A finished analysis.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Analysis {
+    /// In the order of the images.
+    pub findings: Vec<Finding>,
+    /// Time in the model, resizing included, all images together.
+    pub in_model: Duration,
+}
+
+/// Why there is no analysis.
+#[derive(Debug, thiserror::Error)]
+pub enum AnalysisError {
+    /// The image with this index, from 0, does not decode. Permanent.
+    #[error("image {0} does not decode: {1}")]
+    Undecodable(usize, DecodeError),
+    /// The model's answer is not one finite number per class. Permanent: models are deterministic.
+    #[error("the model's answer is not one finite number per class")]
+    Unusable,
+    /// The engine failed. Transient.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// Analyses every image of `payload`.
+///
+/// # Errors
+/// See [`AnalysisError`].
+pub fn analyse(
+    engine: &mut dyn Engine,
+    model: &Model,
+    payload: &Payload,
+    attempt: u32,
+) -> Result<Analysis, AnalysisError> {
+    let mut analysis = Analysis { findings: Vec::new(), in_model: Duration::ZERO };
+    for (index, (file, entry)) in payload.images.iter().zip(&payload.manifest.images).enumerate() {
+        let picture = Picture::decode(file.as_slice(), entry.format)
+            .map_err(|error| AnalysisError::Undecodable(index, error))?;
+        let sha256 = file.sha256();
+        let start = Instant::now();
+        let logits = engine.classify(Question { picture: &picture, digest: &sha256, attempt })?;
+        analysis.in_model += start.elapsed();
+        let probabilities = model.probabilities(&logits).ok_or(AnalysisError::Unusable)?;
+        analysis.findings.push(Finding {
+            width: picture.width(),
+            height: picture.height(),
+            sha256,
+            sha1: file.sha1_base64(),
+            probabilities,
+        });
+    }
+    Ok(analysis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{decode::tests::jpeg, engine::factory, model::tests::simulated};
+    use dermflow_schemas::{
+        envelope::{ImageEntry, Manifest},
+        image::Format,
+    };
+    use std::path::Path;
+
+    fn payload(files: &[Vec<u8>]) -> Payload {
+        let entry = |file: &Vec<u8>| ImageEntry {
+            bytes: file.len(),
+            format: Format::Jpeg,
+            title: None,
+            body_site: None,
+        };
+        Payload {
+            manifest: Manifest::new(files.iter().map(entry).collect(), None, None),
+            images: files.iter().map(|file| file.clone().into()).collect(),
+        }
+    }
+
+    fn analysed(model: &Model, files: &[Vec<u8>], attempt: u32) -> Result<Analysis, AnalysisError> {
+        let mut engine = factory(model, Path::new("unused")).unwrap()().unwrap();
+        analyse(&mut *engine, model, &payload(files), attempt)
+    }
+
+    #[test]
+    fn the_same_image_gets_the_same_answer_and_another_one_another() {
+        let model = simulated(&[]);
+        let (one, two) = (jpeg(96, 80, Some(6)), jpeg(98, 80, None));
+        let analysis = analysed(&model, &[one.clone(), two, one], 1).unwrap();
+        let [first, second, third] = &analysis.findings[..] else { panic!("three images") };
+        assert_eq!(first, third);
+        assert_ne!(first.probabilities, second.probabilities);
+        assert_eq!((first.width, first.height), (80, 96));
+        assert!((first.probabilities.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+        assert!(analysis.in_model >= Duration::from_millis(3));
+    }
+
+    #[test]
+    fn a_broken_image_is_named() {
+        let broken = b"\xff\xd8\xff\xe0 no image".to_vec();
+        let error = analysed(&simulated(&[]), &[jpeg(96, 80, None), broken], 1);
+        assert!(matches!(error, Err(AnalysisError::Undecodable(1, _))));
+    }
+
+    #[test]
+    fn a_simulated_fault_ends_with_its_last_attempt() {
+        let fault = "simulated = { latency_ms = 0, fault = 'nan', fault_attempts = 2 }";
+        let model = simulated(&[("simulated = { latency_ms = 1 }", fault)]);
+        let image = [jpeg(96, 80, None)];
+        assert!(matches!(analysed(&model, &image, 2), Err(AnalysisError::Unusable)));
+        assert!(analysed(&model, &image, 3).is_ok());
+    }
+}

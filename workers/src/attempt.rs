@@ -1,0 +1,293 @@
+//! The life of one delivered message: open, analyse, report, publish, ack.
+//!
+//! An ack is sent only after the broker has acknowledged what replaces the job: its result, its next attempt or
+//! its dead letter. An ack proves nothing and is not waited for: when it is lost the job runs again, and the
+//! first result wins where results are recorded.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use async_nats::jetstream::{AckKind, Message};
+use bytes::Bytes;
+use dermflow_schemas::{
+    clock,
+    envelope::{Carrier, Failure, JobHeader, Payload, Progress, ResultHeader},
+    error::Code,
+    fhir::Resource,
+    id::JobId,
+    limits::{
+        BACKOFF, BROKER_PAUSE, MAX_ATTEMPTS, MAX_PAYLOAD_BYTES, OBJECT_DEADLINE, PUBLISH_DEADLINE,
+        RESULT_PATIENCE,
+    },
+    queue::{self, Publisher},
+    seal::{Keyring, Purpose, Sealed},
+};
+use time::OffsetDateTime;
+use tokio::{
+    io::AsyncReadExt,
+    time::{Instant, interval_at, sleep, timeout},
+};
+
+use crate::{
+    analyse::{Analysis, AnalysisError, analyse},
+    executor::{ExecutorError, Executors, Slot},
+    model::Model,
+    report::{self, Case},
+    timing::Timing,
+};
+
+/// What every attempt needs.
+pub struct Attempts {
+    /// Into the streams.
+    pub publisher: Publisher,
+    /// Outside the streams.
+    pub client: async_nats::Client,
+    /// Opens payloads, seals reports.
+    pub keys: Keyring,
+    /// What the executors run.
+    pub model: Arc<Model>,
+    /// The executors.
+    pub executors: Executors,
+    /// How long things may take.
+    pub timing: Timing,
+}
+
+/// How an attempt ended.
+enum Verdict {
+    /// With a result, with or without a report.
+    Result(ResultHeader, Bytes),
+    /// Another attempt may do better; when there is none left, the job fails with this code.
+    Again(Code),
+    /// It was never begun, as the process ends.
+    GiveBack,
+}
+
+/// A job with what its message says about it.
+struct Delivery {
+    header: JobHeader,
+    tail: Bytes,
+    /// Attempts so far, this one included: redeliveries by the broker count.
+    attempt: u32,
+    began: OffsetDateTime,
+}
+
+impl Attempts {
+    /// Sees one message to its end. `slot` is the executor in hand, if there is one.
+    pub async fn run(&self, message: &Message, slot: Option<Slot>) {
+        let done = tokio::select! {
+            done = self.settle(message, slot) => done,
+            never = keep_alive(message, self.timing.progress) => match never {},
+        };
+        let Some(ack) = done else { return };
+        if let Err(error) = message.ack_with(ack).await {
+            tracing::warn!(%error, "an ack was not sent; the job will run again");
+        }
+    }
+
+    /// Returns the ack, or `None` when the message must be redelivered.
+    async fn settle(&self, message: &Message, slot: Option<Slot>) -> Option<AckKind> {
+        let delivered = message.info().map_or(1, |info| info.delivered);
+        let (header, tail) = match JobHeader::decode(&message.payload) {
+            Ok(decoded) => decoded,
+            Err(error) => {
+                tracing::error!(%error, "not a job envelope");
+                return self.bury_unread(message).await.then_some(AckKind::Term);
+            }
+        };
+        let redelivered = u32::try_from(delivered - 1).unwrap_or(0);
+        let attempt = header.attempt.saturating_add(redelivered);
+        let mut delivery = Delivery { header, tail, attempt, began: clock::now() };
+        let verdict = self.judge(&mut delivery, slot).await;
+        let (outcome, published) = match verdict {
+            Verdict::GiveBack => return Some(AckKind::Nak(None)),
+            Verdict::Result(header, report) => {
+                let outcome = if report.is_empty() { "failed" } else { "report" };
+                (outcome, self.publish_result(&delivery, &header, &report).await)
+            }
+            Verdict::Again(_) if attempt < MAX_ATTEMPTS => ("retry", self.retry(&delivery).await),
+            Verdict::Again(code) => ("dead", self.give_up(&delivery, code).await),
+        };
+        let (job, lane) = (delivery.header.job, delivery.header.lane.as_str());
+        let ms = clock::elapsed_ms(delivery.began, clock::now());
+        tracing::info!(%job, attempt, lane, outcome, published, ms, "attempt");
+        published.then_some(AckKind::Ack)
+    }
+
+    /// Everything up to the verdict.
+    async fn judge(&self, delivery: &mut Delivery, slot: Option<Slot>) -> Verdict {
+        if delivery.attempt > MAX_ATTEMPTS {
+            return Verdict::Again(Code::AttemptsExhausted);
+        }
+        let slot = match slot {
+            Some(slot) => slot,
+            None => match self.executors.slot().await {
+                Some(slot) => slot,
+                None => return Verdict::GiveBack,
+            },
+        };
+        delivery.began = clock::now();
+        if delivery.began > delivery.header.deadline {
+            return delivery.failed(Code::DeadlineExceeded, None);
+        }
+        self.note_progress(delivery).await;
+        let job = delivery.header.job;
+        let payload = match self.payload(delivery).await {
+            Ok(payload) => Arc::new(payload),
+            Err(reason) => {
+                tracing::error!(%job, reason, "the payload does not open");
+                return Verdict::Again(Code::AttemptsExhausted);
+            }
+        };
+        let (model, attempt, files) = (self.model.clone(), delivery.attempt, payload.clone());
+        let work = move |engine: &mut dyn crate::engine::Engine| analyse(engine, &model, &files, attempt);
+        match self.executors.run(slot, self.timing.job, work).await {
+            Ok(Ok(analysis)) => self.report(delivery, &payload, &analysis),
+            Ok(Err(error)) => {
+                tracing::warn!(%job, attempt, %error, "the analysis failed");
+                delivery.refused(&error)
+            }
+            Err(error @ (ExecutorError::Panicked | ExecutorError::Hung)) => {
+                tracing::error!(%job, attempt, %error, "the analysis did not finish");
+                Verdict::Again(Code::AttemptsExhausted)
+            }
+        }
+    }
+
+    /// Fire and forget: the result repeats what it says.
+    async fn note_progress(&self, delivery: &Delivery) {
+        let job = delivery.header.job;
+        let progress = Progress { job, attempt: delivery.attempt, started_at: delivery.began };
+        let body = serde_json::to_vec(&progress).unwrap_or_default();
+        let _ = self.client.publish(queue::progress_subject(job), body.into()).await;
+    }
+
+    async fn payload(&self, delivery: &Delivery) -> Result<Payload, String> {
+        let job = delivery.header.job;
+        let bytes = match delivery.header.carrier {
+            Carrier::Inline => delivery.tail.clone(),
+            Carrier::Object => timeout(OBJECT_DEADLINE, self.object(job))
+                .await
+                .unwrap_or_else(|_| Err("the object store does not answer".into()))
+                .map_err(|error| error.to_string())?,
+        };
+        let sealed = Sealed { key_id: delivery.header.key.clone(), bytes };
+        let plain = self.keys.open(Purpose::Payload, job, &sealed).map_err(|error| error.to_string())?;
+        Payload::decode(plain).map_err(|error| error.to_string())
+    }
+
+    async fn object(&self, job: JobId) -> Result<Bytes, async_nats::Error> {
+        let store = self.publisher.context().get_object_store(queue::PAYLOADS).await?;
+        let mut bytes = Vec::new();
+        let limit = MAX_PAYLOAD_BYTES as u64 + 1;
+        store.get(job.to_string()).await?.take(limit).read_to_end(&mut bytes).await?;
+        if bytes.len() > MAX_PAYLOAD_BYTES { Err("the object is too large".into()) } else { Ok(bytes.into()) }
+    }
+
+    fn report(&self, delivery: &Delivery, payload: &Payload, analysis: &Analysis) -> Verdict {
+        let (job, finished_at) = (delivery.header.job, clock::now());
+        let report = report::build(&Case {
+            job,
+            accepted_at: delivery.header.accepted_at,
+            finished_at,
+            manifest: &payload.manifest,
+            findings: &analysis.findings,
+            model: &self.model,
+        });
+        let report = Resource::DiagnosticReport(Box::new(report)).to_json();
+        match self.keys.seal(Purpose::Report, job, report) {
+            Ok(Sealed { key_id, bytes }) => {
+                let model_us = u64::try_from(analysis.in_model.as_micros()).unwrap_or(u64::MAX);
+                let (attempt, began) = (delivery.attempt, delivery.began);
+                let header = ResultHeader::succeeded(job, attempt, began, finished_at, model_us, key_id);
+                Verdict::Result(header, bytes)
+            }
+            Err(error) => {
+                tracing::error!(%job, %error, "the report cannot be sealed");
+                Verdict::Again(Code::AttemptsExhausted)
+            }
+        }
+    }
+
+    async fn publish_result(&self, delivery: &Delivery, header: &ResultHeader, report: &[u8]) -> bool {
+        let job = delivery.header.job;
+        let id = format!("{job}:{}", delivery.attempt);
+        self.publish(queue::Message::new(queue::result_subject(job), id, header.encode(report))).await
+    }
+
+    /// The next attempt: stored now, delivered by the broker when the back-off ends.
+    async fn retry(&self, delivery: &Delivery) -> bool {
+        let JobHeader { job, lane, client, .. } = delivery.header;
+        let pause = BACKOFF[(delivery.attempt as usize - 1).min(BACKOFF.len() - 1)];
+        let mut header = delivery.header.clone();
+        header.attempt = delivery.attempt + 1;
+        let body = header.encode(&delivery.tail);
+        self.publish(queue::Message::retry(lane, client, job, clock::now() + pause, body)).await
+    }
+
+    /// The dead letter first: what follows may delete the payload.
+    async fn give_up(&self, delivery: &Delivery, code: Code) -> bool {
+        let JobHeader { job, lane, client, .. } = delivery.header;
+        tracing::error!(%job, attempt = delivery.attempt, %code, "the job is given up");
+        let id = format!("{job}:{}", delivery.attempt);
+        let body = delivery.header.encode(&delivery.tail);
+        if !self.bury(queue::dead_subject(lane, client), id, body, code).await {
+            return false;
+        }
+        let Verdict::Result(header, report) = delivery.failed(code, None) else { return false };
+        self.publish_result(delivery, &header, &report).await
+    }
+
+    /// A dead letter for a message that says nothing about itself but its subject.
+    async fn bury_unread(&self, message: &Message) -> bool {
+        let Some((_, rest)) = message.subject.split_once('.') else { return true };
+        let id = message.info().map(|info| format!("unread:{}", info.stream_sequence)).unwrap_or_default();
+        self.bury(format!("dead.{rest}"), id, message.payload.clone(), Code::Internal).await
+    }
+
+    async fn bury(&self, subject: String, id: String, body: Bytes, code: Code) -> bool {
+        let mut letter = queue::Message::new(subject, id, body);
+        letter.headers.insert(queue::REASON, code.to_string());
+        self.publish(letter).await
+    }
+
+    /// Publishes, again and again while the broker is away, for [`RESULT_PATIENCE`] at most.
+    async fn publish(&self, message: queue::Message) -> bool {
+        let end = Instant::now() + RESULT_PATIENCE;
+        loop {
+            let Err(error) = self.publisher.publish(message.clone(), PUBLISH_DEADLINE).await else {
+                return true;
+            };
+            let subject = message.subject.as_str();
+            if Instant::now() > end {
+                tracing::error!(subject, %error, "not published; the job is left to redelivery");
+                return false;
+            }
+            tracing::warn!(subject, %error, "not published yet");
+            sleep(BROKER_PAUSE).await;
+        }
+    }
+}
+
+impl Delivery {
+    fn failed(&self, code: Code, image: Option<usize>) -> Verdict {
+        let failure = Failure { code, image };
+        let header = ResultHeader::failed(self.header.job, failure, self.attempt, self.began, clock::now());
+        Verdict::Result(header, Bytes::new())
+    }
+
+    fn refused(&self, error: &AnalysisError) -> Verdict {
+        match error {
+            AnalysisError::Undecodable(image, _) => self.failed(Code::ImageUndecodable, Some(*image)),
+            AnalysisError::Unusable => self.failed(Code::AnalysisFailed, None),
+            AnalysisError::Engine(_) => Verdict::Again(Code::AnalysisFailed),
+        }
+    }
+}
+
+/// Tells the broker, for as long as it is polled, that the job is being worked on.
+async fn keep_alive(message: &Message, period: Duration) -> Infallible {
+    let mut beat = interval_at(Instant::now() + period, period);
+    loop {
+        beat.tick().await;
+        let _ = message.ack_with(AckKind::Progress).await;
+    }
+}

@@ -1,0 +1,192 @@
+//! From a file's bytes to pixels, with limits before every allocation.
+
+use std::io::Cursor;
+
+use dermflow_schemas::{
+    image::Format,
+    limits::{MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
+};
+use fast_image_resize::{
+    FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
+    images::{Image, ImageRef},
+};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, metadata::Orientation};
+
+/// Why a file with a right header cannot be decoded. The same file fails again.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// The decoder gives up, or a limit is passed.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A JPEG without its end; decoders would fill in grey.
+    #[error("the file is cut short")]
+    CutShort,
+    /// More than [`MAX_PIXELS`].
+    #[error("the image has more than {MAX_PIXELS} pixels")]
+    TooLarge,
+}
+
+/// A decoded image: 8-bit RGB as stored, and how to turn it for display.
+#[derive(Clone)]
+pub struct Picture {
+    pixels: RgbImage,
+    orientation: Orientation,
+}
+
+impl std::fmt::Debug for Picture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Picture({} x {})", self.width(), self.height())
+    }
+}
+
+impl Picture {
+    /// Decodes a file. An alpha channel is dropped, 16-bit values are cut to 8.
+    ///
+    /// # Errors
+    /// See [`DecodeError`].
+    pub fn decode(file: &[u8], format: Format) -> Result<Self, DecodeError> {
+        if format == Format::Jpeg && !jpeg_ends(file) {
+            return Err(DecodeError::CutShort);
+        }
+        let mut limits = Limits::default();
+        limits.max_image_width = Some(MAX_SIDE_PIXELS);
+        limits.max_image_height = Some(MAX_SIDE_PIXELS);
+        limits.max_alloc = Some(MAX_DECODE_BYTES);
+        let mut reader = ImageReader::with_format(Cursor::new(file), format.decoder());
+        reader.limits(limits.clone());
+        let mut decoder = reader.into_decoder()?;
+        let (width, height) = decoder.dimensions();
+        if u64::from(width) * u64::from(height) > MAX_PIXELS {
+            return Err(DecodeError::TooLarge);
+        }
+        limits.reserve(decoder.total_bytes())?;
+        decoder.set_limits(limits)?;
+        let orientation = decoder.orientation()?;
+        Ok(Self { pixels: DynamicImage::from_decoder(decoder)?.into_rgb8(), orientation })
+    }
+
+    /// Columns as displayed, in pixels.
+    pub fn width(&self) -> u32 {
+        if self.lies_on_its_side() { self.pixels.height() } else { self.pixels.width() }
+    }
+
+    /// Rows as displayed, in pixels.
+    pub fn height(&self) -> u32 {
+        if self.lies_on_its_side() { self.pixels.width() } else { self.pixels.height() }
+    }
+
+    /// The whole frame, turned for display and squashed to `width` x `height` (bilinear with antialiasing).
+    ///
+    /// It is turned after it was made small: turning the 12 megapixels of a phone's photograph costs more than
+    /// the model does. Columns as displayed come first, rounded to whole values before rows, as in Pillow: models
+    /// are trained and evaluated with that, and the order moves probabilities in the third decimal.
+    pub fn squash(&self, width: u32, height: u32) -> RgbImage {
+        let small = if self.lies_on_its_side() {
+            resize(&resize(&self.pixels, self.pixels.width(), width), height, width)
+        } else {
+            resize(&resize(&self.pixels, width, self.pixels.height()), width, height)
+        };
+        let mut small = DynamicImage::ImageRgb8(small);
+        
+        small.into_rgb8()
+    }
+
+    fn lies_on_its_side(&self) -> bool {
+        use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+        matches!(self.orientation, Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH)
+    }
+}
+
+fn resize(pixels: &RgbImage, width: u32, height: u32) -> RgbImage {
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
+    let mut small = Image::new(width, height, PixelType::U8x3);
+    ImageRef::new(pixels.width(), pixels.height(), pixels.as_raw(), PixelType::U8x3)
+        .ok()
+        .and_then(|source| Resizer::new().resize(&source, &mut small, &options).ok())
+        .and_then(|()| RgbImage::from_raw(width, height, small.into_vec()))
+        .expect("both buffers have the size of their images")
+}
+
+/// Whether the end marker stands behind the last scan. Inside a scan every 0xFF is escaped, so both markers are
+/// what they seem; an embedded thumbnail comes before the first scan of the image itself.
+fn jpeg_ends(file: &[u8]) -> bool {
+    let last = |marker: u8| file.windows(2).rposition(|pair| pair == [0xff, marker]);
+    matches!((last(0xda), last(0xd9)), (Some(scan), Some(end)) if scan < end)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use image::{ExtendedColorType, ImageEncoder, Rgb, codecs::jpeg::JpegEncoder, codecs::png::PngEncoder};
+
+    /// Red on the left, blue on the right, the upper half brighter.
+    fn sample(width: u32, height: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| {
+            let value = if y < height / 2 { 250 } else { 120 };
+            if x < width / 2 { Rgb([value, 0, 0]) } else { Rgb([0, 0, value]) }
+        })
+    }
+
+    pub(crate) fn jpeg(width: u32, height: u32, exif_orientation: Option<u8>) -> Vec<u8> {
+        let mut file = Vec::new();
+        let mut encoder = JpegEncoder::new_with_quality(&mut file, 95);
+        if let Some(orientation) = exif_orientation {
+            // TIFF header, one entry: tag 0x0112, type SHORT, count 1.
+            let mut exif = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".to_vec();
+            exif.extend([orientation, 0, 0, 0, 0, 0, 0, 0]);
+            encoder.set_exif_metadata(exif).unwrap();
+        }
+        encoder.encode_image(&sample(width, height)).unwrap();
+        file
+    }
+
+    fn png(width: u32, height: u32) -> Vec<u8> {
+        let mut file = Vec::new();
+        PngEncoder::new(&mut file)
+            .write_image(&sample(width, height), width, height, ExtendedColorType::Rgb8)
+            .unwrap();
+        file
+    }
+
+    #[test]
+    fn a_cut_file_is_an_error_wherever_it_is_cut() {
+        for (file, format) in [(jpeg(96, 80, Some(6)), Format::Jpeg), (png(96, 80), Format::Png)] {
+            assert!(Picture::decode(&file, format).is_ok());
+            for sixteenth in 0..16 {
+                let cut = &file[..file.len() * sixteenth / 16];
+                assert!(Picture::decode(cut, format).is_err(), "{format:?} {sixteenth}/16");
+            }
+        }
+    }
+
+    #[test]
+    fn limits_hold_before_the_pixels_are_allocated() {
+        let gray = |width, height| {
+            let mut file = Cursor::new(Vec::new());
+            image::GrayImage::new(width, height).write_to(&mut file, image::ImageFormat::Png).unwrap();
+            file.into_inner()
+        };
+        assert!(matches!(
+            Picture::decode(&gray(12_001, 80), Format::Png),
+            Err(DecodeError::Image(ImageError::Limits(_)))
+        ));
+        assert!(matches!(Picture::decode(&gray(8_000, 5_001), Format::Png), Err(DecodeError::TooLarge)));
+        assert!(Picture::decode(&png(96, 80), Format::Jpeg).is_err());
+    }
+
+    /// Every EXIF orientation shows the same picture as the file that was turned by hand.
+    #[test]
+    fn the_exif_orientation_is_applied() {
+        for exif in 1..=8 {
+            let picture = Picture::decode(&jpeg(120, 80, Some(exif)), Format::Jpeg).unwrap();
+            let mut turned = DynamicImage::ImageRgb8(sample(120, 80));
+            turned.apply_orientation(Orientation::from_exif(exif).unwrap());
+            assert_eq!((picture.width(), picture.height()), (turned.width(), turned.height()), "{exif}");
+            let (small, expected) = (picture.squash(32, 16), resize(&turned.into_rgb8(), 32, 16));
+            let distance = |(a, b): (&u8, &u8)| a.abs_diff(*b);
+            assert!(small.iter().zip(expected.iter()).map(distance).max().unwrap() < 32, "{exif}");
+        }
+        let upright = Picture::decode(&jpeg(120, 80, None), Format::Jpeg).unwrap();
+        assert_eq!((upright.width(), upright.height()), (120, 80));
+    }
+}

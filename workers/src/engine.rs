@@ -1,0 +1,192 @@
+//! What turns a picture into logits: the ONNX Runtime, or a simulation of it.
+
+use std::{path::Path, sync::Arc, thread, time::Duration};
+
+use image::RgbImage;
+use ort::{environment::Environment, session::Session, value::TensorRef};
+
+use crate::{
+    decode::Picture,
+    model::{Fault, Input, Model, Network, Output, Simulated},
+};
+
+/// Why there is no engine, or no logits.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The library cannot be loaded, or is too old.
+    #[error("the ONNX Runtime cannot be loaded: {0}")]
+    Runtime(String),
+    /// The network cannot be loaded or run.
+    #[error("the ONNX Runtime reports: {0}")]
+    Network(String),
+    /// The network gives something else than its description says.
+    #[error("the model does not fit model.toml: {0}")]
+    Misfit(String),
+}
+
+impl<R> From<ort::Error<R>> for EngineError {
+    fn from(error: ort::Error<R>) -> Self {
+        Self::Network(error.message().to_owned())
+    }
+}
+
+/// One image on its way through an engine.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'a> {
+    /// The decoded image.
+    pub picture: &'a Picture,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub digest: &'a str,
+    /// Which attempt at the job, from 1.
+    pub attempt: u32,
+}
+
+/// Computes logits; belongs to one thread.
+pub trait Engine: Send {
+    /// The logits of one image, in the order of the model's classes, not yet checked.
+    ///
+    /// # Errors
+    /// When the engine fails; the same image may succeed elsewhere.
+    fn classify(&mut self, question: Question<'_>) -> Result<Vec<f32>, EngineError>;
+}
+
+/// Makes an engine, once per executor and again after a panic.
+pub type Factory = Arc<dyn Fn() -> Result<Box<dyn Engine>, EngineError> + Send + Sync>;
+
+/// A factory for `model`. `library` is the file of the ONNX Runtime, by path or by a name that the system's
+/// loader finds; a simulated model needs none.
+///
+/// # Errors
+/// When the model needs the library and it cannot be loaded.
+pub fn factory(model: &Model, library: &Path) -> Result<Factory, EngineError> {
+    match model.network.clone() {
+        Network::Onnx { file, input, output } => {
+            let environment = runtime(library)?;
+            let classes = model.classes.len();
+            Ok(Arc::new(move || {
+                let mut engine = OnnxEngine::new(&environment, &file, input.clone(), output.clone())?;
+                engine.try_out(classes)?;
+                Ok(Box::new(engine))
+            }))
+        }
+        Network::Simulated(simulated) => {
+            let classes = model.classes.len();
+            Ok(Arc::new(move || Ok(Box::new(SimulatedEngine { simulated: simulated.clone(), classes }))))
+        }
+    }
+}
+
+fn runtime(library: &Path) -> Result<Environment, EngineError> {
+    let load = ort::init_from(library).map_err(|error| EngineError::Runtime(error.to_string()))?;
+    Ok(load.with_name("dermflow").with_telemetry(false).build()?)
+}
+
+/// The ONNX Runtime on one thread.
+struct OnnxEngine {
+    session: Session,
+    input: Input,
+    output: Output,
+    tensor: Vec<f32>,
+}
+
+impl OnnxEngine {
+    fn new(
+        environment: &Environment,
+        file: &[u8],
+        input: Input,
+        output: Output,
+    ) -> Result<Self, EngineError> {
+        // More threads per session, or threads that spin while they wait, halve the throughput when cores
+        // are shared.
+        let session = Session::builder(environment)?
+            .with_intra_threads(1)?
+            .with_inter_threads(1)?
+            .with_intra_op_spinning(false)?
+            .with_inter_op_spinning(false)?
+            .commit_from_memory(file)?;
+        let names = |outlets: &[ort::value::Outlet]| -> Vec<String> {
+            outlets.iter().map(|outlet| outlet.name().to_owned()).collect()
+        };
+        let (inputs, outputs) = (names(session.inputs()), names(session.outputs()));
+        if inputs != [input.name.as_str()] {
+            return Err(EngineError::Misfit(format!("its inputs are {inputs:?}, not [{:?}]", input.name)));
+        }
+        if !outputs.contains(&output.logits) {
+            return Err(EngineError::Misfit(format!(
+                "its outputs are {outputs:?}, without {:?}",
+                output.logits
+            )));
+        }
+        Ok(Self { session, input, output, tensor: Vec::new() })
+    }
+
+    /// Runs the network once, so that a wrong shape shows at start.
+    fn try_out(&mut self, classes: usize) -> Result<(), EngineError> {
+        let logits = self.logits(&RgbImage::new(self.input.width, self.input.height))?.len();
+        if logits == classes {
+            Ok(())
+        } else {
+            Err(EngineError::Misfit(format!("{logits} logits for {classes} classes")))
+        }
+    }
+
+    fn logits(&mut self, small: &RgbImage) -> Result<Vec<f32>, EngineError> {
+        fill(&mut self.tensor, small, &self.input);
+        let shape = [1, 3, i64::from(self.input.height), i64::from(self.input.width)];
+        let tensor = TensorRef::from_array_view((shape, self.tensor.as_slice()))?;
+        let outputs = self.session.run(ort::inputs![self.input.name.as_str() => tensor])?;
+        let logits =
+            outputs.get(&self.output.logits).ok_or_else(|| EngineError::Misfit("no logits".into()))?;
+        let (_, logits) = logits.try_extract_tensor::<f32>()?;
+        Ok(logits.to_vec())
+    }
+}
+
+impl Engine for OnnxEngine {
+    fn classify(&mut self, question: Question<'_>) -> Result<Vec<f32>, EngineError> {
+        let small = question.picture.squash(self.input.width, self.input.height);
+        self.logits(&small)
+    }
+}
+
+/// Fills `tensor` with planes of red, green and blue, normalised.
+fn fill(tensor: &mut Vec<f32>, small: &RgbImage, input: &Input) {
+    tensor.clear();
+    for channel in 0..3 {
+        let (mean, deviation) = (input.mean[channel], input.deviation[channel]);
+        let normalise = |pixel: &image::Rgb<u8>| (f32::from(pixel.0[channel]) / 255.0 - mean) / deviation;
+        tensor.extend(small.pixels().map(normalise));
+    }
+}
+
+/// The simulation: a pause, then logits that follow from the image's digest alone.
+struct SimulatedEngine {
+    simulated: Simulated,
+    classes: usize,
+}
+
+impl Engine for SimulatedEngine {
+    fn classify(&mut self, question: Question<'_>) -> Result<Vec<f32>, EngineError> {
+        thread::sleep(Duration::from_millis(self.simulated.latency_ms));
+        let faulty = self.simulated.fault_attempts.is_none_or(|last| question.attempt <= last);
+        match self.simulated.fault.filter(|_| faulty) {
+            None => Ok(simulated_logits(question.digest, self.classes)),
+            Some(Fault::Nan) => Ok(vec![f32::NAN; self.classes]),
+            Some(Fault::Panic) => panic!("the simulated model panics"),
+            Some(Fault::Abort) => std::process::abort(),
+            Some(Fault::Hang) => loop {
+                thread::park();
+            },
+        }
+    }
+}
+
+/// Logits between 0 and 4, from a digest of the image's digest and the class.
+fn simulated_logits(image: &str, classes: usize) -> Vec<f32> {
+    let logit = |class: usize| {
+        let digest =
+            aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, format!("{image}:{class}").as_bytes());
+        f32::from(digest.as_ref()[0]) / 64.0
+    };
+    (0..classes).map(logit).collect()
+}

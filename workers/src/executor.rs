@@ -1,0 +1,213 @@
+//! Threads that own an engine each, and the slots that count how many of them are free.
+
+use std::{
+    any::Any,
+    num::NonZeroUsize,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::engine::{Engine, EngineError, Factory};
+
+/// Why work gave no result. In both cases another attempt may succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ExecutorError {
+    /// The work panicked, or there was no engine after a panic.
+    #[error("the executor panicked")]
+    Panicked,
+    /// The work passed its limit. Its thread cannot be killed: the process must end.
+    #[error("the executor did not finish in time")]
+    Hung,
+}
+
+/// The right to use one executor; free again when the work on it is done, which for hung work is never.
+#[derive(Debug)]
+pub struct Slot {
+    _permit: OwnedSemaphorePermit,
+}
+
+type Work = Box<dyn FnOnce(&mut dyn Engine) + Send>;
+
+/// Executor threads. A clone uses the same ones; they end when the last clone is dropped.
+#[derive(Debug, Clone)]
+pub struct Executors {
+    slots: Arc<Semaphore>,
+    work: SyncSender<(Work, Slot)>,
+    hung: CancellationToken,
+}
+
+impl Executors {
+    /// Starts `count` threads, each with an engine of its own, and waits until all have one.
+    ///
+    /// # Errors
+    /// When an engine cannot be made.
+    pub async fn start(count: NonZeroUsize, factory: &Factory) -> Result<Self, EngineError> {
+        // Never full: whoever hands over work holds a slot.
+        let (work, queue) = sync_channel(count.get());
+        let queue = Arc::new(Mutex::new(queue));
+        let mut starting = Vec::new();
+        for number in 0..count.get() {
+            let (ready, started) = oneshot::channel();
+            let (queue, factory) = (queue.clone(), factory.clone());
+            thread::Builder::new()
+                .name(format!("executor-{number}"))
+                .spawn(move || serve(&queue, &factory, ready))
+                .map_err(|error| EngineError::Runtime(error.to_string()))?;
+            starting.push(started);
+        }
+        for started in starting {
+            started.await.unwrap_or_else(|_| Err(EngineError::Network("panicked while loading".into())))?;
+        }
+        let slots = Arc::new(Semaphore::new(count.get()));
+        Ok(Self { slots, work, hung: CancellationToken::new() })
+    }
+
+    /// Waits for a free executor, first come, first served; `None` once one has hung, as the process must end.
+    pub async fn slot(&self) -> Option<Slot> {
+        tokio::select! {
+            biased;
+            () = self.hung.cancelled() => None,
+            permit = self.slots.clone().acquire_owned() => permit.ok().map(|permit| Slot { _permit: permit }),
+        }
+    }
+
+    /// Cancelled once an executor has hung.
+    pub fn hung(&self) -> &CancellationToken {
+        &self.hung
+    }
+
+    /// Runs `work` on an executor, for at most `limit`.
+    ///
+    /// # Errors
+    /// See [`ExecutorError`].
+    pub async fn run<T: Send + 'static>(
+        &self,
+        slot: Slot,
+        limit: Duration,
+        work: impl FnOnce(&mut dyn Engine) -> T + Send + 'static,
+    ) -> Result<T, ExecutorError> {
+        let (reply, done) = oneshot::channel();
+        let work: Work = Box::new(move |engine| {
+            let _ = reply.send(work(engine));
+        });
+        self.work.try_send((work, slot)).map_err(|_| ExecutorError::Panicked)?;
+        let Ok(reply) = timeout(limit, done).await else {
+            self.hung.cancel();
+            return Err(ExecutorError::Hung);
+        };
+        reply.map_err(|_| ExecutorError::Panicked)
+    }
+}
+
+/// The life of an executor thread. An engine that panicked is in an unknown state and is made anew.
+fn serve(
+    queue: &Mutex<Receiver<(Work, Slot)>>,
+    factory: &Factory,
+    ready: oneshot::Sender<Result<(), EngineError>>,
+) {
+    let mut engine = match factory() {
+        Ok(engine) => Some(engine),
+        Err(error) => {
+            let _ = ready.send(Err(error));
+            return;
+        }
+    };
+    let _ = ready.send(Ok(()));
+    loop {
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok((work, slot)) = next else { return };
+        if engine.is_none() {
+            engine = factory().inspect_err(|error| tracing::error!(%error, "no engine after a panic")).ok();
+        }
+        // Without an engine the work is dropped, and with it the sender of its reply.
+        if let Some(own) = engine.as_deref_mut() {
+            let outcome: Result<(), Box<dyn Any + Send>> = catch_unwind(AssertUnwindSafe(|| work(own)));
+            if outcome.is_err() {
+                engine = None;
+            }
+        }
+        drop(slot);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Question;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    struct Silent;
+
+    impl Engine for Silent {
+        fn classify(&mut self, _: Question<'_>) -> Result<Vec<f32>, EngineError> {
+            unreachable!("these tests bring their own work")
+        }
+    }
+
+    /// Executors and the number of engines made for them.
+    async fn executors(count: usize) -> (Executors, Arc<AtomicUsize>) {
+        let made = Arc::new(AtomicUsize::new(0));
+        let counter = made.clone();
+        let factory: Factory = Arc::new(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+            Ok(Box::new(Silent))
+        });
+        let executors = Executors::start(NonZeroUsize::new(count).unwrap(), &factory).await.unwrap();
+        (executors, made)
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_the_job_and_the_engine_but_not_the_executor() {
+        let (executors, made) = executors(1).await;
+        for attempt in 1..=3 {
+            let slot = executors.slot().await.unwrap();
+            let lost = executors.run(slot, LIMIT, |_| -> u32 { panic!("as planned") }).await;
+            assert_eq!(lost, Err(ExecutorError::Panicked));
+            let slot = executors.slot().await.unwrap();
+            assert_eq!(executors.run(slot, LIMIT, |_| 7).await, Ok(7));
+            assert_eq!(made.load(Ordering::SeqCst), attempt + 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hung_executor_keeps_its_slot_and_ends_the_process() {
+        let (executors, _) = executors(2).await;
+        let (release, wait) = std::sync::mpsc::channel::<()>();
+        let (first, second) = (executors.slot().await.unwrap(), executors.slot().await.unwrap());
+        let hung = executors.run(first, Duration::from_millis(20), move |_| wait.recv()).await;
+        assert!(matches!(hung, Err(ExecutorError::Hung)));
+        assert!(executors.hung().is_cancelled());
+        assert_eq!(executors.run(second, LIMIT, |_| 7).await, Ok(7), "the others finish their work");
+        assert!(executors.slot().await.is_none(), "no new work begins");
+        drop(release);
+    }
+
+    #[tokio::test]
+    async fn a_slot_is_free_again_when_its_work_is_done() {
+        let (executors, _) = executors(2).await;
+        for round in 0..100 {
+            let slot = executors.slot().await.unwrap();
+            assert_eq!(executors.run(slot, LIMIT, move |_| round).await, Ok(round));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_cannot_be_made_is_an_error_at_start() {
+        let factory: Factory = Arc::new(|| Err(EngineError::Misfit("as planned".into())));
+        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &factory).await;
+        assert!(matches!(failed, Err(EngineError::Misfit(_))));
+    }
+}

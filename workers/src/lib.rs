@@ -1,0 +1,22 @@
+//! Queue in, results out.
+//!
+//! This crate owns how jobs are pulled, what an attempt is, the model and the report. It knows neither HTTP nor
+//! users nor PostgreSQL; adding a worker adds a connection to the broker and nothing else.
+//!
+//! Invariants kept here: a job is acked only after the broker has stored what replaces it; jobs in hand never
+//! exceed the executors by more than one; nothing is decoded beyond the limits; the same image gives the same
+//! numbers; whatever a model does, short of ending the process, costs its own job only.
+//!
+//! `consume` (the loop) → `attempt` (one message) → `executor` (a thread and its engine) → `analyse` → `report`.
+
+pub mod analyse;
+pub mod attempt;
+pub mod consume;
+pub mod decode;
+pub mod engine;
+pub mod executor;
+pub mod model;
+pub mod pull;
+pub mod report;
+pub mod schedule;
+pub mod timing;

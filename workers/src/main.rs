@@ -1,0 +1,183 @@
+//! The worker process.
+
+use std::{
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use async_nats::Client;
+use clap::Parser;
+use dermflow_schemas::{
+    limits::{DEFAULT_JOB_TIMEOUT, MAX_EXECUTORS},
+    process,
+    queue::{self, NatsOptions, Publisher},
+    seal::Keyring,
+};
+use dermflow_workers::{
+    attempt::Attempts,
+    consume::{Consumer, End},
+    engine,
+    executor::Executors,
+    model::Model,
+    pull::{Pull, find},
+    schedule::{LINES, Line},
+    timing::Timing,
+};
+use sd_notify::NotifyState;
+use tokio_util::sync::CancellationToken;
+
+/// Analyses skin images from the queue.
+#[derive(Debug, Parser)]
+#[command(name = "worker", version)]
+struct Options {
+    #[command(flatten)]
+    nats: NatsOptions,
+    /// File with the sealing keys, a line `<id> <Base64 of 32 bytes>` each.
+    #[arg(long, env = "DERMFLOW_SEALING_KEYS")]
+    sealing_keys: PathBuf,
+    /// The model's folder.
+    #[arg(long, env = "DERMFLOW_MODEL")]
+    model: PathBuf,
+    /// Jobs worked on at once, one thread and one copy of the model each [default: one per core].
+    #[arg(long, env = "DERMFLOW_EXECUTORS")]
+    executors: Option<NonZeroUsize>,
+    /// The ONNX Runtime's library: a path, or a name that the system's loader finds.
+    #[arg(long, env = "ORT_DYLIB_PATH", default_value = "libonnxruntime.so")]
+    ort_dylib: PathBuf,
+    /// Seconds that one attempt may take, all images together.
+    #[arg(long, env = "DERMFLOW_JOB_TIMEOUT", default_value_t = DEFAULT_JOB_TIMEOUT.as_secs())]
+    job_timeout: u64,
+    /// Accept a model folder that only simulates a model. Its reports say so. For tests and benchmarks.
+    #[arg(long)]
+    allow_simulated: bool,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    process::init();
+    log_panics();
+    match Box::pin(run(Options::parse())).await {
+        Ok(code) => code,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Options) -> anyhow::Result<ExitCode> {
+    let stop = CancellationToken::new();
+    let signal = stop.clone();
+    tokio::spawn(async move {
+        let _ = process::shutdown_requested().await;
+        signal.cancel();
+    });
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => Ok(ExitCode::SUCCESS),
+        consumer = prepare(&options) => {
+            let (consumer, client, grace) = consumer?;
+            sd_notify::notify(&[NotifyState::Ready]).context("cannot notify the supervisor")?;
+            tracing::info!("ready");
+            Ok(work(consumer, client, stop, grace).await)
+        }
+    }
+}
+
+/// Everything that can be wrong with the surroundings shows here, before the first job is asked for.
+async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duration)> {
+    let count = executors(options)?;
+    let keys = Keyring::load(&options.sealing_keys)
+        .with_context(|| format!("sealing keys {}", options.sealing_keys.display()))?;
+    let folder = &options.model;
+    let in_folder = || format!("model {}", folder.display());
+    let model = Arc::new(Model::load(folder, options.allow_simulated).with_context(in_folder)?);
+    let factory = engine::factory(&model, &options.ort_dylib).with_context(|| hint(&options.ort_dylib))?;
+    let executors = Executors::start(count, &factory).await.with_context(in_folder)?;
+    tracing::info!(
+        model = model.name,
+        version = model.version,
+        sha256 = model.digest,
+        executors = count,
+        "loaded"
+    );
+    if model.is_simulated() {
+        tracing::warn!("the model is simulated: its reports mean nothing");
+    }
+    let broker = || format!("broker {}", options.nats.nats_url);
+    let client = options.nats.connect().await.map_err(anyhow::Error::from_boxed).with_context(broker)?;
+    let context = queue::context(client.clone());
+    let (pulls, ack_wait) = open_lines(&client, &context).await.map_err(anyhow::Error::from_boxed)?;
+    let timing = Timing::new(ack_wait, Duration::from_secs(options.job_timeout))?;
+    let attempts = Attempts {
+        publisher: Publisher::new(context),
+        client: client.clone(),
+        keys,
+        model,
+        executors: executors.clone(),
+        timing,
+    };
+    Ok((Consumer::new(pulls, executors, count, attempts), client, timing.grace))
+}
+
+fn executors(options: &Options) -> anyhow::Result<NonZeroUsize> {
+    let count = match options.executors {
+        Some(count) => count,
+        None => std::thread::available_parallelism().context("cannot count the cores: give --executors")?,
+    };
+    anyhow::ensure!(count.get() <= MAX_EXECUTORS, "at most {MAX_EXECUTORS} executors, not {count}");
+    Ok(count)
+}
+
+fn hint(library: &Path) -> String {
+    format!("--ort-dylib {} (ORT_DYLIB_PATH)", library.display())
+}
+
+/// Every line, once ingress has created its consumer, and the shortest of their ack waits.
+async fn open_lines(
+    client: &Client,
+    context: &async_nats::jetstream::Context,
+) -> Result<([Pull; LINES.len()], Duration), async_nats::Error> {
+    let mut shortest = Duration::MAX;
+    let mut open = async |line: Line| {
+        let consumer = find(context.clone(), line).await;
+        shortest = shortest.min(consumer.cached_info().config.ack_wait);
+        Pull::open(client, context.clone(), line, consumer).await
+    };
+    let pulls = [open(LINES[0]).await?, open(LINES[1]).await?, open(LINES[2]).await?];
+    Ok((pulls, shortest))
+}
+
+async fn work(consumer: Consumer, client: Client, stop: CancellationToken, grace: Duration) -> ExitCode {
+    let end = consumer.run(stop, grace).await;
+    // Acks are handed to the connection, not awaited: they must leave before the process does.
+    let _ = tokio::time::timeout(Duration::from_secs(5), client.flush()).await;
+    match end {
+        End::Drained => {
+            tracing::info!("stopped");
+            ExitCode::SUCCESS
+        }
+        End::CutOff => {
+            tracing::error!("stopped with jobs unfinished; they will be redelivered");
+            ExitCode::FAILURE
+        }
+        End::Hung => {
+            tracing::error!(
+                "an executor hung and cannot be stopped: the process ends and must be started again"
+            );
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A panic is a log line with its place. Its message stays out: it may quote what it was working on.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let at = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(at, thread = std::thread::current().name(), "panic");
+    }));
+}
