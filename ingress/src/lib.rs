@@ -11,6 +11,7 @@ mod app;
 mod config;
 mod extract;
 mod json;
+mod linger;
 mod metrics;
 mod parameters;
 mod prefer;

@@ -49,6 +49,10 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A request body, whatever its size: 24 MiB in 30 s is 7 Mbit/s.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes of an unwanted body that are read and thrown away so that the answer reaches its caller.
+pub const LINGER_BYTES: usize = 2 * MAX_BODY_BYTES;
+/// The time for that.
+pub const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 /// What an orderly shutdown of ingress waits for requests in flight.
 pub const INGRESS_DRAIN: Duration = Duration::from_secs(30);
 

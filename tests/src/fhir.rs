@@ -23,7 +23,6 @@ pub async fn validate(documents: &[(String, Value)]) -> Result<()> {
         .arg(folder.join("validate.py"))
         .args(["--ndjson", "--libs"])
         .arg(libs)
-        .arg("-")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -36,6 +35,21 @@ pub async fn validate(documents: &[(String, Value)]) -> Result<()> {
     let faults =
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "of {names:?}:\n{faults}");
+    Ok(())
+}
+
+/// Fails unless the judge itself refuses every kind of fault that it is there for.
+///
+/// # Errors
+/// See above.
+pub async fn judge_the_judge() -> Result<()> {
+    let folder = repo().join("tests/fhir");
+    let libs = install(&folder).await?;
+    let output =
+        Command::new("python3").arg(folder.join("controls.py")).arg("--libs").arg(libs).output().await?;
+    let table =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{table}");
     Ok(())
 }
 

@@ -245,6 +245,12 @@ async fn every_document_is_valid_fhir_r4() -> Result<()> {
     lab.stop().await
 }
 
+// The validators refuse what they should: eighteen kinds of broken documents, and every invariant.
+#[tokio::test]
+async fn the_validators_refuse_broken_documents() -> Result<()> {
+    fhir::judge_the_judge().await
+}
+
 // One body, many callers: HTTP/2 streams and lanes do not mix answers up.
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_callers_get_their_own_reports() -> Result<()> {

@@ -11,7 +11,7 @@ const ALLOWED: [(&str, &[&str]); 6] = [
     ("dermflow-auth", &["dermflow-schemas"]),
     ("dermflow-ingress", &["dermflow-auth", "dermflow-schemas"]),
     ("dermflow-workers", &["dermflow-schemas"]),
-    ("dermflow-local", &[]),
+    ("dermflow-local", &["dermflow-schemas"]),
     ("dermflow-tests", &["dermflow-local", "dermflow-schemas"]),
 ];
 

@@ -89,9 +89,14 @@ async fn every_fault_is_named_and_nothing_is_queued() -> Result<()> {
 
 fn png_of(width: u32, height: u32) -> Vec<u8> {
     let mut file = std::io::Cursor::new(Vec::new());
-    image::GrayImage::new(width, height).write_to(&mut file, image::ImageFormat::Png).expect("memory can be written");
+    image::GrayImage::new(width, height)
+        .write_to(&mut file, image::ImageFormat::Png)
+        .expect("memory can be written");
     file.into_inner()
 }
+
+/// Body, headers, status, code.
+type Case<'a> = (String, &'a [(&'a str, &'a str)], u16, &'a str);
 
 // What is wrong with a request as a whole.
 #[tokio::test(flavor = "multi_thread")]
@@ -100,7 +105,6 @@ async fn headers_and_bodies_out_of_bounds_are_refused() -> Result<()> {
     let good = sample("isic2017-nv.png");
     let huge = "x".repeat(24 * 1024 * 1024 + 1);
     let nested = format!("{}{}", "[".repeat(500), "]".repeat(500));
-    type Case<'a> = (String, &'a [(&'a str, &'a str)], u16, &'a str);
     let cases: Vec<Case> = vec![
         ("not json".into(), &[], 400, "json-malformed"),
         (String::new(), &[], 400, "json-malformed"),

@@ -87,7 +87,7 @@ impl Picture {
             resize(&resize(&self.pixels, width, self.pixels.height()), width, height)
         };
         let mut small = DynamicImage::ImageRgb8(small);
-        
+        small.apply_orientation(self.orientation);
         small.into_rgb8()
     }
 

@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Analyses skin images from the queue.
 #[derive(Debug, Parser)]
-#[command(name = "worker", version)]
+#[command(name = "worker", version, args_override_self = true)]
 struct Options {
     #[command(flatten)]
     nats: NatsOptions,
@@ -109,9 +109,9 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
         tracing::warn!("the model is simulated: its reports mean nothing");
     }
     let broker = || format!("broker {}", options.nats.nats_url);
-    let client = options.nats.connect().await.map_err(anyhow::Error::from_boxed).with_context(broker)?;
+    let client = options.nats.connect().await.map_err(flat).with_context(broker)?;
     let context = queue::context(client.clone());
-    let (pulls, ack_wait) = open_lines(&client, &context).await.map_err(anyhow::Error::from_boxed)?;
+    let (pulls, ack_wait) = open_lines(&client, &context).await.map_err(flat)?;
     let timing = Timing::new(ack_wait, Duration::from_secs(options.job_timeout))?;
     let attempts = Attempts {
         publisher: Publisher::new(context),
@@ -131,6 +131,12 @@ fn executors(options: &Options) -> anyhow::Result<NonZeroUsize> {
     };
     anyhow::ensure!(count.get() <= MAX_EXECUTORS, "at most {MAX_EXECUTORS} executors, not {count}");
     Ok(count)
+}
+
+/// The broker's errors quote their causes already.
+#[expect(clippy::needless_pass_by_value, reason = "the form that map_err takes")]
+fn flat(error: async_nats::Error) -> anyhow::Error {
+    anyhow::anyhow!("{error}")
 }
 
 fn hint(library: &Path) -> String {

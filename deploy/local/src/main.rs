@@ -2,13 +2,13 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use dermflow_local::{
     client::{ANALYZE, Answer, Client, content_type},
     nats,
     postgres::Postgres,
-    process::{Backoff, Process},
+    process::{Backoff, Process, describe},
     servers::{Given, Servers},
     stack::{self, Options, Ports, READY_WITHIN, Stack},
     state::{State, read, write_private},
@@ -84,22 +84,24 @@ async fn run(args: Args) -> Result<()> {
             Some(stack) => stack,
             None => return Ok(()),
         },
-        () = signals.next() => return Ok(()),
+        () = signals.next() => return interrupted(&args),
     };
     let work = tokio::select! {
         outcome = work(&mut stack, &args) => outcome,
-        () = signals.next() => Ok(()),
+        () = signals.next() => interrupted(&args),
     };
-    if let Err(error) = &work {
-        eprintln!("up: {error:#}");
-    }
     say("stopping; Ctrl-C again kills");
     let stopped = tokio::select! {
         outcome = stack.stop() => outcome,
         () = signals.next() => Ok(()),
     };
-    // Said already; what is left is the exit code, and whatever else went wrong.
     work.and(stopped)
+}
+
+/// Being told to end is as it should be, unless there was something to find out.
+fn interrupted(args: &Args) -> Result<()> {
+    ensure!(!args.check, "interrupted before the samples were analysed");
+    Ok(())
 }
 
 /// Everything that can be checked or made before the first process starts.
@@ -182,7 +184,7 @@ fn print_curl(url: &str, ca: &str, password_file: &str) {
         r#"
 Try next (paste line by line):
 
-curl() {{ command curl -sS --cacert '{ca}' "$@"; }}
+curl() {{ command curl -sS -w '\n' --cacert '{ca}' "$@"; }}
 TOKEN=$(curl '{url}/login' -d username={DEMO} --data-urlencode password@'{password_file}' | python3 -c 'import json,sys; print(json.load(sys.stdin)["access_token"])')
 REQUEST=$(mktemp); python3 -c 'import base64,json,sys; print(json.dumps({{"resourceType":"Parameters","parameter":[{{"name":"image","part":[{{"name":"content","valueAttachment":{{"contentType":"{content_type}","data":base64.b64encode(open(sys.argv[1],"rb").read()).decode()}}}}]}}]}}))' '{image}' > "$REQUEST"
 # the report in the same answer
@@ -217,16 +219,14 @@ async fn supervise(stack: &mut Stack) -> Result<()> {
 
 /// Starts an ended process when its time has come. It is not waited for: the others need looking after, too.
 fn revive(process: &mut Process, backoff: &mut Backoff, due: &mut Option<Instant>) {
-    if process.exited().is_none() {
-        return;
-    }
+    let Some(status) = process.exited() else { return };
     let at = *due.get_or_insert_with(|| {
         let pause = backoff.pause();
+        let (name, log) = (process.name(), process.log().display());
         say(&format!(
-            "{} has ended ({}): starting it again in {:.1} s",
-            process.name(),
-            process.last_line(),
-            pause.as_secs_f64()
+            "{name} has ended ({}, see {log}): again in {} ms",
+            describe(status),
+            pause.as_millis()
         ));
         Instant::now() + pause
     });

@@ -61,13 +61,14 @@ impl Ports {
         Ok(Self { https: free_port()?, plain: free_port()?, internal: free_port()? })
     }
 
+    /// Checks that nobody listens on them.
+    ///
     /// # Errors
-    /// When another program listens on one of them.
+    /// When another program does.
     pub fn check(self) -> Result<()> {
         for port in [self.https, self.plain, self.internal] {
-            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(|| {
-                format!("port {port} is taken by another program: choose others with --port")
-            })?;
+            let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+            ensure!(bound.is_ok(), "port {port} is taken by another program: choose others with --port");
         }
         Ok(())
     }

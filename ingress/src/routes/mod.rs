@@ -17,6 +17,7 @@ use crate::{
     answer::{Problem, render},
     app::App,
     extract::request_id,
+    linger::linger,
 };
 
 mod analyze;
@@ -53,6 +54,7 @@ fn dressed(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
         .layer(from_fn_with_state(app.clone(), measure))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn(render))
+        .layer(from_fn(linger))
         .layer(from_fn(request_id))
         .layer(header(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
