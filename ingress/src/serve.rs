@@ -77,28 +77,21 @@ pub(crate) async fn https(
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let graceful = Arc::new(GracefulShutdown::new());
-    let serve = {
-        let graceful = graceful.clone();
-        move |stream: TcpStream| {
-            let (acceptor, router, graceful) = (acceptor.clone(), router.clone(), graceful.clone());
-            async move {
-                let Ok(Ok(stream)) = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else {
-                    return;
-                };
-                let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-                let builder = builder(is_h2);
-                let service = TowerToHyperService::new(router);
-                let connection = builder.serve_connection(TokioIo::new(stream), service);
-                // What a peer does wrong on its own connection is its own affair.
-                let _ = graceful.watch(connection.into_owned()).await;
-            }
+    let graceful = GracefulShutdown::new();
+    let serve = |stream: TcpStream| {
+        let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
+        async move {
+            let Ok(Ok(stream)) = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else { return };
+            let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            let builder = builder(is_h2);
+            let service = TowerToHyperService::new(router);
+            let connection = builder.serve_connection(TokioIo::new(stream), service);
+            // What a peer does wrong on its own connection is its own affair.
+            let _ = watcher.watch(connection.into_owned()).await;
         }
     };
     accept(listener, stop, serve).await;
-    if let Some(graceful) = Arc::into_inner(graceful)
-        && timeout(INGRESS_DRAIN, graceful.shutdown()).await.is_err()
-    {
+    if timeout(INGRESS_DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("requests were still in flight when the time to drain ended");
     }
 }
