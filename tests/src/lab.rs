@@ -337,6 +337,14 @@ impl Lab {
         text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }
 
+    /// Every process with its id; PostgreSQL by its first process only.
+    pub fn pids(&self) -> Vec<(String, u32)> {
+        let ingress = self.stack.ingress.iter().map(|ingress| &ingress.process);
+        let servers = [&self.stack.nats.process, &self.stack.postgres.process];
+        let all = ingress.chain(&self.stack.workers).chain(servers);
+        all.filter_map(|process| Some((process.name().to_owned(), process.id()?))).collect()
+    }
+
     /// Everything that any process has logged.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ const ALLOWED: [(&str, &[&str]); 6] = [
     ("dermflow-ingress", &["dermflow-auth", "dermflow-schemas"]),
     ("dermflow-workers", &["dermflow-schemas"]),
     ("dermflow-local", &["dermflow-schemas"]),
-    ("dermflow-tests", &["dermflow-local", "dermflow-schemas"]),
+    ("dermflow-tests", &["dermflow-local", "dermflow-schemas", "dermflow-workers"]),
 ];
 
 /// What only one crate may know.

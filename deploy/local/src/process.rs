@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 pub use rustix::process::Signal;
-use rustix::process::{Pid, kill_process};
+use rustix::process::{Pid, WaitId, WaitIdOptions, kill_process, waitid};
 use tokio::{
     net::UnixDatagram,
     time::{Instant, sleep, timeout},
@@ -94,6 +94,10 @@ impl Process {
     /// Its process id while it runs.
     pub fn id(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
+    }
+
+    fn pid(&self) -> Option<Pid> {
+        self.id().and_then(|id| Pid::from_raw(id.cast_signed()))
     }
 
     /// Starts it.
@@ -201,15 +205,22 @@ impl Process {
     pub fn signal(&mut self, signal: Signal) {
         // A process that was not waited for yet keeps its id, so the signal cannot reach another one.
         if self.is_running()
-            && let Some(pid) = self.id().and_then(|id| Pid::from_raw(id.cast_signed()))
+            && let Some(pid) = self.pid()
         {
             let _ = kill_process(pid, signal);
         }
     }
 
-    /// Freezes it: SIGSTOP.
+    /// Freezes it: SIGSTOP. Returns once every thread of it stands still.
     pub fn pause(&mut self) {
         self.signal(Signal::STOP);
+        if self.is_running()
+            && let Some(pid) = self.pid()
+        {
+            // Only looks (`NOWAIT`): the end of the process stays to be seen by `exited`.
+            let end_or_stop = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
+            let _ = waitid(WaitId::Pid(pid), end_or_stop);
+        }
     }
 
     /// Lets it go on after [`Process::pause`]: SIGCONT.

@@ -1,0 +1,206 @@
+//! `bench sustained | latency`: the pipeline against a bare ONNX Runtime loop, and the time it adds.
+//!
+//! Machines are shared and noisy: blocks alternate, ratios are taken side by side, medians are reported.
+
+use std::{
+    fs,
+    path::Path,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use dermflow_local::{
+    servers::{Given, Servers},
+    stack::repo,
+};
+use dermflow_schemas::{
+    envelope::{ImageEntry, Manifest, Payload},
+    image::Format,
+};
+use dermflow_tests::{
+    client::{Client, sample, sample_bytes},
+    lab::{Lab, Setup, Worker},
+};
+use dermflow_workers::{analyse::analyse, engine, model::Model};
+use futures_util::{StreamExt, stream};
+
+/// The images of a run, in turn.
+const IMAGES: [&str; 4] = ["ham10000-mel.jpg", "ham10000-nv.jpg", "ham10000-bcc.jpg", "isic2017-mel.jpg"];
+/// Requests in flight.
+const IN_FLIGHT: usize = 32;
+/// Pairs of blocks.
+const BLOCKS: usize = 5;
+/// One block.
+const BLOCK: Duration = Duration::from_secs(10);
+/// Requests of the latency run.
+const REQUESTS: usize = 1_000;
+/// Latency of the simulated model, in milliseconds.
+const SIMULATED_MS: u64 = 20;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let outcome = match std::env::args().nth(1).as_deref() {
+        Some("sustained") => sustained().await,
+        Some("latency") => latency().await,
+        _ => {
+            eprintln!("usage: bench sustained | latency");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Closed loop, [`IN_FLIGHT`] at once, against in-process loops with our own decode code.
+async fn sustained() -> Result<()> {
+    let cores = thread::available_parallelism()?.get();
+    let lab = Lab::start(Setup { workers: vec![Worker::derm7(); cores], ..Setup::default() }).await?;
+    let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
+    let library = servers.onnxruntime;
+    let (one, all) = (bare(&library, 1, BLOCK)?, bare(&library, cores, BLOCK)?);
+    let threads = if one > all { 1 } else { cores };
+    println!("bare loop: {one:.1} images/s on 1 thread, {all:.1} on {cores}; compared with {threads}");
+    pipeline(lab.client(), BLOCK).await?;
+    let before = cpu_seconds(&lab)?;
+    let (mut ratios, mut bares, mut images) = (Vec::new(), Vec::new(), 0.0);
+    for n in 1..=BLOCKS {
+        let bare = bare(&library, threads, BLOCK)?;
+        let ours = pipeline(lab.client(), BLOCK).await?;
+        println!("block {n}: bare {bare:.1}, pipeline {ours:.1} images/s, ratio {:.3}", ours / bare);
+        ratios.push(ours / bare);
+        bares.push(bare);
+        images += ours * BLOCK.as_secs_f64();
+    }
+    let spread = maximum(&bares) / minimum(&bares) - 1.0;
+    println!("ratio: median {:.3}, {:.3} to {:.3}", median(&mut ratios), minimum(&ratios), maximum(&ratios));
+    println!("bare blocks differ by {:.0} % (above 15 %: void)", spread * 100.0);
+    for ((name, after), (_, before)) in cpu_seconds(&lab)?.into_iter().zip(before) {
+        println!("{name}: {:.2} ms of processor an image", (after - before) / images * 1e3);
+    }
+    for (name, pid) in lab.pids() {
+        println!("{name}: peak RSS {} MB", peak_rss_mb(pid)?);
+    }
+    lab.stop().await
+}
+
+/// Images a second of `threads` loops, each with a session of its own.
+fn bare(library: &Path, threads: usize, time: Duration) -> Result<f64> {
+    let model = Arc::new(Model::load(&repo().join("workers/models/derm7"), false)?);
+    let make = engine::factory(&model, library)?;
+    let payloads: Vec<Payload> = IMAGES.iter().map(|name| payload(name)).collect();
+    let (done, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let mut engines = (0..threads).map(|_| make()).collect::<Result<Vec<_>, _>>()?;
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        for engine in &mut engines {
+            let (model, payloads, done, stop) = (&*model, &payloads, &done, &stop);
+            scope.spawn(move || {
+                for payload in payloads.iter().cycle() {
+                    if stop.load(Ordering::Relaxed) || analyse(&mut **engine, model, payload, 1).is_err() {
+                        return;
+                    }
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        thread::sleep(time);
+        stop.store(true, Ordering::Relaxed);
+    });
+    Ok(done.load(Ordering::Relaxed) as f64 / begun.elapsed().as_secs_f64())
+}
+
+fn payload(name: &str) -> Payload {
+    let file = sample_bytes(name);
+    let entry = ImageEntry { bytes: file.len(), format: Format::Jpeg, title: None, body_site: None };
+    Payload { manifest: Manifest::new(vec![entry], None, None), images: vec![file.into()] }
+}
+
+/// Images a second through TLS, token, record, queue and report.
+async fn pipeline(client: &Client, time: Duration) -> Result<f64> {
+    let requests: Vec<String> = IMAGES.iter().map(|name| sample(name).to_string()).collect();
+    let begun = Instant::now();
+    let call = |n: usize| {
+        let (client, body) = (client.clone(), requests[n % IMAGES.len()].clone());
+        async move { client.analyze_raw(body, &[]).await.map(|answer| answer.status) }
+    };
+    let going = stream::iter(0..).take_while(|_| std::future::ready(begun.elapsed() < time));
+    let statuses: Vec<Result<u16>> = going.map(call).buffer_unordered(IN_FLIGHT).collect().await;
+    for status in &statuses {
+        let status = status.as_ref().map_err(|error| anyhow::anyhow!("{error:#}"))?;
+        ensure!(*status == 200, "a request answered {status}");
+    }
+    Ok(statuses.len() as f64 / begun.elapsed().as_secs_f64())
+}
+
+/// One request at a time; what is left of its latency when the model's own time is taken off.
+async fn latency() -> Result<()> {
+    for sync_interval in ["always", "2m"] {
+        let setup = Setup { sync_interval, ..Setup::simulated(SIMULATED_MS) };
+        let lab = Lab::start(setup).await?;
+        let body = sample(IMAGES[0]).to_string();
+        let mut added = Vec::new();
+        for n in 0..REQUESTS + 50 {
+            let begun = Instant::now();
+            let answer = lab.client().analyze_raw(body.clone(), &[]).await?;
+            let millis = begun.elapsed().as_secs_f64() * 1e3;
+            ensure!(answer.status == 200, "a request answered {}", answer.status);
+            if n >= 50 {
+                added.push(millis - model_millis(answer.header("server-timing"))?);
+            }
+        }
+        added.sort_by(f64::total_cmp);
+        let (p50, p99) = (added[REQUESTS / 2], added[REQUESTS * 99 / 100]);
+        println!(
+            "sync_interval {sync_interval}: added latency p50 {p50:.1} ms, p99 {p99:.1} ms, {REQUESTS} requests"
+        );
+        lab.stop().await?;
+    }
+    Ok(())
+}
+
+fn model_millis(server_timing: &str) -> Result<f64> {
+    let phase = server_timing.split(", ").find_map(|phase| phase.strip_prefix("model;dur="));
+    Ok(phase.context("no model in Server-Timing")?.parse()?)
+}
+
+/// Processor seconds, user and system, of every process of the system.
+fn cpu_seconds(lab: &Lab) -> Result<Vec<(String, f64)>> {
+    let seconds = |(name, pid): (String, u32)| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+        // Linux reports in USER_HZ, which is 100 on every architecture we run on.
+        Ok((name, ticks / 100.0))
+    };
+    lab.pids().into_iter().map(seconds).collect()
+}
+
+fn peak_rss_mb(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? / 1024)
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn minimum(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::INFINITY, f64::min)
+}
+
+fn maximum(values: &[f64]) -> f64 {
+    values.iter().copied().fold(0.0, f64::max)
+}
