@@ -36,6 +36,9 @@ pub enum DbError {
     /// A migration failed, or the database was migrated by a newer build.
     #[error("migration failed: {0}")]
     Migration(#[from] refinery::Error),
+    /// The server did not answer within twice [`limits::DATABASE_DEADLINE`].
+    #[error("the database does not answer")]
+    Silent,
     /// The pool cannot be built.
     #[error("cannot build the pool: {0}")]
     Build(#[from] deadpool_postgres::BuildError),
@@ -64,7 +67,9 @@ impl DatabaseOptions {
     /// When the options are not usable: see [`DbError`].
     pub fn pool(&self, schema: &str, size: usize) -> Result<Pool, DbError> {
         let mut config: tokio_postgres::Config = self.database.parse().map_err(DbError::Config)?;
-        let on_network = config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(_)));
+        // `hostaddr` overrules `host`.
+        let on_network = config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(_)))
+            || !config.get_hostaddrs().is_empty();
         if (on_network || config.get_hosts().is_empty()) && self.database_ca.is_none() {
             return Err(DbError::PlainNetwork);
         }
@@ -115,6 +120,15 @@ impl DatabaseOptions {
     }
 }
 
+/// Puts a limit on `work` that holds even when the server is too far gone to keep its own.
+///
+/// # Errors
+/// [`DbError::Silent`] after twice [`limits::DATABASE_DEADLINE`]; else what `work` gives.
+pub async fn within<T, E: From<DbError>>(work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    let answer = tokio::time::timeout(2 * limits::DATABASE_DEADLINE, work).await;
+    answer.unwrap_or_else(|_| Err(DbError::Silent.into()))
+}
+
 /// Applies `migrations` once, however many processes call this at the same time: the others wait for the one
 /// that holds the advisory lock, then find nothing left to do.
 ///
@@ -147,9 +161,13 @@ mod tests {
     fn only_a_unix_socket_goes_without_a_ca() {
         let plain = |database| options(database, None).pool("auth", 1);
         assert!(plain("host=/run/postgresql user=a dbname=b").is_ok());
-        for network in
-            ["host=localhost user=a", "host=127.0.0.1 user=a", "host=/run,db.internal user=a", "user=a"]
-        {
+        for network in [
+            "host=localhost user=a",
+            "host=127.0.0.1 user=a",
+            "host=/run,db.internal user=a",
+            "user=a",
+            "host=/run hostaddr=10.0.0.5 user=a",
+        ] {
             assert!(matches!(plain(network), Err(DbError::PlainNetwork)), "{network}");
         }
     }

@@ -84,11 +84,9 @@ pub async fn authenticate(
     name: &str,
     password: SecretString,
 ) -> Result<Option<ClientId>, UserError> {
-    let row = pool
-        .get()
-        .await?
-        .query_opt("SELECT id, password_hash FROM auth.users WHERE username = $1 AND NOT disabled", &[&name])
-        .await?;
+    let select = "SELECT id, password_hash FROM auth.users WHERE username = $1 AND NOT disabled";
+    let find = async { Ok::<_, UserError>(pool.get().await?.query_opt(select, &[&name]).await?) };
+    let row = if valid_name(name) { db::within(find).await? } else { None };
     let (id, hash) = row.map(|row| (row.get::<_, Uuid>(0), row.get::<_, String>(1))).unzip();
     let right = hasher.verify(password, hash).await?;
     Ok(id.filter(|_| right).map(ClientId::from))

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     body::{self, Body as AxumBody},
-    extract::{FromRequest, FromRequestParts, Request},
+    extract::{FromRequest, FromRequestParts, Path, Request},
     http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts},
     middleware::Next,
     response::Response,
@@ -14,8 +14,8 @@ use dermflow_auth::token;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
-    id::ClientId,
-    limits::{BODY_TIMEOUT, MAX_BODY_BYTES},
+    id::{ClientId, JobId},
+    limits::BODY_TIMEOUT,
 };
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use uuid::Uuid;
@@ -88,24 +88,27 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) bytes: Bytes,
-    _memory: OwnedSemaphorePermit,
+    pub(crate) memory: OwnedSemaphorePermit,
 }
 
 impl Body {
-    /// Reads the body: [`MAX_BODY_BYTES`], within [`BODY_TIMEOUT`], and only while there is memory for it.
-    pub(crate) async fn read(self, bounds: &Bounds) -> Result<Held, Problem> {
-        let too_large = || ApiError::from(Code::BodyTooLarge).detail(format!("limit {MAX_BODY_BYTES} bytes"));
-        let expected = self.announced.unwrap_or(MAX_BODY_BYTES);
-        if expected > MAX_BODY_BYTES {
+    /// Reads the body: `limit` bytes, within [`BODY_TIMEOUT`], and only while there is memory for it.
+    pub(crate) async fn read(self, bounds: &Bounds, limit: usize) -> Result<Held, Problem> {
+        let too_large = || ApiError::from(Code::BodyTooLarge).detail(format!("limit {limit} bytes"));
+        let expected = self.announced.unwrap_or(limit);
+        if expected > limit {
             return Err(too_large().into());
         }
-        let kib = expected.div_ceil(1024).max(1) as u32;
-        let memory = bounds.body_kib.clone().try_acquire_many_owned(kib).map_err(|_| Code::Overloaded)?;
-        let bytes = timeout(BODY_TIMEOUT, body::to_bytes(self.body, MAX_BODY_BYTES))
+        let kib = |bytes: usize| bytes.div_ceil(1024).max(1);
+        let memory = bounds.body_kib.clone().try_acquire_many_owned(kib(expected) as u32);
+        let mut memory = memory.map_err(|_| Code::Overloaded)?;
+        let bytes = timeout(BODY_TIMEOUT, body::to_bytes(self.body, limit))
             .await
             .map_err(|_| Code::BodyTimeout)?
             .map_err(|error| read_error(&error, too_large))?;
-        Ok(Held { bytes, _memory: memory })
+        // What was not announced was counted as the most it could be.
+        let memory = memory.split(kib(bytes.len())).unwrap_or(memory);
+        Ok(Held { bytes, memory })
     }
 }
 
@@ -113,6 +116,24 @@ fn read_error(error: &axum::Error, too_large: impl Fn() -> ApiError) -> Problem 
     use std::error::Error;
     let over_limit = error.source().is_some_and(<dyn Error>::is::<http_body_util::LengthLimitError>);
     if over_limit { too_large().into() } else { Code::BodyTimeout.into() }
+}
+
+/// The job that a path names. Whatever is no job id names no job.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct JobPath(pub(crate) JobId);
+
+impl<S: Send + Sync> FromRequestParts<S> for JobPath {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<JobId>::from_request_parts(parts, state).await;
+        // Only the one spelling that we give out: what parses in another way is not what we named.
+        let last = parts.uri.path().rsplit('/').next().unwrap_or_default();
+        match path {
+            Ok(Path(id)) if id.to_string() == last => Ok(Self(id)),
+            _ => Err(Code::NotFound.into()),
+        }
+    }
 }
 
 /// Gives every request an id, the caller's own if it is fit to be logged, and puts it in the answer.

@@ -8,7 +8,7 @@ use std::{borrow::Cow, cell::Cell, fmt};
 
 use dermflow_schemas::{
     error::{ApiError, Code},
-    limits::MAX_JSON_VALUES,
+    limits::{MAX_JSON_VALUES, MAX_NAME_BYTES},
 };
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
@@ -154,12 +154,17 @@ impl<'a> Visitor<'a> for Name {
         f.write_str("a member's name")
     }
 
-    fn visit_borrowed_str<E>(self, text: &'a str) -> Result<Cow<'a, str>, E> {
-        Ok(text.into())
+    fn visit_borrowed_str<E: Error>(self, text: &'a str) -> Result<Cow<'a, str>, E> {
+        // Names are compared with each other: long ones would make that costly.
+        if text.len() > MAX_NAME_BYTES { Err(E::custom("a name is too long")) } else { Ok(text.into()) }
     }
 
-    fn visit_str<E>(self, text: &str) -> Result<Cow<'a, str>, E> {
-        Ok(text.to_owned().into())
+    fn visit_str<E: Error>(self, text: &str) -> Result<Cow<'a, str>, E> {
+        if text.len() > MAX_NAME_BYTES {
+            Err(E::custom("a name is too long"))
+        } else {
+            Ok(text.to_owned().into())
+        }
     }
 }
 

@@ -18,6 +18,7 @@ mod prefer;
 mod recorder;
 mod routes;
 mod serve;
+mod snomed;
 mod store;
 mod submit;
 mod sweeper;

@@ -7,11 +7,12 @@ use dermflow_auth::db::DbError;
 use dermflow_schemas::{
     envelope::{EnvelopeError, Outcome, Progress, ResultHeader},
     id::JobId,
-    limits::RECORD_BATCH,
+    limits::{PUBLISH_DEADLINE, RECORD_BATCH},
     queue,
     seal::Sealed,
 };
 use futures_util::{FutureExt, StreamExt};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::{app::App, store::Settled};
@@ -58,7 +59,7 @@ async fn subscribe(app: &App) -> Result<Stream, async_nats::Error> {
 }
 
 async fn pause(stop: &CancellationToken) {
-    let _ = tokio::time::timeout(PAUSE, stop.cancelled()).await;
+    let _ = timeout(PAUSE, stop.cancelled()).await;
 }
 
 /// Everything that has arrived already, so that a burst takes few transactions and a single result no delay.
@@ -154,9 +155,7 @@ pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
         retries.purge().filter(queue::retry_subject(id)).await?;
         Ok::<(), async_nats::Error>(())
     };
-    if let Err(error) = withdraw.await {
-        tracing::warn!(job = %id, %error, "not withdrawn");
-    }
+    briefly(id, "not withdrawn", withdraw).await;
 }
 
 /// Removes a claim-checked payload.
@@ -166,8 +165,16 @@ pub(crate) async fn delete_object(app: &App, id: JobId) {
         bucket.delete(id.to_string()).await?;
         Ok::<(), async_nats::Error>(())
     };
-    if let Err(error) = delete.await {
-        tracing::warn!(job = %id, %error, "payload not removed");
+    briefly(id, "payload not removed", delete).await;
+}
+
+/// Cleaning up is worth one try within [`PUBLISH_DEADLINE`]: a worker looks at the deadline of what is left, and
+/// the streams' limits free it.
+async fn briefly(id: JobId, failed: &str, work: impl Future<Output = Result<(), async_nats::Error>>) {
+    match timeout(PUBLISH_DEADLINE, work).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(job = %id, %error, "{failed}"),
+        Err(_) => tracing::warn!(job = %id, "{failed}: no answer"),
     }
 }
 

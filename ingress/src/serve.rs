@@ -3,11 +3,25 @@
 //! Handshakes run in their own tasks, so that a stalled one blocks nobody; the version of HTTP comes from
 //! ALPN, so that there is no reading ahead to guess it.
 
-use std::{io, net::SocketAddr, path::Path, sync::Arc};
+use std::{
+    future::pending,
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use axum::{Router, body::Body, http::Request};
 use dermflow_schemas::limits::{HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS};
-use hyper::{Response, StatusCode, body::Incoming, header, service::service_fn};
+use hyper::{
+    Response, StatusCode,
+    body::Incoming,
+    header,
+    service::{Service, service_fn},
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulShutdown},
@@ -20,7 +34,7 @@ use rustls::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
-    time::{Duration, timeout},
+    time::{Duration, sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -84,10 +98,26 @@ pub(crate) async fn https(
             let Ok(Ok(stream)) = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else { return };
             let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
             let builder = builder(is_h2);
-            let service = TowerToHyperService::new(router);
-            let connection = builder.serve_connection(TokioIo::new(stream), service);
-            // What a peer does wrong on its own connection is its own affair.
-            let _ = watcher.watch(connection.into_owned()).await;
+            let (router, spoke) = (TowerToHyperService::new(router), Arc::new(AtomicBool::new(false)));
+            let heard = spoke.clone();
+            let service = service_fn(move |request| {
+                heard.store(true, Ordering::Relaxed);
+                router.call(request)
+            });
+            let connection =
+                watcher.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
+            // HTTP/2 has no time-out of its own before its first frame.
+            let silent = async {
+                sleep(HEADER_TIMEOUT).await;
+                if spoke.load(Ordering::Relaxed) {
+                    pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                // What a peer does wrong on its own connection is its own affair.
+                _ = connection => {}
+                () = silent => {}
+            }
         }
     };
     accept(listener, stop, serve).await;
@@ -160,7 +190,7 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
             }
             Err(error) => {
                 tracing::warn!(%error, "accept");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                sleep(ACCEPT_PAUSE).await;
             }
         }
     }

@@ -4,13 +4,13 @@
 //! [`job::step`] cannot disagree, and of two racing transitions one finds nothing to do.
 
 use deadpool_postgres::{Pool, Transaction};
-use dermflow_auth::db::{self, DbError};
+use dermflow_auth::db::{self, DbError, within};
 use dermflow_schemas::{
     envelope::{Failure, Outcome, Progress, ResultHeader},
     error::Code,
     id::{ClientId, IdempotencyKey, JobId},
     job::{self, Event, Lane, State},
-    limits::{ACCEPTED_GRACE, RETENTION, SWEEP_BATCH},
+    limits::{ACCEPTED_GRACE, MAX_ATTEMPTS, RETENTION, SWEEP_BATCH},
     seal::Sealed,
 };
 use time::OffsetDateTime;
@@ -129,8 +129,11 @@ impl Store {
     }
 
     pub(crate) async fn ping(&self) -> Result<()> {
-        self.pool.get().await?.batch_execute("SELECT 1").await?;
-        Ok(())
+        within(async {
+            self.pool.get().await?.batch_execute("SELECT 1").await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Step 2 of a job's life: claims the key and inserts the job, both or neither.
@@ -140,6 +143,7 @@ impl Store {
         key: Option<&IdempotencyKey>,
         digest: &[u8],
     ) -> Result<Claim> {
+        within(async {
         let mut connection = self.pool.get().await?;
         let transaction = connection.transaction().await?;
         if let Some(key) = key {
@@ -156,77 +160,103 @@ impl Store {
         insert_job(&transaction, job).await?;
         transaction.commit().await?;
         Ok(Claim::New)
+        })
+        .await
     }
 
-    /// The queue acknowledged the payload.
-    pub(crate) async fn queued(&self, job: JobId, sequence: u64, now: OffsetDateTime) -> Result<()> {
-        let connection = self.pool.get().await?;
-        let update = "UPDATE jobs SET stream_seq = $2, queued_at = coalesce(queued_at, $3), \
+    /// The queue acknowledged the payload, whose header has this deadline.
+    pub(crate) async fn queued(
+        &self,
+        job: JobId,
+        sequence: u64,
+        now: OffsetDateTime,
+        deadline: OffsetDateTime,
+    ) -> Result<()> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let update = "UPDATE jobs SET stream_seq = $2, queued_at = coalesce(queued_at, $3), \
+                      deadline = CASE WHEN state = ANY($4) THEN $5 ELSE deadline END, \
                       state = CASE WHEN state = ANY($4) THEN 'queued' ELSE state END WHERE id = $1";
-        let update = connection.prepare_cached(update).await?;
-        let open = open_states(Event::Queued);
-        connection.execute(&update, &[&job.uuid(), &(sequence as i64), &now, &open]).await?;
-        Ok(())
+            let update = connection.prepare_cached(update).await?;
+            let open = open_states(Event::Queued);
+            connection.execute(&update, &[&job.uuid(), &(sequence as i64), &now, &open, &deadline]).await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Workers began attempts. A note that comes late, or twice, changes nothing.
     pub(crate) async fn started(&self, notes: &[Progress]) -> Result<()> {
-        let ids: Vec<Uuid> = notes.iter().map(|note| note.job.uuid()).collect();
-        let attempts: Vec<i32> = notes.iter().map(|note| note.attempt as i32).collect();
-        let times: Vec<OffsetDateTime> = notes.iter().map(|note| note.started_at).collect();
-        let connection = self.pool.get().await?;
-        let update = "UPDATE jobs SET state = 'running', started_at = note.at, attempts = note.attempt \
+        within(async {
+            let ids: Vec<Uuid> = notes.iter().map(|note| note.job.uuid()).collect();
+            let attempts: Vec<i32> = notes.iter().map(|note| note.attempt as i32).collect();
+            let times: Vec<OffsetDateTime> = notes.iter().map(|note| note.started_at).collect();
+            let connection = self.pool.get().await?;
+            let update = "UPDATE jobs SET state = 'running', started_at = note.at, attempts = note.attempt \
                       FROM unnest($1::uuid[], $2::int[], $3::timestamptz[]) AS note (id, attempt, at) \
                       WHERE jobs.id = note.id AND state = ANY($4) AND attempts < note.attempt";
-        let update = connection.prepare_cached(update).await?;
-        connection.execute(&update, &[&ids, &attempts, &times, &open_states(Event::Started)]).await?;
-        Ok(())
+            let update = connection.prepare_cached(update).await?;
+            connection.execute(&update, &[&ids, &attempts, &times, &open_states(Event::Started)]).await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Step 8: records results. The first result of a job wins; usage is counted with it. Returns the winners.
     pub(crate) async fn settle(&self, results: &[(ResultHeader, Option<Sealed>)]) -> Result<Vec<Settled>> {
-        let mut connection = self.pool.get().await?;
-        let transaction = connection.transaction().await?;
-        let winners = settle_jobs(&transaction, results).await?;
-        let won = |id: JobId| winners.iter().any(|winner| winner.id == id);
-        let reports: Vec<_> = results
-            .iter()
-            .filter_map(|(h, r)| Some((h.job, r.as_ref()?)))
-            .filter(|(id, _)| won(*id))
-            .collect();
-        let ids: Vec<Uuid> = reports.iter().map(|(id, _)| id.uuid()).collect();
-        let keys: Vec<&str> = reports.iter().map(|(_, report)| report.key_id.as_str()).collect();
-        let sealed: Vec<&[u8]> = reports.iter().map(|(_, report)| &*report.bytes).collect();
-        let insert = "INSERT INTO reports (job, key_id, sealed) \
+        within(async {
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let winners = settle_jobs(&transaction, results).await?;
+            let won =
+                |id: JobId| winners.iter().any(|winner| winner.id == id && winner.state == State::Succeeded);
+            let reports: Vec<_> = results
+                .iter()
+                .filter_map(|(h, r)| Some((h.job, r.as_ref()?)))
+                .filter(|(id, _)| won(*id))
+                .collect();
+            let ids: Vec<Uuid> = reports.iter().map(|(id, _)| id.uuid()).collect();
+            let keys: Vec<&str> = reports.iter().map(|(_, report)| report.key_id.as_str()).collect();
+            let sealed: Vec<&[u8]> = reports.iter().map(|(_, report)| &*report.bytes).collect();
+            let insert = "INSERT INTO reports (job, key_id, sealed) \
                       SELECT * FROM unnest($1::uuid[], $2::text[], $3::bytea[]) ON CONFLICT DO NOTHING";
-        let insert = transaction.prepare_cached(insert).await?;
-        transaction.execute(&insert, &[&ids, &keys, &sealed]).await?;
-        let count = "INSERT INTO usage (client, day, jobs, images) \
+            let insert = transaction.prepare_cached(insert).await?;
+            transaction.execute(&insert, &[&ids, &keys, &sealed]).await?;
+            let count = "INSERT INTO usage (client, day, jobs, images) \
                      SELECT client, (accepted_at AT TIME ZONE 'UTC')::date AS day, count(*), sum(images) \
                      FROM jobs WHERE id = ANY($1) GROUP BY client, day ORDER BY client, day \
                      ON CONFLICT (client, day) DO UPDATE \
                      SET jobs = usage.jobs + excluded.jobs, images = usage.images + excluded.images";
-        let count = transaction.prepare_cached(count).await?;
-        transaction.execute(&count, &[&ids]).await?;
-        transaction.commit().await?;
-        Ok(winners)
+            let count = transaction.prepare_cached(count).await?;
+            transaction.execute(&count, &[&ids]).await?;
+            transaction.commit().await?;
+            Ok(winners)
+        })
+        .await
     }
 
     /// A client's own job; another client's does not exist for it.
     pub(crate) async fn find(&self, job: JobId, client: ClientId) -> Result<Option<Record>> {
-        let connection = self.pool.get().await?;
-        let select = format!("SELECT {RECORD} FROM jobs WHERE id = $1 AND client = $2");
-        let select = connection.prepare_cached(&select).await?;
-        let row = connection.query_opt(&select, &[&job.uuid(), &client.uuid()]).await?;
-        Ok(row.as_ref().map(Record::try_from).transpose()?)
+        within(async {
+            let connection = self.pool.get().await?;
+            let select = format!("SELECT {RECORD} FROM jobs WHERE id = $1 AND client = $2");
+            let select = connection.prepare_cached(&select).await?;
+            let row = connection.query_opt(&select, &[&job.uuid(), &client.uuid()]).await?;
+            Ok(row.as_ref().map(Record::try_from).transpose()?)
+        })
+        .await
     }
 
     /// The sealed report of a job.
     pub(crate) async fn report(&self, job: JobId) -> Result<Option<Sealed>> {
-        let connection = self.pool.get().await?;
-        let select = connection.prepare_cached("SELECT key_id, sealed FROM reports WHERE job = $1").await?;
-        let row = connection.query_opt(&select, &[&job.uuid()]).await?;
-        Ok(row.map(|row| Sealed { key_id: row.get(0), bytes: row.get::<_, Vec<u8>>(1).into() }))
+        within(async {
+            let connection = self.pool.get().await?;
+            let select =
+                connection.prepare_cached("SELECT key_id, sealed FROM reports WHERE job = $1").await?;
+            let row = connection.query_opt(&select, &[&job.uuid()]).await?;
+            Ok(row.map(|row| Sealed { key_id: row.get(0), bytes: row.get::<_, Vec<u8>>(1).into() }))
+        })
+        .await
     }
 
     /// Withdraws a job that is open, and removes the result of one that has ended. Returns the job as it was
@@ -237,49 +267,55 @@ impl Store {
         client: ClientId,
         now: OffsetDateTime,
     ) -> Result<Option<Record>> {
-        let mut connection = self.pool.get().await?;
-        let transaction = connection.transaction().await?;
-        let select = format!("SELECT {RECORD} FROM jobs WHERE id = $1 AND client = $2 FOR UPDATE");
-        let row = transaction.query_opt(&select, &[&job.uuid(), &client.uuid()]).await?;
-        let Some(record) = row.as_ref().map(Record::try_from).transpose()? else { return Ok(None) };
-        if record.deleted || record.state == State::Cancelled {
-            return Ok(None);
-        }
-        if let Some(state) = job::step(record.state, Event::Cancelled) {
-            let update = "UPDATE jobs SET state = $2, finished_at = $3 WHERE id = $1";
-            transaction.execute(update, &[&job.uuid(), &state.as_str(), &now]).await?;
-        } else {
-            transaction.execute("DELETE FROM reports WHERE job = $1", &[&job.uuid()]).await?;
-            transaction
-                .execute("UPDATE jobs SET deleted_at = $2 WHERE id = $1", &[&job.uuid(), &now])
-                .await?;
-        }
-        transaction.commit().await?;
-        Ok(Some(record))
+        within(async {
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let select = format!("SELECT {RECORD} FROM jobs WHERE id = $1 AND client = $2 FOR UPDATE");
+            let row = transaction.query_opt(&select, &[&job.uuid(), &client.uuid()]).await?;
+            let Some(record) = row.as_ref().map(Record::try_from).transpose()? else { return Ok(None) };
+            if record.deleted || record.state == State::Cancelled {
+                return Ok(None);
+            }
+            if let Some(state) = job::step(record.state, Event::Cancelled) {
+                let update = "UPDATE jobs SET state = $2, finished_at = $3 WHERE id = $1";
+                transaction.execute(update, &[&job.uuid(), &state.as_str(), &now]).await?;
+            } else {
+                transaction.execute("DELETE FROM reports WHERE job = $1", &[&job.uuid()]).await?;
+                transaction
+                    .execute("UPDATE jobs SET deleted_at = $2 WHERE id = $1", &[&job.uuid(), &now])
+                    .await?;
+            }
+            transaction.commit().await?;
+            Ok(Some(record))
+        })
+        .await
     }
 
     /// Step 9: settles what does not move and erases what is past its retention, if no other replica is at it.
     pub(crate) async fn sweep(&self, now: OffsetDateTime) -> Result<Vec<Settled>> {
-        const LEADER: i64 = 0x7377_6565_7065_7200;
-        let mut connection = self.pool.get().await?;
-        let transaction = connection.transaction().await?;
-        let leads: bool =
-            transaction.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LEADER]).await?.get(0);
-        if !leads {
-            return Ok(Vec::new());
-        }
-        let late = "deadline <= $3";
-        let mut settled = give_up(&transaction, late, now, now, Code::DeadlineExceeded).await?;
-        let stuck = "state = 'accepted' AND accepted_at <= $3";
-        let never = give_up(&transaction, stuck, now - ACCEPTED_GRACE, now, Code::NeverQueued).await?;
-        // Nothing was accepted: the key is free for a new try.
-        let ids: Vec<Uuid> = never.iter().map(|job| job.id.uuid()).collect();
-        transaction.execute("DELETE FROM idempotency_keys WHERE job = ANY($1)", &[&ids]).await?;
-        settled.extend(never);
-        let erase = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2)";
-        transaction.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
-        transaction.commit().await?;
-        Ok(settled)
+        within(async {
+            const LEADER: i64 = 0x7377_6565_7065_7200;
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let leads: bool =
+                transaction.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LEADER]).await?.get(0);
+            if !leads {
+                return Ok(Vec::new());
+            }
+            let stuck = "state = 'accepted' AND (accepted_at <= $3 OR deadline <= $1)";
+            let never = give_up(&transaction, stuck, now - ACCEPTED_GRACE, now, Code::NeverQueued).await?;
+            let late = "state <> 'accepted' AND deadline <= $3";
+            let mut settled = give_up(&transaction, late, now, now, Code::DeadlineExceeded).await?;
+            // Nothing was accepted: the key is free for a new try.
+            let ids: Vec<Uuid> = never.iter().map(|job| job.id.uuid()).collect();
+            transaction.execute("DELETE FROM idempotency_keys WHERE job = ANY($1)", &[&ids]).await?;
+            settled.extend(never);
+            let erase = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2)";
+            transaction.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
+            transaction.commit().await?;
+            Ok(settled)
+        })
+        .await
     }
 }
 
@@ -358,11 +394,12 @@ const SETTLED: &str =
     "jobs.id, jobs.lane, jobs.state, jobs.accepted_at, jobs.stream_seq, jobs.claim_check, jobs.attempts";
 
 fn settled(row: &Row) -> Settled {
-    let dead_letter = row.get::<_, i32>("attempts") >= dermflow_schemas::limits::MAX_ATTEMPTS as i32;
+    let state = row.get::<_, &str>("state").parse().unwrap_or(State::Failed);
+    let dead_letter = state == State::Failed && row.get::<_, i32>("attempts") >= MAX_ATTEMPTS as i32;
     Settled {
         id: row.get::<_, Uuid>("id").into(),
         lane: row.get::<_, &str>("lane").parse().unwrap_or(Lane::Bulk),
-        state: row.get::<_, &str>("state").parse().unwrap_or(State::Failed),
+        state,
         accepted_at: row.get("accepted_at"),
         stream_seq: row.get("stream_seq"),
         spent_claim_check: row.get("claim_check") && !dead_letter,

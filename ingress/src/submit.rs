@@ -16,7 +16,10 @@ use dermflow_schemas::{
     seal::{Purpose, Sealed},
 };
 use futures_util::StreamExt;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, MissedTickBehavior, interval_at, timeout},
+};
 
 use crate::{
     answer::Problem,
@@ -25,6 +28,9 @@ use crate::{
     store::{Claim, NewJob, Record},
 };
 
+/// A payload of up to 24 MiB into the object store, in chunks: twice the deadline of a message.
+const OBJECT_DEADLINE: Duration = Duration::from_secs(4);
+
 /// A checked request on its way into the queue.
 #[derive(Debug)]
 pub(crate) struct Submission {
@@ -32,6 +38,8 @@ pub(crate) struct Submission {
     pub(crate) lane: Lane,
     pub(crate) key: Option<IdempotencyKey>,
     pub(crate) payload: Payload,
+    /// Accounts for the payload's memory until it is in the queue.
+    pub(crate) memory: OwnedSemaphorePermit,
 }
 
 /// A job that is recorded and in the queue, or has been through it.
@@ -51,7 +59,7 @@ pub(crate) async fn submit(app: Arc<App>, submission: Submission) -> Result<Subm
 }
 
 async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Submitted, Problem> {
-    let Submission { client, lane, key, payload } = submission;
+    let Submission { client, lane, key, payload, memory: _memory } = submission;
     let images = payload.images.len();
     let (plain, digest) = blocking(move || {
         let plain = payload.encode();
@@ -81,8 +89,12 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
         Claim::Known(first) => {
             let wake_up = listen(&app, first.id, lane).await;
             if first.state == State::Accepted {
-                // The first try died between record and queue, or never heard from the queue: go on with it.
-                let header = JobHeader::new(first.id, client, first.lane, first.accepted_at, String::new());
+                // The first try died between record and queue, or never heard from the queue: go on with it. A
+                // claim check is one object, which two must not write at once: there the first one may end.
+                if claim_check && now - first.accepted_at < 2 * OBJECT_DEADLINE {
+                    return Err(Code::QueueUnavailable.into());
+                }
+                let header = JobHeader::new(first.id, client, first.lane, now, String::new());
                 publish(&app, header, plain, claim_check).await?;
             }
             // What happened before anybody listened is in the record.
@@ -97,7 +109,10 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
 /// result could slip through.
 async fn listen(app: &App, job: JobId, lane: Lane) -> Option<Subscriber> {
     match lane {
-        Lane::Interactive => app.nats.subscribe(queue::result_subject(job)).await.ok(),
+        Lane::Interactive => {
+            let subscribe = app.nats.subscribe(queue::result_subject(job));
+            timeout(limits::PUBLISH_DEADLINE, subscribe).await.ok()?.ok()
+        }
         Lane::Bulk => None,
     }
 }
@@ -128,11 +143,8 @@ async fn publish(
             PublishError::Full => Code::QueueFull,
         })
     })?;
-    // The payload is safe: a database that fails here costs a state, which the result will set right.
-    if let Err(error) = app.store.queued(job, sequence, clock::now()).await {
-        tracing::warn!(%job, %error, "queued, but not recorded as such");
-    }
-    Ok(())
+    // Without this mark the sweeper would take the job for one that never was in the queue.
+    Ok(app.store.queued(job, sequence, clock::now(), header.deadline).await?)
 }
 
 async fn put_object(app: &App, job: JobId, sealed: &[u8]) -> Result<(), Problem> {
@@ -141,8 +153,7 @@ async fn put_object(app: &App, job: JobId, sealed: &[u8]) -> Result<(), Problem>
         bucket.put(job.to_string().as_str(), &mut &*sealed).await?;
         Ok::<(), async_nats::Error>(())
     };
-    // Twice the deadline of a message: it is up to 24 MiB in chunks.
-    match timeout(2 * limits::PUBLISH_DEADLINE, put).await {
+    match timeout(OBJECT_DEADLINE, put).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {
             tracing::warn!(%job, %error, "payload not stored");
@@ -177,7 +188,7 @@ pub(crate) struct Ended {
 /// The result's message wakes the waiter, which records the result itself: an answer leaves only when the
 /// first result is on disk, whichever it is. Should the wake-up be lost, the record is looked at once a second.
 pub(crate) async fn wait(
-    app: &App,
+    app: &Arc<App>,
     submitted: Submitted,
     client: ClientId,
     budget: Duration,
@@ -185,14 +196,10 @@ pub(crate) async fn wait(
     if submitted.ended || budget.is_zero() {
         return ended(app, submitted.job, client).await;
     }
-    let Ok(_permit) = app.bounds.waiters.try_acquire() else { return Ok(None) };
-    app.metrics.waiters.inc();
-    let outcome = timeout(budget, ended_eventually(app, submitted, client)).await;
-    app.metrics.waiters.dec();
-    outcome.ok().transpose()
+    timeout(budget, ended_eventually(app, submitted, client)).await.ok().transpose()
 }
 
-async fn ended_eventually(app: &App, submitted: Submitted, client: ClientId) -> Result<Ended, Problem> {
+async fn ended_eventually(app: &Arc<App>, submitted: Submitted, client: ClientId) -> Result<Ended, Problem> {
     let Submitted { job, mut wake_up, .. } = submitted;
     let mut tick = interval_at(Instant::now() + limits::WAITER_POLL, limits::WAITER_POLL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -203,7 +210,9 @@ async fn ended_eventually(app: &App, submitted: Submitted, client: ClientId) -> 
         };
         if let Some(result) = message.and_then(|message| ResultHeader::decode(&message.payload).ok()) {
             // When the database is away the recorder tries again, and so does the next look.
-            let _ = recorder::record(app, &[result]).await;
+            // In a task of its own: what has begun is finished when the caller hangs up.
+            let app = app.clone();
+            let _ = tokio::spawn(async move { recorder::record(&app, &[result]).await }).await;
         }
         match ended(app, job, client).await {
             Ok(Some(ended)) => return Ok(ended),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dermflow_schemas::{clock, job::State, limits::SWEEP_INTERVAL};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -22,7 +22,10 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
             _ = round.tick() => {}
         }
         match app.store.sweep(clock::now()).await {
-            Ok(settled) => sweep_up(&app, &settled).await,
+            Ok(settled) => tokio::select! {
+                () = stop.cancelled() => return,
+                () = sweep_up(&app, &settled) => {}
+            },
             Err(error) => tracing::warn!(%error, "sweeper"),
         }
     }
@@ -33,7 +36,15 @@ async fn sweep_up(app: &App, settled: &[Settled]) {
         tracing::warn!(job = %job.id, "settled by the sweeper");
         app.metrics.swept.with_label_values(&[job.lane.as_str()]).inc();
         app.metrics.jobs_ended.with_label_values(&[job.lane.as_str(), State::Failed.as_str()]).inc();
-        withdraw(app, job.id, job.stream_seq).await;
     }
-    clean_up(app, settled).await;
+    // The broker may be away, and the next round must not wait for it.
+    let clean = async {
+        for job in settled {
+            withdraw(app, job.id, job.stream_seq).await;
+        }
+        clean_up(app, settled).await;
+    };
+    if timeout(SWEEP_INTERVAL, clean).await.is_err() {
+        tracing::warn!("not everything that was settled is out of the queue");
+    }
 }

@@ -15,6 +15,8 @@ pub enum Retry {
     Safe,
     /// The outcome is unknown: send the same request again with the same `Idempotency-Key`.
     SameKey,
+    /// The request may succeed another time, as a new job: send it without the `Idempotency-Key`, or with another.
+    NewKey,
     /// The job goes on: poll the URL in `Content-Location` instead.
     Poll,
 }
@@ -26,6 +28,7 @@ impl Retry {
             Self::Never => "never",
             Self::Safe => "safe",
             Self::SameKey => "same-key",
+            Self::NewKey => "new-key",
             Self::Poll => "poll",
         }
     }
@@ -104,15 +107,15 @@ catalogue! {
     MediaType            "media-type"             415 "not-supported" Never   "The body must be application/fhir+json or application/json."
     PollTooFast          "poll-too-fast"          429 "throttled"     Safe    "The status was asked for too often."
     Internal             "internal"               500 "exception"     SameKey "The server failed to handle the request."
-    AnalysisFailed       "analysis-failed"        500 "exception"     Safe    "The model gave no usable result for these images."
-    AttemptsExhausted    "attempts-exhausted"     500 "exception"     Safe    "The analysis was tried several times and did not finish."
+    AnalysisFailed       "analysis-failed"        500 "exception"     NewKey  "The model gave no usable result for these images."
+    AttemptsExhausted    "attempts-exhausted"     500 "exception"     NewKey  "The analysis was tried several times and did not finish."
     Overloaded           "overloaded"             503 "transient"     Safe    "The server has as much work as it can hold."
     DatabaseUnavailable  "database-unavailable"   503 "transient"     SameKey "The record of jobs cannot be reached."
     QueueUnavailable     "queue-unavailable"      503 "transient"     SameKey "The queue did not confirm the job in time."
     QueueFull            "queue-full"             503 "transient"     Safe    "The queue is full."
     NeverQueued          "never-queued"           503 "transient"     Safe    "The queue never confirmed the job, which was given up."
     WaitEnded            "wait-ended"             504 "timeout"       Poll    "The analysis did not finish within the wait; it goes on."
-    DeadlineExceeded     "deadline-exceeded"      504 "timeout"       Safe    "The analysis did not finish before its deadline and was stopped."
+    DeadlineExceeded     "deadline-exceeded"      504 "timeout"       NewKey  "The analysis did not finish before its deadline and was stopped."
 }
 
 impl fmt::Display for Code {
@@ -169,7 +172,8 @@ impl ApiError {
 
 impl From<Code> for ApiError {
     fn from(code: Code) -> Self {
-        let retry_after = matches!(code.kind().status, 429 | 503).then_some(Duration::from_secs(1));
+        let retriable = matches!(code.kind().retry, Retry::Safe | Retry::SameKey);
+        let retry_after = retriable.then_some(Duration::from_secs(1));
         Self { faults: vec![Fault { code, field: None, detail: None }], retry_after }
     }
 }

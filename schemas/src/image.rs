@@ -4,10 +4,10 @@ use std::{fmt, io::Cursor};
 
 use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::STANDARD};
-use image::{ImageFormat, ImageReader};
+use image::{ImageFormat, ImageReader, Limits};
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS};
+use crate::limits::{MAX_HEADER_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS};
 
 /// An image file's bytes. `Debug` prints their length and the start of their SHA-256, never the bytes.
 #[derive(Clone, PartialEq, Eq)]
@@ -154,9 +154,12 @@ fn offset(error: &base64::DecodeError, text: &str) -> usize {
 /// An [`ImageFault`] other than those of Base64.
 pub fn check(image: &ImageBytes) -> Result<Header, ImageFault> {
     let format = Format::sniff(&image.0).ok_or(ImageFault::Format)?;
-    let (width, height) = ImageReader::with_format(Cursor::new(&image.0), format.decoder())
-        .into_dimensions()
-        .map_err(|_| ImageFault::Header)?;
+    let mut reader = ImageReader::with_format(Cursor::new(&image.0), format.decoder());
+    // On its way to the size the decoder unpacks what stands before it, such as a colour profile.
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_HEADER_BYTES);
+    reader.limits(limits);
+    let (width, height) = reader.into_dimensions().map_err(|_| ImageFault::Header)?;
     if width < MIN_SIDE_PIXELS || height < MIN_SIDE_PIXELS {
         return Err(ImageFault::TooSmall(width, height));
     }

@@ -16,8 +16,12 @@ pub const MAX_SIDE_PIXELS: u32 = 12_000;
 pub const MAX_PIXELS: u64 = 40_000_000;
 /// Memory that one decoder may allocate: [`MAX_PIXELS`] as 16-bit RGBA is refused, as 8-bit RGBA it fits.
 pub const MAX_DECODE_BYTES: u64 = 192 * 1024 * 1024;
+/// Memory that reading a header may take.
+pub const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
 /// JSON values in one request: a full request has about 60; more is an attempt to exhaust memory.
 pub const MAX_JSON_VALUES: u32 = 2_000;
+/// Bytes of a member's name in JSON.
+pub const MAX_NAME_BYTES: usize = 128;
 /// Characters of a string that is copied into the report.
 pub const MAX_TEXT_CHARS: usize = 255;
 /// Faults named in one answer.
@@ -53,11 +57,13 @@ pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 pub const LINGER_BYTES: usize = 2 * MAX_BODY_BYTES;
 /// The time for that.
 pub const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
-/// What an orderly shutdown of ingress waits for requests in flight.
-pub const INGRESS_DRAIN: Duration = Duration::from_secs(30);
+/// What an orderly shutdown of ingress waits for requests in flight: the longest wait, and its answer.
+pub const INGRESS_DRAIN: Duration = Duration::from_secs(70);
 
 /// The whole hand-over of a payload to the broker; after it the outcome is unknown and the answer 503.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(2);
+/// Commands that wait for a connection to the broker that is away: at the largest message, 256 MiB.
+pub const BROKER_COMMANDS: usize = 32;
 /// A connection from the pool to PostgreSQL, and each statement on it.
 pub const DATABASE_DEADLINE: Duration = Duration::from_secs(2);
 /// Connections to PostgreSQL per ingress process.

@@ -225,7 +225,7 @@ impl NatsOptions {
             .ping_interval(Duration::from_secs(10))
             .connection_timeout(Duration::from_secs(5))
             .request_timeout(Some(Duration::from_secs(5)))
-            .client_capacity(256)
+            .client_capacity(limits::BROKER_COMMANDS)
             .max_reconnects(None)
             .event_callback(|event| async move { tracing::info!(%event, "broker connection") })
             .connect(self.nats_url.split(',').collect::<Vec<_>>())
@@ -318,7 +318,8 @@ impl Publisher {
     /// Publishes and waits for the acknowledgement, `deadline` in all. Returns the stream sequence.
     ///
     /// What was handed to the connection cannot be taken back: after a time-out its memory stays accounted for
-    /// until the broker answers or the connection gives it up, so a frozen broker cannot make us grow.
+    /// until the broker answers or the client library gives up on it. A connection that is known to be down is
+    /// handed nothing, and [`limits::BROKER_COMMANDS`] bounds what it holds.
     ///
     /// # Errors
     /// See [`PublishError`].
@@ -340,6 +341,9 @@ impl Publisher {
 }
 
 async fn send(context: &Context, message: Message) -> Result<u64, PublishError> {
+    if context.client().connection_state() != async_nats::connection::State::Connected {
+        return Err(PublishError::Unknown);
+    }
     let mut publish =
         jetstream::message::PublishMessage::build().payload(message.body).headers(message.headers);
     if let Some(id) = message.id {

@@ -21,7 +21,7 @@ use crate::{
 /// How long an `ingress` or a `worker` may take to be ready.
 pub const READY_WITHIN: Duration = Duration::from_mins(1);
 /// How long they may take to end what they work on.
-pub const STOP_WITHIN: Duration = Duration::from_secs(45);
+pub const STOP_WITHIN: Duration = Duration::from_secs(100);
 
 /// What an instance is made of.
 #[derive(Debug, Clone)]

@@ -11,12 +11,16 @@ use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     error::{ApiError, Code},
     id::IdempotencyKey,
+    job::Lane,
+    limits::MAX_BODY_BYTES,
 };
+use prometheus::IntGauge;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     answer::{Problem, accepts_fhir, sends_fhir},
     app::App,
-    extract::{Body, Caller},
+    extract::{Body, Caller, Held},
     parameters,
     prefer::Prefer,
     routes::status::{accepted, finished},
@@ -41,10 +45,13 @@ pub(crate) async fn post(
     }
     let key = idempotency_key(&headers)?;
     let prefer = Prefer::from_headers(&headers);
-    let bytes = body.read(&app.bounds).await?;
-    // The body is gone from memory when its images are decoded.
-    let payload = blocking(move || parameters::parse(&bytes.bytes)).await??;
-    let submission = Submission { client, lane: prefer.lane(), key, payload };
+    let _waiter = match prefer.lane() {
+        Lane::Interactive => Some(Waiter::new(&app)?),
+        Lane::Bulk => None,
+    };
+    let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
+    let payload = blocking(move || parameters::parse(&bytes)).await??;
+    let submission = Submission { client, lane: prefer.lane(), key, payload, memory };
     let submitted = submit(app.clone(), submission).await?;
     let job = submitted.job;
     match wait(&app, submitted, client, prefer.budget()).await.map_err(|p| with_status_url(p, &app, job))? {
@@ -61,6 +68,27 @@ pub(crate) async fn post(
             Ok(response)
         }
         None => Err(with_status_url(Code::WaitEnded.into(), &app, job)),
+    }
+}
+
+/// A place among the callers who wait, taken before anything is recorded, given back however the call ends.
+struct Waiter {
+    gauge: IntGauge,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Waiter {
+    fn new(app: &App) -> Result<Self, Problem> {
+        let place = app.bounds.waiters.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
+        let gauge = app.metrics.waiters.clone();
+        gauge.inc();
+        Ok(Self { gauge, _place: place })
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.gauge.dec();
     }
 }
 

@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::{
-    extract::{Path, State},
-    response::Response,
-};
+use axum::{extract::State, response::Response};
 use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{error::Code, fhir::instant, job::State as JobState};
 use serde_json::json;
@@ -13,8 +10,7 @@ use serde_json::json;
 use crate::{
     answer::{self, Problem},
     app::App,
-    extract::Caller,
-    routes::status::job_id,
+    extract::{Caller, JobPath},
     submit::status_url,
 };
 
@@ -22,10 +18,10 @@ use crate::{
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     caller: Caller,
-    Path(id): Path<String>,
+    JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
     let client = caller.with_scope(SCOPE_ANALYZE)?;
-    let record = app.store.find(job_id(&id)?, client).await?.ok_or(Code::NotFound)?;
+    let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
     let has_report = record.state == JobState::Succeeded && !record.deleted;
     let error = record.failure.as_ref().map(|failure| {
         let kind = failure.code.kind();

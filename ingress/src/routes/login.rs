@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use axum::{
     Form,
-    extract::{State, rejection::FormRejection},
+    extract::{FromRequest, State},
+    http::{HeaderMap, Request, header},
     response::Response,
 };
+use bytes::Bytes;
 use dermflow_auth::{
     password::PasswordError,
     token::LIFETIME,
@@ -20,8 +22,12 @@ use serde_json::json;
 use crate::{
     answer::{self, Problem},
     app::App,
+    extract::{Body, Held},
     submit::internal,
 };
+
+/// A name and the longest password, percent-encoded.
+const MAX_FORM_BYTES: usize = 8 * 1024;
 
 /// The form. `Debug` shows no password.
 #[derive(Debug, Deserialize)]
@@ -38,13 +44,15 @@ fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretStr
 /// `expires_in` is RFC 6749's, in seconds; `expires_in_minutes` is what clients of the device API read.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
-    form: Result<Form<Credentials>, FormRejection>,
+    headers: HeaderMap,
+    body: Body,
 ) -> Result<Response, Problem> {
-    let Form(Credentials { username, password }) = form.map_err(|_| Code::FormInvalid)?;
+    let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
+    let Credentials { username, password } = read(headers, bytes).await?;
     let user = users::authenticate(app.store.pool(), &app.hasher, &username, password).await;
     let client = user.map_err(unavailable)?.ok_or_else(|| {
         tracing::info!("login refused");
-        Code::LoginFailed
+        Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
     })?;
     let token = app.tokens.issue(client, clock::now()).map_err(|error| internal(&error))?;
     tracing::info!(%client, "login");
@@ -54,6 +62,13 @@ pub(crate) async fn post(
         "expires_in": LIFETIME.as_secs(),
         "expires_in_minutes": LIFETIME.as_secs() / 60,
     })))
+}
+
+async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> {
+    let mut request = Request::post("/login").body(bytes.into()).map_err(|_| Code::FormInvalid)?;
+    *request.headers_mut() = headers;
+    let form = Form::from_request(request, &()).await.map_err(|_| Code::FormInvalid)?;
+    Ok(form.0)
 }
 
 fn unavailable(error: UserError) -> Problem {

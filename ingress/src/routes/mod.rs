@@ -10,7 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use dermflow_schemas::{error::Code, limits::MAX_BODY_BYTES};
+use dermflow_schemas::error::Code;
 use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
 
 use crate::{
@@ -59,7 +59,6 @@ fn dressed(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
         .layer(header(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
         .layer(header(header::CACHE_CONTROL, "no-store"))
-        .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(app)
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    extract::{Path, State},
+    extract::State,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
@@ -20,7 +20,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
-    extract::Caller,
+    extract::{Caller, JobPath},
     recorder,
     store::Record,
     submit::{Ended, ended, status_url},
@@ -33,7 +33,7 @@ static SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     caller: Caller,
-    Path(id): Path<String>,
+    JobPath(id): JobPath,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let client = caller.with_scope(SCOPE_ANALYZE)?;
@@ -43,7 +43,6 @@ pub(crate) async fn get(
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
-    let id = job_id(&id)?;
     let record = app.store.find(id, client).await?.filter(|record| !gone(record)).ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         let mut response = accepted(&app, id);
@@ -58,14 +57,14 @@ pub(crate) async fn get(
 pub(crate) async fn report(
     State(app): State<Arc<App>>,
     caller: Caller,
-    Path(id): Path<String>,
+    JobPath(id): JobPath,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let client = caller.with_scope(SCOPE_ANALYZE)?;
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
-    let ended = ended(&app, job_id(&id)?, client).await?;
+    let ended = ended(&app, id, client).await?;
     finished(&app, ended.filter(|ended| ended.report.is_some()).ok_or(Code::NotFound)?)
 }
 
@@ -73,10 +72,9 @@ pub(crate) async fn report(
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
     caller: Caller,
-    Path(id): Path<String>,
+    JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
     let client = caller.with_scope(SCOPE_ANALYZE)?;
-    let id = job_id(&id)?;
     let record = app.store.delete(id, client, clock::now()).await?.ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         let cancelled = [record.lane.as_str(), JobState::Cancelled.as_str()];
@@ -153,11 +151,6 @@ fn progress(record: &Record) -> String {
 /// Withdrawn, or its result removed: for the client it is not there any more.
 fn gone(record: &Record) -> bool {
     record.deleted || record.state == JobState::Cancelled
-}
-
-/// Whatever is no job id names no job.
-pub(crate) fn job_id(text: &str) -> Result<JobId, Code> {
-    text.parse().map_err(|_| Code::NotFound)
 }
 
 /// RFC 9110 §5.6.7.
