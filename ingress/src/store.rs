@@ -208,6 +208,9 @@ impl Store {
             let mut connection = self.pool.get().await?;
             let transaction = connection.transaction().await?;
             let winners = settle_jobs(&transaction, results).await?;
+            if winners.is_empty() {
+                return Ok(winners);
+            }
             let won =
                 |id: JobId| winners.iter().any(|winner| winner.id == id && winner.state == State::Succeeded);
             let reports: Vec<_> = results
@@ -356,9 +359,15 @@ async fn settle_jobs(
     results: &[(ResultHeader, Option<Sealed>)],
 ) -> Result<Vec<Settled>> {
     let ids: Vec<Uuid> = results.iter().map(|(header, _)| header.job.uuid()).collect();
-    let lock =
-        transaction.prepare_cached("SELECT id FROM jobs WHERE id = ANY($1) ORDER BY id FOR UPDATE").await?;
-    transaction.execute(&lock, &[&ids]).await?;
+    let lock = transaction
+        .prepare_cached(
+            "SELECT id FROM jobs WHERE id = ANY($1) AND finished_at IS NULL ORDER BY id FOR UPDATE",
+        )
+        .await?;
+    // Most results reach us twice: a waiter has recorded them when the recorder comes.
+    if transaction.execute(&lock, &[&ids]).await? == 0 {
+        return Ok(Vec::new());
+    }
     let headers = results.iter().map(|(header, _)| header);
     let ended: Vec<(&str, Option<Json<&Failure>>)> = headers
         .clone()

@@ -1,6 +1,6 @@
 //! Who gets in, and over what.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use dermflow_tests::{
@@ -82,6 +82,10 @@ async fn login_takes_registered_clients_only() -> Result<()> {
     assert_eq!((wrong.status, &wrong.text), (401, &unknown.text));
     let form = anonymous.request(Method::POST, "/login").form(&[("username", "demo")]);
     assert_eq!(send(form).await?.code(), "form-invalid");
+    let long = anonymous.try_login("demo", &"x".repeat(10_000)).await?;
+    assert_eq!((long.status, long.code()), (413, "body-too-large"));
+    let odd = anonymous.try_login("a\0b", "wrong").await?;
+    assert_eq!((odd.status, &odd.text), (401, &unknown.text));
     let good = anonymous.try_login("demo", &lab.password("demo")?).await?;
     assert_eq!(good.body["token_type"], "Bearer");
     assert_eq!((&good.body["expires_in"], &good.body["expires_in_minutes"]), (&900.into(), &15.into()));
@@ -146,6 +150,17 @@ async fn tls_only_and_stalled_handshakes_block_nobody() -> Result<()> {
     let mut answer = Vec::new();
     let _ = plain.read_to_end(&mut answer).await;
     assert!(!answer.starts_with(b"HTTP"), "plain text was answered");
+    // After the handshake an HTTP/2 peer has to speak, too.
+    let mut config = lab.tls(&[&rustls::version::TLS13])?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let stream = TcpStream::connect(lab.address(0)).await?;
+    let mut silent =
+        tokio_rustls::TlsConnector::from(Arc::new(config)).connect("localhost".try_into()?, stream).await?;
+    let hung_up = tokio::time::timeout(Duration::from_secs(20), async {
+        let mut greeting = Vec::new();
+        let _ = silent.read_to_end(&mut greeting).await;
+    });
+    assert!(hung_up.await.is_ok(), "a silent peer keeps its connection");
     // The server hangs up on its own: reading to the end returns within the handshake's time-out.
     for mut stream in stalled {
         let mut nothing = Vec::new();

@@ -6,6 +6,11 @@ use std::{
 };
 
 use anyhow::{Result, bail, ensure};
+use dermflow_schemas::{
+    clock,
+    envelope::{Failure, ResultHeader},
+    error::Code,
+};
 use dermflow_tests::{
     client::{Client, sample},
     lab::{Lab, Setup, Worker},
@@ -266,5 +271,29 @@ async fn a_waiting_caller_is_answered_before_ingress_stops() -> Result<()> {
     let (answer, stopped) = tokio::join!(waiting, stopping);
     stopped?;
     assert_eq!(answer?.status, 200);
+    lab.stop().await
+}
+
+// Two results of one job in one batch, as after an outage of the database: the first one wins, and a failed job
+// has no report and is not counted.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_of_two_results_in_a_batch_wins() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let job = submit(lab.client(), 0).await?;
+    lab.kill_ingress(0).await?;
+    let (id, now) = (job.parse()?, clock::now());
+    let failure = Failure { code: Code::AttemptsExhausted, image: None };
+    let failed = ResultHeader::failed(id, failure, 5, now, now).encode(&[]);
+    let succeeded = ResultHeader::succeeded(id, 4, now, now, 1, "k1".into()).encode(b"sealed");
+    let jetstream = lab.jetstream().await?;
+    for result in [failed, succeeded] {
+        jetstream.publish(format!("results.{job}"), result).await?.await?;
+    }
+    lab.restart_ingress(0).await?;
+    lab.until_state(&job, "failed").await?;
+    let drained = async || (lab.messages("RESULTS").await.ok()? == 0).then_some(());
+    eventually("both results are taken", LONG, drained).await?;
+    assert_eq!(lab.count("SELECT count(*) FROM ingress.reports").await?, 0);
+    assert_eq!(lab.count("SELECT count(*) FROM ingress.usage").await?, 0);
     lab.stop().await
 }

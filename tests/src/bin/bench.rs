@@ -4,7 +4,6 @@
 
 use std::{
     fs,
-    path::Path,
     process::ExitCode,
     sync::{
         Arc,
@@ -27,7 +26,11 @@ use dermflow_tests::{
     client::{Client, sample, sample_bytes},
     lab::{Lab, Setup, Worker},
 };
-use dermflow_workers::{analyse::analyse, engine, model::Model};
+use dermflow_workers::{
+    analyse::analyse,
+    engine::{self, Factory},
+    model::Model,
+};
 use futures_util::{StreamExt, stream};
 
 /// The images of a run, in turn.
@@ -67,15 +70,16 @@ async fn sustained() -> Result<()> {
     let cores = thread::available_parallelism()?.get();
     let lab = Lab::start(Setup { workers: vec![Worker::derm7(); cores], ..Setup::default() }).await?;
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
-    let library = servers.onnxruntime;
-    let (one, all) = (bare(&library, 1, BLOCK)?, bare(&library, cores, BLOCK)?);
+    let model = Arc::new(Model::load(&repo().join("workers/models/derm7"), false)?);
+    let make = engine::factory(&model, &servers.onnxruntime)?;
+    let (one, all) = (bare(&model, &make, 1, BLOCK)?, bare(&model, &make, cores, BLOCK)?);
     let threads = if one > all { 1 } else { cores };
     println!("bare loop: {one:.1} images/s on 1 thread, {all:.1} on {cores}; compared with {threads}");
     pipeline(lab.client(), BLOCK).await?;
     let before = cpu_seconds(&lab)?;
     let (mut ratios, mut bares, mut images) = (Vec::new(), Vec::new(), 0.0);
     for n in 1..=BLOCKS {
-        let bare = bare(&library, threads, BLOCK)?;
+        let bare = bare(&model, &make, threads, BLOCK)?;
         let ours = pipeline(lab.client(), BLOCK).await?;
         println!("block {n}: bare {bare:.1}, pipeline {ours:.1} images/s, ratio {:.3}", ours / bare);
         ratios.push(ours / bare);
@@ -95,16 +99,14 @@ async fn sustained() -> Result<()> {
 }
 
 /// Images a second of `threads` loops, each with a session of its own.
-fn bare(library: &Path, threads: usize, time: Duration) -> Result<f64> {
-    let model = Arc::new(Model::load(&repo().join("workers/models/derm7"), false)?);
-    let make = engine::factory(&model, library)?;
+fn bare(model: &Model, make: &Factory, threads: usize, time: Duration) -> Result<f64> {
     let payloads: Vec<Payload> = IMAGES.iter().map(|name| payload(name)).collect();
     let (done, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let mut engines = (0..threads).map(|_| make()).collect::<Result<Vec<_>, _>>()?;
     let begun = Instant::now();
     thread::scope(|scope| {
         for engine in &mut engines {
-            let (model, payloads, done, stop) = (&*model, &payloads, &done, &stop);
+            let (model, payloads, done, stop) = (model, &payloads, &done, &stop);
             scope.spawn(move || {
                 for payload in payloads.iter().cycle() {
                     if stop.load(Ordering::Relaxed) || analyse(&mut **engine, model, payload, 1).is_err() {
@@ -174,16 +176,21 @@ fn model_millis(server_timing: &str) -> Result<f64> {
     Ok(phase.context("no model in Server-Timing")?.parse()?)
 }
 
-/// Processor seconds, user and system, of every process of the system.
+/// Processor seconds, user and system, of every process of the system and of its children.
 fn cpu_seconds(lab: &Lab) -> Result<Vec<(String, f64)>> {
-    let seconds = |(name, pid): (String, u32)| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
-        // Linux reports in USER_HZ, which is 100 on every architecture we run on.
-        Ok((name, ticks / 100.0))
-    };
-    lab.pids().into_iter().map(seconds).collect()
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        // A process may end while it is looked at.
+        if let Ok(stat) = fs::read_to_string(entry?.path().join("stat")) {
+            let (id, rest) = stat.split_once(" (").context("stat")?;
+            let fields: Vec<&str> = rest.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+            // In USER_HZ, which is 100 on every architecture that we run on; living and ended threads of it.
+            let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+            all.push((id.parse::<u32>()?, fields[1].parse::<u32>()?, ticks / 100.0));
+        }
+    }
+    let of = |pid| all.iter().filter(|(id, parent, _)| *id == pid || *parent == pid).map(|(.., s)| s).sum();
+    Ok(lab.pids().into_iter().map(|(name, pid)| (name, of(pid))).collect())
 }
 
 fn peak_rss_mb(pid: u32) -> Result<u64> {
