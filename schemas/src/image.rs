@@ -213,6 +213,7 @@ mod tests {
         assert_eq!(check(&png(80, 81)), Ok(Header { format: Format::Png, width: 80, height: 81 }));
         assert_eq!(check(&png(79, 100)), Err(ImageFault::TooSmall(79, 100)));
         assert_eq!(check(&png(12_001, 80)), Err(ImageFault::TooLarge(12_001, 80)));
+        assert_eq!(check(&png(6_400, 6_400)), Err(ImageFault::TooLarge(6_400, 6_400)));
         assert_eq!(check(&b"GIF89a".to_vec().into()), Err(ImageFault::Format));
         assert_eq!(check(&b"\xff\xd8\xff\xe0".to_vec().into()), Err(ImageFault::Header));
     }

@@ -430,6 +430,16 @@ impl Lab {
         self.stack.ingress[n].process.spawn_ready(READY_WITHIN).await
     }
 
+    /// Starts every replica again, all at once.
+    ///
+    /// # Errors
+    /// When one does not become ready.
+    pub async fn restart_every_ingress(&mut self) -> Result<()> {
+        let start = self.stack.ingress.iter_mut().map(|ingress| ingress.process.spawn_ready(READY_WITHIN));
+        futures_util::future::try_join_all(start).await?;
+        Ok(())
+    }
+
     /// SIGTERM for replica `n`.
     ///
     /// # Errors

@@ -117,6 +117,22 @@ async fn a_wait_that_ends_leaves_the_job_to_be_polled() -> Result<()> {
     lab.stop().await
 }
 
+// A poller that does not heed Retry-After is throttled; the job does not notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn polling_without_a_pause_is_throttled() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    let path = format!("/fhir/_async/{job}");
+    let throttled = async || {
+        let polls = try_join_all((0..100).map(|_| lab.client().get(&path))).await.ok()?;
+        polls.into_iter().find(|poll| poll.status == 429)
+    };
+    let refused = eventually("a poll is refused", LONG, throttled).await?;
+    assert_eq!((refused.code(), refused.header("retry-after")), ("poll-too-fast", "1"));
+    assert_eq!(lab.client().get(&format!("/jobs/{job}")).await?.body["status"], "queued");
+    lab.stop().await
+}
+
 // Cancelled while it waits: gone from the queue, from the status URL, and never analysed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queued_job_is_cancelled() -> Result<()> {

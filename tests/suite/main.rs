@@ -11,4 +11,5 @@ mod models;
 mod privacy;
 mod survival;
 mod sweeping;
+mod up;
 mod validation;

@@ -256,6 +256,21 @@ async fn two_replicas_are_one_service() -> Result<()> {
     lab.stop().await
 }
 
+// Replicas that start at the same moment on an empty database: the tables are made once.
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_that_start_together_migrate_once() -> Result<()> {
+    let mut lab = Lab::start(Setup { replicas: 3, ..Setup::simulated(1) }).await?;
+    for n in 0..3 {
+        lab.kill_ingress(n).await?;
+    }
+    lab.sql("DROP SCHEMA ingress CASCADE").await?;
+    lab.sql("CREATE SCHEMA ingress AUTHORIZATION dermflow_ingress").await?;
+    lab.restart_every_ingress().await?;
+    let accepted = submit_all(lab.client().clone(), 4, 4).await?;
+    check(&lab, &accepted, LONG).await?;
+    lab.stop().await
+}
+
 // Ingress is told to stop while a caller waits: the caller still gets its answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_caller_is_answered_before_ingress_stops() -> Result<()> {
