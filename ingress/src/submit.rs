@@ -28,9 +28,6 @@ use crate::{
     store::{Claim, NewJob, Record},
 };
 
-/// A payload of up to 24 MiB into the object store, in chunks: twice the deadline of a message.
-const OBJECT_DEADLINE: Duration = Duration::from_secs(4);
-
 /// A checked request on its way into the queue.
 #[derive(Debug)]
 pub(crate) struct Submission {
@@ -91,7 +88,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             if first.state == State::Accepted {
                 // The first try died between record and queue, or never heard from the queue: go on with it. A
                 // claim check is one object, which two must not write at once: there the first one may end.
-                if claim_check && now - first.accepted_at < 2 * OBJECT_DEADLINE {
+                if claim_check && now - first.accepted_at < 2 * limits::OBJECT_PUT_DEADLINE {
                     return Err(Code::QueueUnavailable.into());
                 }
                 let header = JobHeader::new(first.id, client, first.lane, now, String::new());
@@ -153,7 +150,7 @@ async fn put_object(app: &App, job: JobId, sealed: &[u8]) -> Result<(), Problem>
         bucket.put(job.to_string().as_str(), &mut &*sealed).await?;
         Ok::<(), async_nats::Error>(())
     };
-    match timeout(OBJECT_DEADLINE, put).await {
+    match timeout(limits::OBJECT_PUT_DEADLINE, put).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {
             tracing::warn!(%job, %error, "payload not stored");

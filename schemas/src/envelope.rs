@@ -1,8 +1,8 @@
 //! What travels on the queue: a line of JSON in clear, then sealed bytes.
 //!
 //! In clear is only what routing and retries need: ids, times, attempt, key id, never a patient field. A
-//! reader refuses a version it does not know and leaves the message for one that does. Golden files in
-//! `schemas/golden` hold the form.
+//! version that a reader does not know is refused: a worker puts the job among the dead letters, a recorder
+//! leaves the result to one that knows it. Golden files in `schemas/golden` hold the form.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

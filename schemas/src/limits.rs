@@ -27,6 +27,9 @@ pub const MAX_TEXT_CHARS: usize = 255;
 /// Faults named in one answer.
 pub const MAX_FAULTS: usize = 20;
 
+/// Bytes of a login form: a name and the longest password, percent-encoded.
+pub const MAX_FORM_BYTES: usize = 8 * 1024;
+
 /// Request bodies held in memory at once, in bytes, per ingress process; the next one gets a 503.
 pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
 /// Sealed payloads on their way to the broker at once, in bytes, per ingress process. A frozen broker holds
@@ -109,6 +112,8 @@ pub const BROKER_PAUSE: Duration = Duration::from_millis(250);
 /// How long a worker goes on offering a result to a broker that does not take it; then the job is left to
 /// redelivery.
 pub const RESULT_PATIENCE: Duration = Duration::from_secs(30);
+/// Writing a payload of up to 24 MiB to the object store, in chunks: twice the deadline of a message.
+pub const OBJECT_PUT_DEADLINE: Duration = Duration::from_secs(4);
 /// Reading a payload from the object store.
 pub const OBJECT_DEADLINE: Duration = Duration::from_secs(10);
 /// Bytes of one sealed payload: [`MAX_IMAGES`] full images and room for the manifest.

@@ -14,7 +14,7 @@ use dermflow_auth::{
     token::LIFETIME,
     users::{self, UserError},
 };
-use dermflow_schemas::{clock, error::Code};
+use dermflow_schemas::{clock, error::Code, limits::MAX_FORM_BYTES};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
@@ -25,9 +25,6 @@ use crate::{
     extract::{Body, Held},
     submit::internal,
 };
-
-/// A name and the longest password, percent-encoded.
-const MAX_FORM_BYTES: usize = 8 * 1024;
 
 /// The form. `Debug` shows no password.
 #[derive(Debug, Deserialize)]
