@@ -32,6 +32,11 @@ enum UserCommand {
         /// 1 to 63 of a-z 0-9 . _ @ - beginning with a letter or digit.
         name: String,
     },
+    /// Shuts a user out within a second: no new token, and none of its tokens is taken any more.
+    Disable {
+        /// The user's name.
+        name: String,
+    },
 }
 
 #[tokio::main]
@@ -49,8 +54,14 @@ async fn main() -> ExitCode {
 async fn run(options: Options) -> anyhow::Result<()> {
     let pool = options.database.pool("auth", 2)?;
     users::migrate(&pool).await?;
-    let Command::User(UserCommand::Create { name }) = options.command;
-    let password = users::create(&pool, &name, clock::now()).await.context("cannot register")?;
-    println!("{}", password.expose_secret());
+    match options.command {
+        Command::User(UserCommand::Create { name }) => {
+            let password = users::create(&pool, &name, clock::now()).await.context("cannot register")?;
+            println!("{}", password.expose_secret());
+        }
+        Command::User(UserCommand::Disable { name }) => {
+            users::disable(&pool, &name).await.context("cannot disable")?;
+        }
+    }
     Ok(())
 }

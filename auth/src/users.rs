@@ -1,5 +1,7 @@
 //! Registered users, in the table `auth.users`.
 
+use std::collections::HashSet;
+
 use deadpool_postgres::Pool;
 use dermflow_schemas::id::ClientId;
 use secrecy::SecretString;
@@ -21,6 +23,9 @@ pub enum UserError {
     /// The name is taken.
     #[error("the user {0} exists already")]
     Exists(String),
+    /// Nobody has this name.
+    #[error("there is no user {0}")]
+    Unknown(String),
     /// The name has the wrong form.
     #[error("a user name has 1 to 63 of a-z 0-9 . _ @ - and begins with a letter or digit")]
     BadName,
@@ -90,6 +95,30 @@ pub async fn authenticate(
     let (id, hash) = row.map(|row| (row.get::<_, Uuid>(0), row.get::<_, String>(1))).unzip();
     let right = hasher.verify(password, hash).await?;
     Ok(id.filter(|_| right).map(ClientId::from))
+}
+
+/// Shuts a user out: no new token, and those it holds are refused by every replica within a second.
+///
+/// # Errors
+/// When there is no such user, or the database is away.
+pub async fn disable(pool: &Pool, name: &str) -> Result<(), UserError> {
+    let update = "UPDATE auth.users SET disabled = true WHERE username = $1";
+    match pool.get().await?.execute(update, &[&name]).await? {
+        0 => Err(UserError::Unknown(name.into())),
+        _ => Ok(()),
+    }
+}
+
+/// The users that are shut out, whatever tokens they hold.
+///
+/// # Errors
+/// When the database is away.
+pub async fn disabled(pool: &Pool) -> Result<HashSet<ClientId>, DbError> {
+    db::within(async {
+        let rows = pool.get().await?.query("SELECT id FROM auth.users WHERE disabled", &[]).await?;
+        Ok(rows.iter().map(|row| row.get::<_, Uuid>(0).into()).collect())
+    })
+    .await
 }
 
 fn valid_name(name: &str) -> bool {

@@ -7,7 +7,7 @@ use dermflow_schemas::{id::ClientId, limits, queue::Publisher, seal::Keyring};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use tokio::sync::Semaphore;
 
-use crate::{metrics::Metrics, store::Store};
+use crate::{access::Access, metrics::Metrics, store::Store};
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.
 #[derive(Debug)]
@@ -16,6 +16,7 @@ pub(crate) struct App {
     pub(crate) public_url: String,
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
+    pub(crate) access: Access,
     pub(crate) hasher: Hasher,
     pub(crate) keyring: Keyring,
     pub(crate) nats: async_nats::Client,

@@ -54,7 +54,11 @@ impl FromRequestParts<Arc<App>> for Caller {
         let token =
             bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
         match app.tokens.verify(token.unwrap_or_default(), clock::now()) {
-            Ok(caller) => Ok(Self(caller)),
+            Ok(caller) if app.access.permits(caller.client) => Ok(Self(caller)),
+            Ok(caller) => {
+                tracing::info!(client = %caller.client, "access refused: disabled");
+                Err(refused())
+            }
             Err(error) => {
                 tracing::info!(%error, "access refused");
                 Err(refused())

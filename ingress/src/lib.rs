@@ -6,6 +6,7 @@
 //! Invariants kept here: no 202 and no 200 before record and payload are on disk; the first result of a job
 //! wins and is counted once; a client sees only its own jobs; every body, wait and queue has a bound.
 
+mod access;
 mod answer;
 mod app;
 mod config;
@@ -39,6 +40,7 @@ use dermflow_schemas::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    access::Access,
     app::{App, Bounds},
     metrics::Metrics,
     store::Store,
@@ -63,6 +65,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         public_url: options.public_url.as_str().into(),
         store,
         tokens,
+        access: Access::default(),
         hasher: Hasher::new()?,
         keyring,
         nats,
@@ -70,6 +73,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         metrics: Metrics::new()?,
         bounds: Bounds::new(),
     });
+    // Before the first request: a restart forgets nobody who was shut out.
+    app.access.refresh(&app).await;
     let public = serve::bind("listen", options.listen).await?;
     let plain = serve::bind("plain-listen", options.plain_listen).await?;
     let internal = serve::bind("internal-listen", options.internal_listen.into()).await?;
@@ -78,6 +83,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(recorder::run(app.clone(), stop_recording.clone())),
         tokio::spawn(recorder::run_progress(app.clone(), stop_recording.clone())),
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(access::run(app.clone(), stop_recording.clone())),
     ];
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),

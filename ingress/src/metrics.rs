@@ -23,7 +23,7 @@ pub(crate) struct Metrics {
     pub(crate) queue_seconds: HistogramVec,
     /// In the model, by lane.
     pub(crate) model_seconds: HistogramVec,
-    /// Results that came after the first one of their job, and were dropped.
+    /// Results of jobs that had ended: second ones, and those that a waiting caller had recorded already.
     pub(crate) late_results: IntCounterVec,
     /// Jobs that the sweeper settled, by lane.
     pub(crate) swept: IntCounterVec,
@@ -58,7 +58,7 @@ impl Metrics {
             model_seconds: seconds("dermflow_job_model_seconds", "Time in the model.", &["lane"])?,
             late_results: counter(
                 "dermflow_late_results_total",
-                "Results after the first one of their job.",
+                "Results of jobs that had ended already.",
                 &[],
             )?,
             swept: counter("dermflow_swept_jobs_total", "Jobs that the sweeper settled.", &["lane"])?,

@@ -91,6 +91,8 @@ pub const INTERACTIVE_DEADLINE: Duration = Duration::from_mins(5);
 pub const BULK_DEADLINE: Duration = Duration::from_hours(24);
 /// A record that never reached the queue is settled after this; until then a retry with its key revives it.
 pub const ACCEPTED_GRACE: Duration = Duration::from_mins(10);
+/// Between two looks at which users are shut out: less than half of the second within which it must show.
+pub const ACCESS_INTERVAL: Duration = Duration::from_millis(400);
 /// Between two rounds of the sweeper.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Records settled or erased in one statement of the sweeper.

@@ -233,6 +233,14 @@ impl Lab {
         register(&self.stack, name).await
     }
 
+    /// Runs the `auth` command.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn auth(&self, args: &[&str]) -> Result<String> {
+        self.stack.auth(args)
+    }
+
     /// The password of a registered client.
     ///
     /// # Errors

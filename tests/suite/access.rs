@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use dermflow_tests::{
     client::{Client, sample, send},
     lab::{Lab, Setup},
+    wait::eventually,
 };
 use reqwest::Method;
 use tokio::{
@@ -91,6 +92,34 @@ async fn login_takes_registered_clients_only() -> Result<()> {
     assert_eq!((&good.body["expires_in"], &good.body["expires_in_minutes"]), (&900.into(), &15.into()));
     let stored = lab.sql("SELECT password_hash FROM auth.users").await?;
     assert!(stored.iter().all(|row| row.get::<_, &str>(0).starts_with("$argon2id$")));
+    lab.stop().await
+}
+
+// I6: a disabled user is refused on every replica within a second, token or not, and after a restart too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disabled_user_is_refused_everywhere_within_a_second() -> Result<()> {
+    let mut lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    let (path, other) = (format!("/jobs/{job}"), lab.register("other").await?);
+    let replicas = [lab.client().clone(), lab.client().clone().at(&lab.url(1))];
+    for replica in &replicas {
+        assert_eq!(replica.get(&path).await?.status, 200);
+    }
+    lab.auth(&["user", "disable", "demo"])?;
+    let refused = async || {
+        for replica in &replicas {
+            (replica.get(&path).await.ok()?.status == 401).then_some(())?;
+        }
+        Some(())
+    };
+    eventually("both replicas refuse", Duration::from_secs(1), refused).await?;
+    let again = lab.client().try_login("demo", &lab.password("demo")?).await?;
+    assert_eq!((again.status, again.code()), (401, "login-failed"));
+    assert_eq!(other.get(&path).await?.status, 404, "another user is not touched");
+    lab.kill_ingress(0).await?;
+    lab.restart_ingress(0).await?;
+    assert_eq!(replicas[0].get(&path).await?.status, 401);
+    assert!(lab.auth(&["user", "disable", "nobody"]).is_err());
     lab.stop().await
 }
 

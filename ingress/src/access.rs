@@ -1,0 +1,50 @@
+//! I6: who is shut out is refused on every replica within a second, with no question to the database on the way
+//! of a request.
+//!
+//! While the database is away the last view holds: tokens still verify, as the failure table of the architecture
+//! promises, and nobody new can be shut out either.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use dermflow_auth::users;
+use dermflow_schemas::{id::ClientId, limits::ACCESS_INTERVAL};
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::app::App;
+
+/// This replica's view of the users that are shut out.
+#[derive(Debug, Default)]
+pub(crate) struct Access {
+    disabled: RwLock<HashSet<ClientId>>,
+}
+
+impl Access {
+    /// Whether a client with a valid token may call.
+    pub(crate) fn permits(&self, client: ClientId) -> bool {
+        !self.disabled.read().unwrap_or_else(PoisonError::into_inner).contains(&client)
+    }
+
+    /// Looks at the database.
+    pub(crate) async fn refresh(&self, app: &App) {
+        match users::disabled(app.store.pool()).await {
+            Ok(disabled) => *self.disabled.write().unwrap_or_else(PoisonError::into_inner) = disabled,
+            Err(error) => tracing::debug!(%error, "the last view of disabled users holds"),
+        }
+    }
+}
+
+/// Keeps the view fresh until `stop`.
+pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
+    let mut tick = interval(ACCESS_INTERVAL);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => app.access.refresh(&app).await,
+        }
+    }
+}
