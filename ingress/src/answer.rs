@@ -147,12 +147,15 @@ fn outcome(error: &ApiError) -> OperationOutcome {
     let retry = coding(&format!("{CANONICAL}/CodeSystem/retry"), error.kind().retry.as_str(), "");
     let issue = |fault: &Fault| {
         let kind = fault.code.kind();
+        // An entry of a batch has no Retry-After of its own.
+        let pause = error.retry_after.map(|pause| format!("retry after {} s", pause.as_secs().max(1)));
+        let diagnostics = [fault.detail.clone(), pause].into_iter().flatten().collect::<Vec<_>>().join("; ");
         let codes = vec![error_coding(kind.code), Coding { display: None, ..retry.clone() }];
         Issue {
             severity: "error",
             code: kind.issue,
             details: CodeableConcept { coding: codes, text: Some(kind.text.into()) },
-            diagnostics: fault.detail.clone(),
+            diagnostics: (!diagnostics.is_empty()).then_some(diagnostics),
             expression: fault.field.iter().cloned().collect(),
         }
     };
@@ -184,6 +187,11 @@ pub(crate) fn line_outcome(error: &serde_json::Value, place: &str) -> Vec<u8> {
 
 /// An outcome that is no error: the job goes on, or was withdrawn.
 pub(crate) fn information(code: &str, text: &str) -> Vec<u8> {
+    Resource::OperationOutcome(information_outcome(code, text)).to_json()
+}
+
+/// As [`information`], for a place in a larger answer.
+pub(crate) fn information_outcome(code: &str, text: &str) -> OperationOutcome {
     let issue = Issue {
         severity: "information",
         code: "informational",
@@ -191,7 +199,7 @@ pub(crate) fn information(code: &str, text: &str) -> Vec<u8> {
         diagnostics: None,
         expression: Vec::new(),
     };
-    Resource::OperationOutcome(OperationOutcome { issue: vec![issue] }).to_json()
+    OperationOutcome { issue: vec![issue] }
 }
 
 /// A body of FHIR JSON.

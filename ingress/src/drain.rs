@@ -91,11 +91,6 @@ impl Drain {
         wait_for((view.open() as f64 / 20.0).max(1.0), view.rate(None))
     }
 
-    /// Jobs a second that end at present, of all clients.
-    pub(crate) fn rate(&self) -> Option<f64> {
-        self.view().rate(None)
-    }
-
     /// Where a queued bulk job stands.
     pub(crate) fn bulk_place(&self, client: ClientId, ticket: i64, access: &Access) -> Place {
         let view = self.view();

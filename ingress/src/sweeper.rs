@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     app::App,
+    batches::clear,
     recorder::{clean_up, withdraw},
     store::Settled,
 };
@@ -27,6 +28,10 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
                 () = sweep_up(&app, &settled) => {}
             },
             Err(error) => tracing::warn!(%error, "sweeper"),
+        }
+        clear(&app).await;
+        if let Err(error) = app.store.erase_batches(clock::now()).await {
+            tracing::warn!(%error, "batches past their retention");
         }
     }
 }

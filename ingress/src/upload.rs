@@ -54,7 +54,7 @@ pub(crate) struct Upload {
     /// Earlier uploads had lines refused, which this one may mend.
     pub(crate) mending: bool,
     /// The place among the uploads.
-    pub(crate) place: OwnedSemaphorePermit,
+    pub(crate) _place: OwnedSemaphorePermit,
 }
 
 /// The URL of a batch.

@@ -106,7 +106,7 @@ catalogue! {
     JobCancelled         "job-cancelled"          409 "conflict"      Never   "The job was cancelled."
     BodyTooLarge         "body-too-large"         413 "too-long"      Never   "The request body is larger than this server accepts."
     MediaType            "media-type"             415 "not-supported" Never   "The body must be application/fhir+json or application/json."
-    CustomIdRepeated     "custom-id-repeated"     422 "duplicate"     Never   "This upload has a line with the same custom_id already."
+    CustomIdRepeated     "custom-id-repeated"     422 "duplicate"     Never   "This upload has a line of the same name already."
     BatchTooLong         "batch-too-long"         413 "too-long"      Never   "An upload has more lines than this server accepts: put the rest into another upload."
     QuotaExceeded        "quota-exceeded"         429 "throttled"     Safe    "This client has as many open jobs, or bytes in them, as its quota allows."
     PollTooFast          "poll-too-fast"          429 "throttled"     Safe    "The status was asked for too often."

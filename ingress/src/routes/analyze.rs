@@ -111,7 +111,7 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyK
 }
 
 /// `Cancel-After`: a number of seconds, or of minutes, hours or days with the letter `m`, `h` or `d`.
-fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+pub(super) fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
     let Some(value) = headers.get(&CANCEL_AFTER) else { return Ok(None) };
     let text = value.to_str().unwrap_or_default().trim();
     let (number, unit) = match text.strip_suffix(['s', 'm', 'h', 'd']) {

@@ -1,6 +1,6 @@
 //! `/batches`: tens of thousands of images at a time. NDJSON in, NDJSON out, both while they grow.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Body as AxumBody,
@@ -19,7 +19,7 @@ use dermflow_schemas::{
     limits::{DRAIN_WINDOW, MAX_WAIT, POLL_INTERVAL, WAITER_POLL},
     seal::Purpose,
 };
-use futures_util::{StreamExt, stream};
+use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -56,7 +56,7 @@ pub(crate) async fn create(
     let key = key.as_ref().map(dermflow_schemas::id::IdempotencyKey::as_str);
     let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
     let batch = batch.ok_or(Code::NotFound)?.id;
-    let upload = Upload { client, batch, form, mending: key.is_some(), place };
+    let upload = Upload { client, batch, form, mending: key.is_some(), _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
@@ -72,7 +72,7 @@ pub(crate) async fn resume(
     let form = form(&headers)?;
     let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
     let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
-    let upload = Upload { client, batch, form, mending: true, place };
+    let upload = Upload { client, batch, form, mending: true, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
@@ -224,7 +224,8 @@ pub(crate) struct Wanted {
     /// Entries at most.
     limit: Option<usize>,
     /// The media type, for callers that cannot set `Accept` (FHIR R4, General Parameters).
-    _format: Option<String>,
+    #[serde(rename = "_format")]
+    format: Option<String>,
 }
 
 /// Which of a batch's two files.
@@ -270,7 +271,7 @@ async fn file(
         ApiError::from(Code::QueryInvalid).at("query").detail(rule)
     })?;
     let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let form = match wanted._format.as_deref().unwrap_or(accept) {
+    let form = match wanted.format.as_deref().unwrap_or(accept) {
         format if format.contains("fhir+ndjson") => Form::Fhir,
         _ => Form::Plain,
     };

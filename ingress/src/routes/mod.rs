@@ -22,10 +22,12 @@ use crate::{
 
 mod analyze;
 mod batches;
+mod bundle;
 mod health;
 mod jobs;
 mod login;
 mod status;
+mod tasks;
 
 /// What clients reach.
 pub(crate) fn public(app: Arc<App>) -> Router {
@@ -34,6 +36,9 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
         .route("/fhir/DiagnosticReport/{id}", get(status::report))
         .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
+        .route("/fhir", post(bundle::post))
+        .route("/fhir/Task", get(tasks::search))
+        .route("/fhir/Task/{id}", get(tasks::get))
         .route("/fhir/_bulk/{id}", get(batches::manifest))
         .route("/batches", post(batches::create))
         .route("/batches/{id}", get(batches::get).post(batches::resume).delete(batches::delete))

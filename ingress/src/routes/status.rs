@@ -101,10 +101,16 @@ pub(crate) fn accepted(app: &App, job: JobId) -> Response {
     response
 }
 
-/// What a job that has ended answers: its report with 200, or its error.
-pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
+/// The report of a job that has ended, or its error.
+pub(super) fn finished_record(ended: Ended) -> Result<(Record, Vec<u8>), Problem> {
     let Ended { record, report } = ended;
     let Some(report) = report else { return Err(failed(&record).into()) };
+    Ok((record, report))
+}
+
+/// What a job that has ended answers: its report with 200, or its error.
+pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
+    let (record, report) = finished_record(ended)?;
     let mut response = answer::fhir(StatusCode::OK, report);
     let headers = response.headers_mut();
     let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);

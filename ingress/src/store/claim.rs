@@ -190,7 +190,7 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
     let claim_checks: Vec<bool> = of().map(|job| job.claim_check).collect();
     let numbers: Vec<i64> = new.iter().map(|(_, ticket)| *ticket).collect();
     let batches: Vec<Option<Uuid>> = member().map(|member| member.map(|m| m.batch)).collect();
-    let lines: Vec<Option<i32>> = member().map(|member| member.map(|m| m.line as i32)).collect();
+    let places: Vec<Option<i32>> = member().map(|member| member.map(|m| m.line as i32)).collect();
     let custom: Vec<Option<&str>> = member().map(|member| member.map(|m| m.custom_id.as_str())).collect();
     transaction
         .execute(
@@ -206,7 +206,7 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
                 &claim_checks,
                 &numbers,
                 &batches,
-                &lines,
+                &places,
                 &custom,
             ],
         )

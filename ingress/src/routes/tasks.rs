@@ -1,0 +1,156 @@
+//! `/fhir/Task`: jobs as FHIR R4 Tasks, for callers who follow their orders that way.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Query, State},
+    http::StatusCode,
+    response::Response,
+};
+use dermflow_auth::token::SCOPE_ANALYZE;
+use dermflow_schemas::{
+    error::{ApiError, Code},
+    fhir::{CANONICAL, instant},
+    id::JobId,
+    job::State as JobState,
+    limits::{DEFAULT_PAGE, MAX_PAGE},
+};
+use serde_json::{Value, json};
+use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339, macros::format_description};
+
+use crate::{
+    answer::{self, Problem},
+    app::App,
+    extract::{Caller, JobPath},
+    store::{Record, batches::Filter},
+};
+
+/// One job.
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    JobPath(id): JobPath,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
+    Ok(answer::fhir(StatusCode::OK, task(&record).to_string().into_bytes()))
+}
+
+/// `status`, `authored-on` (`gt`, `ge`, `sa`, `lt`, `le`, `eb`), `_sort=-authored-on`, `_count`; the latest first. A
+/// parameter that would be passed over in silence is refused: the answer would be another than was asked for.
+pub(crate) async fn search(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Query(parameters): Query<Vec<(String, String)>>,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    let (mut filter, mut count) = (Filter::default(), DEFAULT_PAGE);
+    for (name, value) in &parameters {
+        let invalid = || ApiError::from(Code::QueryInvalid).at(name.clone());
+        match name.as_str() {
+            "status" => {
+                let states = value.split(',').map(state_of).collect::<Option<Vec<_>>>();
+                filter.states = states.ok_or_else(invalid)?;
+            }
+            "authored-on" => {
+                let (prefix, date) = value.split_at_checked(2).ok_or_else(invalid)?;
+                let at = date_or_instant(date).ok_or_else(invalid)?;
+                match prefix {
+                    "gt" | "ge" | "sa" => filter.created_after = Some(at),
+                    "lt" | "le" | "eb" => filter.created_before = Some(at),
+                    _ => return Err(invalid().into()),
+                }
+            }
+            "_count" => count = value.parse::<usize>().map_err(|_| invalid())?.clamp(1, MAX_PAGE),
+            "_cursor" => filter.cursor = Some(value.parse::<JobId>().map_err(|_| invalid())?),
+            "_sort" if value == "-authored-on" => {}
+            "_format" if value.contains("json") => {}
+            _ => return Err(invalid().into()),
+        }
+    }
+    let mut records = app.store.list(client, &filter, count + 1).await?;
+    let more = records.len() > count;
+    records.truncate(count);
+    let url = |cursor: Option<JobId>| search_url(&app, &parameters, cursor);
+    let mut links = vec![json!({"relation": "self", "url": url(filter.cursor)})];
+    if let Some(last) = records.last().filter(|_| more) {
+        links.push(json!({"relation": "next", "url": url(Some(last.id))}));
+    }
+    let entry = |record: &Record| {
+        let full = format!("{}/fhir/Task/{}", app.public_url, record.id);
+        json!({"fullUrl": full, "resource": task(record), "search": {"mode": "match"}})
+    };
+    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
+    if !records.is_empty() {
+        bundle["entry"] = records.iter().map(entry).collect();
+    }
+    Ok(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes()))
+}
+
+fn search_url(app: &App, parameters: &[(String, String)], cursor: Option<JobId>) -> String {
+    // None of the values that are let through has a character that a query would have to escape but `+` and `:`.
+    let escaped = |value: &str| value.replace('+', "%2B").replace(' ', "%20");
+    let kept = parameters.iter().filter(|(name, _)| name != "_cursor");
+    let kept = kept.map(|(name, value)| format!("{name}={}", escaped(value)));
+    let query: Vec<String> = kept.chain(cursor.map(|cursor| format!("_cursor={cursor}"))).collect();
+    format!("{}/fhir/Task?{}", app.public_url, query.join("&"))
+}
+
+fn date_or_instant(text: &str) -> Option<OffsetDateTime> {
+    let date = || Date::parse(text, format_description!("[year]-[month]-[day]")).ok();
+    OffsetDateTime::parse(text, &Rfc3339).ok().or_else(|| Some(date()?.midnight().assume_utc()))
+}
+
+/// The code of FHIR's required `task-status` value set.
+fn status(state: JobState) -> &'static str {
+    match state {
+        JobState::Accepted => "requested",
+        JobState::Queued => "ready",
+        JobState::Running => "in-progress",
+        JobState::Succeeded => "completed",
+        JobState::Failed => "failed",
+        JobState::Cancelled => "cancelled",
+    }
+}
+
+fn state_of(code: &str) -> Option<JobState> {
+    dermflow_schemas::job::STATES.into_iter().find(|state| status(*state) == code)
+}
+
+fn task(record: &Record) -> Value {
+    let changed = [record.finished_at, record.started_at, record.queued_at];
+    let changed = changed.into_iter().flatten().next().unwrap_or(record.accepted_at);
+    let system = format!("{CANONICAL}/CodeSystem/skin-image-analysis");
+    let mut task = json!({
+        "resourceType": "Task",
+        "id": record.id,
+        "meta": {"lastUpdated": instant(changed)},
+        "status": status(record.state),
+        "intent": "order",
+        "priority": "routine",
+        "code": {"coding": [{"system": system, "code": "skin-image-analysis"}]},
+        "authoredOn": instant(record.accepted_at),
+        "lastModified": instant(changed),
+        "restriction": {"period": {"end": instant(record.deadline)}},
+    });
+    if let Some(started) = record.started_at {
+        task["executionPeriod"] = json!({"start": instant(started)});
+        if let Some(finished) = record.finished_at {
+            task["executionPeriod"]["end"] = json!(instant(finished.max(started)));
+        }
+    }
+    if let Some(failure) = &record.failure {
+        let kind = failure.code.kind();
+        let coding = json!({"system": format!("{CANONICAL}/CodeSystem/error"), "code": kind.code});
+        task["statusReason"] = json!({"coding": [coding], "text": kind.text});
+    }
+    if let Some(batch) = record.batch {
+        task["groupIdentifier"] =
+            json!({"system": "urn:ietf:rfc:3986", "value": format!("urn:uuid:{batch}")});
+    }
+    if record.state == JobState::Succeeded && !record.deleted {
+        let reference = format!("DiagnosticReport/{}", record.id);
+        task["output"] = json!([{"type": {"text": "report"}, "valueReference": {"reference": reference}}]);
+    }
+    task
+}

@@ -1,0 +1,410 @@
+//! Bulk: batches as NDJSON, lists of jobs, quotas, FHIR batches.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use dermflow_tests::{
+    client::{Answer, Client, sample, sample_bytes, send},
+    fhir::validate,
+    lab::{Lab, Setup, Worker},
+    wait::eventually,
+};
+use futures_util::{StreamExt, stream};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+const LONG: Duration = Duration::from_mins(1);
+const NDJSON: &str = "application/x-ndjson";
+const FHIR_NDJSON: &str = "application/fhir+ndjson";
+
+// A line in plain form.
+fn line(custom_id: &str) -> String {
+    let image = json!({"data": STANDARD.encode(sample_bytes("isic2017-nv.jpg"))});
+    json!({"custom_id": custom_id, "images": [image]}).to_string() + "\n"
+}
+
+// Uploads a body and returns the lines of the answer.
+async fn upload(client: &Client, path: &str, kind: &str, body: String) -> Result<Vec<Value>> {
+    let request = client.request(Method::POST, path).header("content-type", kind).body(body);
+    let answer = send(request).await?;
+    ensure!(answer.status == 200, "{} {}", answer.status, answer.text);
+    lines(&answer)
+}
+
+fn lines(answer: &Answer) -> Result<Vec<Value>> {
+    answer.text.lines().map(|line| serde_json::from_str(line).context(line.to_owned())).collect()
+}
+
+fn id(answer: &[Value]) -> String {
+    answer[0]["batch"].as_str().unwrap_or_default().to_owned()
+}
+
+// The answer of a line, by its number.
+fn of(answer: &[Value], number: usize) -> &Value {
+    answer.iter().find(|line| line["line"] == number).unwrap_or(&Value::Null)
+}
+
+async fn until_status(client: &Client, batch: &str, status: &str) -> Result<Value> {
+    let path = format!("/batches/{batch}");
+    let reached = async || {
+        let answer = client.get(&path).await.ok()?;
+        (answer.body["status"] == status).then_some(answer.body)
+    };
+    eventually(&format!("the batch is {status}"), LONG, reached).await
+}
+
+// A batch with good and bad lines: each is answered by number and name, both files say all of it, and once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_answered_line_by_line_and_read_as_two_files() -> Result<()> {
+    let lab = Lab::start(Setup::derm7()).await?;
+    let client = lab.client();
+    let bad = "{\"custom_id\":\"bad\",\"images\":[{\"data\":\"!\"}]}\n";
+    let broken = sample_bytes("ham10000-mel.jpg")[..2_000].to_vec();
+    let broken = json!({"custom_id": "broken", "images": [{"data": STANDARD.encode(broken)}]});
+    let good: String = (0..10).map(|n| line(&format!("good/{n} ü.jpg"))).collect();
+    let body = format!("{good}{bad}\n{broken}\r\n{{\n{}", line("good/0 ü.jpg"));
+    let answer = upload(client, "/batches", NDJSON, body).await?;
+    let batch = id(&answer);
+    let last = answer.last().context("no last line")?;
+    assert_eq!(last["complete"], true, "{last}");
+    assert_eq!((&last["lines"], &last["accepted"], &last["refused"]), (&json!(14), &json!(11), &json!(3)));
+    let code = |number| of(&answer, number)["error"]["code"].as_str().unwrap_or_default();
+    assert_eq!((code(11), code(14), code(15)), ("image-not-base64", "json-malformed", "custom-id-repeated"));
+    assert_eq!(of(&answer, 11)["error"]["errors"][0]["field"], "images[0].data");
+    let state = until_status(client, &batch, "completed-with-errors").await?;
+    assert_eq!((&state["percent"], &state["total"], &state["refused"]), (&json!(100), &json!(11), &json!(2)));
+    assert_eq!(
+        (&state["counts"]["succeeded"], &state["counts"]["failed"]),
+        (&json!(10), &json!(1)),
+        "{state}"
+    );
+
+    let results = lines(&client.get(&format!("/batches/{batch}/results")).await?)?;
+    let names: HashSet<&str> = results.iter().filter_map(|line| line["custom_id"].as_str()).collect();
+    assert_eq!((results.len(), names.len()), (10, 10));
+    for result in &results {
+        let number = result["line"].as_u64().context("no line")? as usize;
+        assert_eq!(of(&answer, number)["job"], result["job"]);
+        assert_eq!(result["report"]["id"], result["job"]);
+    }
+    let errors = lines(&client.get(&format!("/batches/{batch}/errors")).await?)?;
+    let codes: HashSet<&str> = errors.iter().filter_map(|line| line["error"]["code"].as_str()).collect();
+    assert_eq!(
+        codes,
+        HashSet::from(["image-not-base64", "json-malformed", "image-undecodable"]),
+        "{errors:?}"
+    );
+    let cursor = &results[3]["cursor"];
+    let rest = client.get(&format!("/batches/{batch}/results?cursor={cursor}&limit=2")).await?;
+    assert_eq!(lines(&rest)?, results[4..6], "from where the reader was");
+
+    let manifest = client.get(&format!("/fhir/_bulk/{batch}")).await?;
+    assert_eq!(manifest.status, 200);
+    let (output, error) = (&manifest.body["output"][0], &manifest.body["error"][0]);
+    assert_eq!((&output["type"], &output["count"]), (&json!("DiagnosticReport"), &json!(10)));
+    assert_eq!((&error["type"], &error["count"]), (&json!("OperationOutcome"), &json!(3)));
+    let mut documents = Vec::new();
+    for file in [output, error] {
+        let answer = client.get(file["url"].as_str().context("no url")?).await?;
+        assert_eq!(answer.header("content-type"), FHIR_NDJSON);
+        let resources = lines(&answer)?;
+        assert_eq!(json!(resources.len()), file["count"]);
+        documents.extend(resources.into_iter().map(|resource| (file["type"].to_string(), resource)));
+    }
+    validate(&documents).await?;
+    lab.stop().await
+}
+
+// The same in FHIR: a line is Parameters whose id is the caller's name for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_of_fhir_parameters() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let parameters = |n: usize| {
+        let mut parameters = sample("isic2017-nv.jpg");
+        parameters["id"] = json!(format!("line-{n}"));
+        parameters.to_string() + "\n"
+    };
+    let body: String = (0..5).map(parameters).collect();
+    let answer = upload(lab.client(), "/batches", FHIR_NDJSON, body).await?;
+    assert_eq!(answer.last().context("no last line")?["accepted"], 5, "{answer:?}");
+    until_status(lab.client(), &id(&answer), "completed").await?;
+    let refused = lab.client().request(Method::POST, "/batches").header("content-type", "application/json");
+    let refused = send(refused.body("")).await?;
+    assert_eq!((refused.status, refused.code()), (415, "media-type"));
+    let empty = upload(lab.client(), "/batches", NDJSON, String::new()).await?;
+    until_status(lab.client(), &id(&empty), "completed").await?;
+    let manifest = lab.client().get(&format!("/fhir/_bulk/{}", id(&empty))).await?;
+    assert_eq!(manifest.body["output"][0]["count"], 0, "both files exist, even when they are empty");
+    assert_eq!(manifest.body["error"][0]["count"], 0);
+    lab.stop().await
+}
+
+// Answers come while the upload goes on; a cut upload is resumed, and no line is a second job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let client = lab.client();
+    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<String, std::io::Error>>(1);
+    let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
+    let request = client
+        .request(Method::POST, "/batches")
+        .header("content-type", NDJSON)
+        .header("idempotency-key", "cut")
+        .body(reqwest::Body::wrap_stream(body));
+    let sent = tokio::spawn(request.send());
+    for n in 0..3 {
+        sender.send(Ok(line(&format!("l{n}")))).await?;
+    }
+    let response = sent.await??;
+    let location = response.headers()["location"].to_str()?.to_owned();
+    let mut answers = response.bytes_stream();
+    let mut heard = String::new();
+    while heard.matches("\"job\"").count() < 3 {
+        let more = tokio::time::timeout(LONG, answers.next()).await?.context("the answer ended")??;
+        heard.push_str(std::str::from_utf8(&more)?);
+    }
+    sender.send(Ok("{\"custom_id\":\"l3\",\"ima".into())).await?;
+    sender.send(Err(std::io::Error::other("cut"))).await?;
+    drop((sender, answers));
+    let state = client.get(&location).await?.body;
+    assert_eq!((&state["status"], &state["total"]), (&json!("uploading"), &json!(3)), "{state}");
+
+    let whole: String = (0..6).map(|n| line(&format!("l{n}"))).collect();
+    let path = location.split_once("/batches/").context("no batch")?.1.to_owned();
+    let again = upload(client, &format!("/batches/{path}"), NDJSON, whole.clone()).await?;
+    assert_eq!(again.last().context("no last line")?["accepted"], 6);
+    for n in 1..=3 {
+        let job = of(&again, n)["job"].as_str().context("no job")?;
+        assert!(heard.contains(job), "line {n} is another job");
+    }
+    // The key of the upload finds the batch as well; another content under a known name is refused.
+    let other =
+        json!({"custom_id": "l0", "images": [{"data": STANDARD.encode(sample_bytes("ham10000-nv.jpg"))}]});
+    let request = client.request(Method::POST, "/batches").header("content-type", NDJSON);
+    let request = request.header("idempotency-key", "cut").body(format!("{other}\n{}", line("l1")));
+    let third = lines(&send(request).await?)?;
+    assert_eq!(id(&third), path);
+    assert_eq!(of(&third, 1)["error"]["code"], "idempotency-conflict");
+    assert_eq!(of(&third, 2)["job"], of(&again, 2)["job"]);
+    let state = until_status(client, &path, "completed").await?;
+    assert_eq!((&state["total"], &state["counts"]["succeeded"]), (&json!(6), &json!(6)));
+    lab.stop().await
+}
+
+// A line that was refused is mended by a later upload, and leaves the errors.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mended_line_leaves_the_errors() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let bad = "{\"custom_id\":\"a\",\"images\":[{\"data\":\"!\"}]}\n".to_owned();
+    let batch = id(&upload(lab.client(), "/batches", NDJSON, bad).await?);
+    until_status(lab.client(), &batch, "completed-with-errors").await?;
+    upload(lab.client(), &format!("/batches/{batch}"), NDJSON, line("a")).await?;
+    let state = until_status(lab.client(), &batch, "completed").await?;
+    assert_eq!(state["refused"], 0);
+    assert_eq!(lab.client().get(&format!("/batches/{batch}/errors")).await?.text, "");
+    lab.stop().await
+}
+
+// Deleted: what waits leaves the queue, results are removed, and nothing of it is found any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_batch_leaves_nothing() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let body: String = (0..40).map(|n| line(&format!("l{n}"))).collect();
+    let answer = upload(lab.client(), "/batches", NDJSON, body).await?;
+    let (batch, job) = (id(&answer), of(&answer, 7)["job"].as_str().context("no job")?.to_owned());
+    let stranger = lab.register("stranger").await?;
+    for path in
+        [format!("/batches/{batch}"), format!("/batches/{batch}/results"), format!("/fhir/_bulk/{batch}")]
+    {
+        assert_eq!(stranger.get(&path).await?.status, 404, "{path}");
+    }
+    assert_eq!(stranger.delete(&format!("/batches/{batch}")).await?.status, 404);
+    assert_eq!(lab.client().delete(&format!("/batches/{batch}")).await?.status, 202);
+    assert_eq!(lab.client().get(&format!("/batches/{batch}")).await?.status, 404);
+    let emptied = async || (lab.messages("JOBS").await.ok()? == 0).then_some(());
+    eventually("the queue is empty", LONG, emptied).await?;
+    assert_eq!(lab.client().get(&format!("/fhir/_async/{job}")).await?.status, 404);
+    assert_eq!(lab.client().delete(&format!("/batches/{batch}")).await?.status, 404);
+
+    lab.start_worker(Worker::simulated(1)).await?;
+    let answer = upload(lab.client(), "/batches", NDJSON, line("a")).await?;
+    until_status(lab.client(), &id(&answer), "completed").await?;
+    lab.client().delete(&format!("/batches/{}", id(&answer))).await?;
+    let erased = async || (lab.count("SELECT count(*) FROM ingress.reports").await.ok()? == 0).then_some(());
+    eventually("the report is erased", LONG, erased).await?;
+    let open = lab.count("SELECT sum(jobs)::bigint + sum(bytes)::bigint FROM ingress.loads").await?;
+    assert_eq!(open, 0, "the client's load is given back");
+    lab.stop().await
+}
+
+// Results are read while they come: a reader with a cursor and a wait sees each exactly once, in order.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_are_read_while_they_grow() -> Result<()> {
+    const LINES: usize = 120;
+    let lab = Lab::start(Setup { workers: vec![Worker::simulated(15); 2], ..Setup::default() }).await?;
+    let client = lab.client();
+    let body: String = (0..LINES).map(|n| line(&format!("l{n}"))).collect();
+    let answer = upload(client, "/batches", NDJSON, body).await?;
+    let (batch, mut cursor, mut read, mut reads) = (id(&answer), 0, Vec::new(), 0);
+    let begun = Instant::now();
+    while read.len() < LINES {
+        ensure!(begun.elapsed() < LONG, "{} of {LINES}", read.len());
+        let answer = client.get(&format!("/batches/{batch}/results?cursor={cursor}&wait=10")).await?;
+        for line in lines(&answer)? {
+            let next = line["cursor"].as_i64().context("no cursor")?;
+            ensure!(next > cursor, "{next} after {cursor}");
+            cursor = next;
+            read.push(line["custom_id"].to_string());
+        }
+        reads += 1;
+    }
+    ensure!(reads > 1, "the results were not read while they came");
+    assert_eq!(read.iter().collect::<HashSet<_>>().len(), LINES);
+    lab.stop().await
+}
+
+// A client over its quota gets a 429 that says when to come back, others do not notice; an upload waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_is_exact_and_concerns_one_client() -> Result<()> {
+    let mut lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
+    lab.auth(&["user", "quota", "demo", "--jobs", "5"])?;
+    let (client, other) = (lab.client().clone(), lab.register("other").await?);
+    let second = client.clone().at(&lab.url(1));
+    // A replica knows the quotas before its first request.
+    for n in 0..2 {
+        lab.stop_ingress(n).await?;
+        lab.restart_ingress(n).await?;
+    }
+    let order = sample("isic2017-nv.jpg");
+    let submit = |n: usize| {
+        let (client, order) = (if n % 2 == 0 { client.clone() } else { second.clone() }, order.clone());
+        async move { client.analyze(&order, &[("prefer", "respond-async")]).await }
+    };
+    let answers: Vec<_> = stream::iter(0..20).map(submit).buffer_unordered(20).collect().await;
+    let answers = answers.into_iter().collect::<Result<Vec<_>>>()?;
+    assert_eq!(answers.iter().filter(|answer| answer.status == 202).count(), 5);
+    let refused = answers.iter().find(|answer| answer.status == 429).context("nobody was refused")?;
+    assert_eq!((refused.code(), refused.header("retry-after")), ("quota-exceeded", "30"), "{}", refused.text);
+    assert_eq!(other.analyze(&order, &[("prefer", "respond-async")]).await?.status, 202);
+    // Single requests are refused; an upload waits until there is room.
+    let body: String = (0..8).map(|n| line(&format!("l{n}"))).collect();
+    let uploading = tokio::spawn(async move { upload(&client, "/batches", NDJSON, body).await });
+    lab.start_worker(Worker::simulated(1)).await?;
+    let answer = uploading.await??;
+    assert_eq!(answer.last().context("no last line")?["accepted"], 8, "{answer:?}");
+    until_status(lab.client(), &id(&answer), "completed").await?;
+    lab.stop().await
+}
+
+// The list of jobs: own ones only, by state, time and batch, in pages that do not shift.
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_are_listed_in_pages_that_do_not_shift() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let (client, stranger) = (lab.client(), lab.register("stranger").await?);
+    let body: String = (0..7).map(|n| line(&format!("l{n}"))).collect();
+    let answer = upload(client, "/batches", NDJSON, body).await?;
+    let batch = id(&answer);
+    until_status(client, &batch, "completed").await?;
+    let mut url = format!("/jobs?batch={batch}&status=succeeded,failed&limit=3");
+    let (mut seen, mut pages) = (Vec::new(), 0);
+    loop {
+        let page = client.get(&url).await?;
+        assert_eq!(page.status, 200, "{}", page.text);
+        seen.extend(page.body["jobs"].as_array().context("no jobs")?.iter().map(|job| job["id"].to_string()));
+        pages += 1;
+        client.submit(&sample("isic2017-nv.jpg")).await?;
+        match page.body["next"].as_str() {
+            Some(next) => next.clone_into(&mut url),
+            None => break,
+        }
+    }
+    assert_eq!((pages, seen.len(), seen.iter().collect::<HashSet<_>>().len()), (3, 7, 7));
+    assert!(seen.is_sorted_by(|a, b| a > b), "the latest first");
+    assert_eq!(stranger.get("/jobs").await?.body, json!({"jobs": [], "next": null}));
+    let later = client.get("/jobs?created_after=2099-01-01T00:00:00Z").await?;
+    assert_eq!(later.body["jobs"], json!([]));
+    for bad in ["/jobs?status=done", "/jobs?colour=red", "/jobs?cursor=x", "/jobs?created_after=today"] {
+        let refused = client.get(bad).await?;
+        assert_eq!((refused.status, refused.code()), (400, "query-invalid"), "{bad}");
+    }
+    let search = client
+        .get("/fhir/Task?status=completed&authored-on=gt2020-01-01&_sort=-authored-on&_count=2")
+        .await?;
+    assert_eq!(search.body["entry"].as_array().map(Vec::len), Some(2), "{}", search.text);
+    let next = search.body["link"][1]["url"].as_str().context("no next page")?;
+    let second = client.get(next).await?;
+    assert_ne!(search.body["entry"][0]["fullUrl"], second.body["entry"][0]["fullUrl"]);
+    let task = client.get(&format!("/fhir/Task/{}", seen[0].trim_matches('"'))).await?;
+    assert_eq!((task.status, &task.body["status"]), (200, &json!("completed")));
+    assert_eq!(client.get("/fhir/Task?colour=red").await?.code(), "query-invalid");
+    let documents = [search, second, task].map(|answer| ("Task".to_owned(), answer.body));
+    validate(&documents).await?;
+    lab.stop().await
+}
+
+// A FHIR batch: every entry is answered by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fhir_batch_is_answered_entry_by_entry() -> Result<()> {
+    let lab = Lab::start(Setup::derm7()).await?;
+    let request = json!({"method": "POST", "url": "DiagnosticReport/$analyze"});
+    let mut bad = sample("ham10000-nv.jpg");
+    bad["parameter"][0]["part"][0]["valueAttachment"]["data"] = json!("!");
+    let entry = |resource: Value| json!({"resource": resource, "request": request});
+    let entries = [sample("ham10000-mel.jpg"), bad, sample("ham10000-nv.jpg")].map(entry);
+    let bundle = json!({"resourceType": "Bundle", "type": "batch", "entry": entries});
+    let send_bundle = async |bundle: &Value, prefer: &str| {
+        let request =
+            lab.client().request(Method::POST, "/fhir").header("content-type", "application/fhir+json");
+        send(request.header("prefer", prefer).body(bundle.to_string())).await
+    };
+    let answer = send_bundle(&bundle, "wait=30").await?;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let statuses: Vec<&Value> = (0..3).map(|n| &answer.body["entry"][n]["response"]["status"]).collect();
+    assert_eq!(statuses, [&json!("200"), &json!("422"), &json!("200")], "{}", answer.text);
+    let outcome = &answer.body["entry"][1]["response"]["outcome"]["issue"][0];
+    assert_eq!(
+        outcome["expression"][0],
+        "Bundle.entry[1].resource.parameter[0].part[0].valueAttachment.data"
+    );
+    let later = send_bundle(&bundle, "respond-async").await?;
+    assert_eq!(later.body["entry"][0]["response"]["status"], "202", "{}", later.text);
+    let location = later.body["entry"][0]["response"]["location"].as_str().context("no location")?;
+    let job = location.rsplit('/').next().context("no job")?;
+    assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
+    let documents = [("answer".to_owned(), answer.body), ("later".to_owned(), later.body)];
+    validate(&documents).await?;
+    let mut transaction = bundle.clone();
+    transaction["type"] = json!("transaction");
+    let refused = send_bundle(&transaction, "wait=1").await?;
+    assert_eq!((refused.status, refused.code()), (422, "value-invalid"), "{}", refused.text);
+    assert_eq!(refused.faults()[0].1, "Bundle.type");
+    lab.stop().await
+}
+
+// A caller's own deadline ends its job, and the place in the queue is told until then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_cancelled_after_its_callers_deadline() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let order = sample("isic2017-nv.jpg");
+    let headers = [("prefer", "respond-async"), ("cancel-after", "5s")];
+    let first = lab.client().submit(&order).await?;
+    let second = lab.client().analyze(&order, &headers).await?.job().to_owned();
+    let told = async || {
+        let answer = lab.client().get(&format!("/fhir/_async/{second}")).await.ok()?;
+        (answer.header("x-progress") == "queued, position 2").then_some(())
+    };
+    eventually("the job's place is told", LONG, told).await?;
+    let record = lab.client().get(&format!("/jobs/{first}")).await?;
+    assert_eq!(record.body["queue"]["position"], 1, "{}", record.text);
+    let ended = lab.client().poll(&second, LONG).await?;
+    assert_eq!((ended.status, ended.code()), (504, "deadline-exceeded"));
+    for bad in ["4", "5x", "-1", ""] {
+        let refused = lab.client().analyze(&order, &[("cancel-after", bad)]).await?;
+        assert_eq!((refused.status, refused.code()), (400, "header-invalid"), "{bad}");
+    }
+    lab.stop().await
+}
