@@ -7,7 +7,7 @@ use dermflow_schemas::{id::ClientId, limits, queue::Publisher, seal::Keyring};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use tokio::sync::Semaphore;
 
-use crate::{access::Access, metrics::Metrics, store::Store};
+use crate::{access::Access, lanes::Lanes, metrics::Metrics, store::Store};
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.
 #[derive(Debug)]
@@ -21,6 +21,7 @@ pub(crate) struct App {
     pub(crate) keyring: Keyring,
     pub(crate) nats: async_nats::Client,
     pub(crate) publisher: Publisher,
+    pub(crate) lanes: Lanes,
     pub(crate) metrics: Metrics,
     pub(crate) bounds: Bounds,
 }

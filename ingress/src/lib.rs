@@ -12,6 +12,7 @@ mod app;
 mod config;
 mod extract;
 mod json;
+mod lanes;
 mod linger;
 mod metrics;
 mod parameters;
@@ -42,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::Access,
     app::{App, Bounds},
+    lanes::Lanes,
     metrics::Metrics,
     store::Store,
 };
@@ -70,6 +72,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         keyring,
         nats,
         publisher: Publisher::new(context),
+        lanes: Lanes::new(options.ack_wait()),
         metrics: Metrics::new()?,
         bounds: Bounds::new(),
     });

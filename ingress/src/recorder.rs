@@ -153,6 +153,7 @@ pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
         }
         let retries = context.get_stream_no_info(queue::RETRIES).await?;
         retries.purge().filter(queue::retry_subject(id)).await?;
+        retries.purge().filter(queue::due_filter(id)).await?;
         Ok::<(), async_nats::Error>(())
     };
     briefly(id, "not withdrawn", withdraw).await;

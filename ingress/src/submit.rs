@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     answer::Problem,
     app::App,
-    recorder,
+    lanes, recorder,
     store::{Claim, NewJob, Record},
 };
 
@@ -132,7 +132,8 @@ async fn publish(
     } else {
         header.encode(&sealed.bytes)
     };
-    let message = Message::job(header.lane, header.client, job, header.attempt, body);
+    lanes::prepare(app, header.lane, header.client).await?;
+    let message = Message::job(header.lane, header.client, job, header.attempt, None, body);
     let sequence = app.publisher.publish(message, limits::PUBLISH_DEADLINE).await.map_err(|error| {
         tracing::warn!(%job, %error, "job not queued");
         Problem::from(match error {
@@ -140,6 +141,7 @@ async fn publish(
             PublishError::Full => Code::QueueFull,
         })
     })?;
+    lanes::announce(app, header.lane, header.client).await;
     // Without this mark the sweeper would take the job for one that never was in the queue.
     Ok(app.store.queued(job, sequence, clock::now(), header.deadline).await?)
 }

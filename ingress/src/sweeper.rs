@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     app::App,
+    lanes,
     recorder::{clean_up, withdraw},
     store::Settled,
 };
@@ -27,6 +28,10 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
                 () = sweep_up(&app, &settled) => {}
             },
             Err(error) => tracing::warn!(%error, "sweeper"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = lanes::repair(&app) => {}
         }
     }
 }

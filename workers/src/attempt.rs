@@ -238,9 +238,9 @@ impl Attempts {
 
     /// A dead letter for a message that says nothing about itself but its subject.
     async fn bury_unread(&self, message: &Message) -> bool {
-        let Some((_, rest)) = message.subject.split_once('.') else { return true };
+        let Some(subject) = queue::dead_subject_of(&message.subject) else { return true };
         let id = message.info().map(|info| format!("unread:{}", info.stream_sequence)).unwrap_or_default();
-        self.bury(format!("dead.{rest}"), id, message.payload.clone(), Code::Internal).await
+        self.bury(subject, id, message.payload.clone(), Code::Internal).await
     }
 
     async fn bury(&self, subject: String, id: String, body: Bytes, code: Code) -> bool {
