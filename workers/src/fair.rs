@@ -5,11 +5,11 @@
 //! the present virtual time: it neither catches up on its idleness nor waits behind anybody's backlog. Workers
 //! need not agree on anything: each is fair, so all together are.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use dermflow_schemas::{
     id::ClientId,
-    limits::{BULK_CLIENTS, MAX_WEIGHT},
+    limits::{BULK_CLIENTS, BULK_PROBES, MAX_WEIGHT},
 };
 
 /// The stride of a client of weight 1. Passes overflow after 2^40 jobs.
@@ -48,6 +48,10 @@ pub struct Fair {
     clients: HashMap<ClientId, Share>,
     /// Those that wait, by pass and order.
     waiting: BTreeSet<(u64, u64, ClientId)>,
+    /// Those that were held since the last look at them.
+    held: HashSet<ClientId>,
+    /// Jobs since then.
+    taken: u32,
 }
 
 impl Fair {
@@ -78,13 +82,18 @@ impl Fair {
 
     /// It had none, unless it was woken meanwhile.
     pub fn nothing(&mut self, client: ClientId) {
+        let mut held = false;
         self.change(client, |share| {
             share.standing = match (share.woken, share.more) {
                 (true, _) => Standing::Waiting,
                 (false, true) => Standing::Held,
                 (false, false) => Standing::Idle,
             };
+            held = share.standing == Standing::Held;
         });
+        if held {
+            self.held.insert(client);
+        }
     }
 
     /// A job came, from a client of this weight, and behind it there were `more`.
@@ -100,6 +109,12 @@ impl Fair {
             share.standing = if more || share.woken { Standing::Waiting } else { Standing::Idle };
         });
         self.now = self.now.max(served);
+        self.taken += 1;
+        // Other workers' acks make room too, and nobody tells of them.
+        if self.taken >= BULK_PROBES {
+            self.taken = 0;
+            std::mem::take(&mut self.held).into_iter().for_each(|client| self.ended(client));
+        }
     }
 
     /// An attempt at a client's job is over: there is room for the next one.
@@ -149,7 +164,7 @@ impl Fair {
 }
 
 /// The finisher of `SplitMix64`.
-fn mix(bits: u64) -> u64 {
+pub(crate) fn mix(bits: u64) -> u64 {
     let bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     bits ^ (bits >> 31)

@@ -19,6 +19,7 @@ use dermflow_schemas::{
 };
 use dermflow_workers::{
     attempt::Attempts,
+    cancel::Cancels,
     consume::{Consumer, End},
     engine,
     executor::Executors,
@@ -116,6 +117,8 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
     let pulls = open_lines(&client, &context).await.map_err(flat)?;
     let watch = Watch::start(&client, context.clone()).await.map_err(flat)?;
     let timing = Timing::new(ack_wait, Duration::from_secs(options.job_timeout))?;
+    let cancels = Cancels::default();
+    cancels.listen(&client).await.map_err(flat)?;
     let attempts = Attempts {
         publisher: Publisher::new(context),
         client: client.clone(),
@@ -123,6 +126,7 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
         model,
         executors: executors.clone(),
         timing,
+        cancels,
     };
     Ok((Consumer::new(pulls, watch, executors, count, attempts), client, timing.grace))
 }
