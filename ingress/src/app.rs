@@ -8,7 +8,7 @@ use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::{access::Access, commit::Commits, drain::Drain, metrics::Metrics, store::Store};
+use crate::{access::Access, commit::Commits, drain::Drain, lanes::Lanes, metrics::Metrics, store::Store};
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.
 #[derive(Debug)]
@@ -26,6 +26,7 @@ pub(crate) struct App {
     pub(crate) drain: Drain,
     /// Cancelled when the process is told to stop: what could go on for long ends.
     pub(crate) draining: CancellationToken,
+    pub(crate) lanes: Lanes,
     pub(crate) metrics: Metrics,
     pub(crate) bounds: Bounds,
 }

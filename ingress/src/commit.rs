@@ -4,14 +4,15 @@
 //! load a single job. Under load one commit, one sync of the broker's disk and one mark serve up to
 //! [`GROUP_JOBS`] jobs.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
 use dermflow_schemas::{
     clock,
     envelope::JobHeader,
     error::{ApiError, Code},
-    id::JobId,
+    id::{ClientId, JobId},
+    job::Lane,
     limits::{GROUP_BYTES, GROUP_JOBS, GROUP_QUEUE, GROUPS, PUBLISH_DEADLINE},
     queue::{Message, PublishError},
 };
@@ -20,6 +21,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use crate::{
     answer::Problem,
     app::App,
+    lanes,
     store::{
         Queued, Record,
         claim::{Claim, NewJob},
@@ -97,7 +99,7 @@ fn size((entry, _): &(Entry, Reply)) -> usize {
     entry.body.as_ref().map_or(0, Bytes::len)
 }
 
-async fn commit(app: &App, group: Vec<(Entry, Reply)>) {
+async fn commit(app: &Arc<App>, group: Vec<(Entry, Reply)>) {
     app.metrics.group_jobs.with_label_values::<&str>(&[]).observe(group.len() as f64);
     let (entries, replies): (Vec<Entry>, Vec<Reply>) = group.into_iter().unzip();
     let outcomes = match record_and_publish(app, entries).await {
@@ -111,7 +113,7 @@ async fn commit(app: &App, group: Vec<(Entry, Reply)>) {
 }
 
 async fn record_and_publish(
-    app: &App,
+    app: &Arc<App>,
     entries: Vec<Entry>,
 ) -> Result<Vec<Result<Committed, Problem>>, Problem> {
     let jobs: Vec<NewJob> = entries.iter().map(|entry| entry.job.clone()).collect();
@@ -122,7 +124,7 @@ async fn record_and_publish(
         outcomes.push(match (claim, entry.body) {
             (Claim::New, Some(body)) => {
                 fresh.push(Fresh { place: outcomes.len(), header: entry.header.clone() });
-                messages.push(message(&entry.header, body));
+                messages.push(message(app, &entry.header, body));
                 // Until the queue has acknowledged it.
                 Err(Code::QueueUnavailable.into())
             }
@@ -146,15 +148,26 @@ struct Fresh {
     header: JobHeader,
 }
 
-fn message(header: &JobHeader, body: Bytes) -> Message {
-    Message::job(header.lane, header.client, header.job, header.attempt, body)
+fn message(app: &App, header: &JobHeader, body: Bytes) -> Message {
+    let weight = u8::try_from(app.access.quota(header.client).weight).ok();
+    Message::job(header.lane, header.client, header.job, header.attempt, weight, body)
 }
 
-async fn publish(app: &App, fresh: &[Fresh], messages: Vec<Message>) -> Vec<Result<(), Problem>> {
+async fn publish(app: &Arc<App>, fresh: &[Fresh], messages: Vec<Message>) -> Vec<Result<(), Problem>> {
     if fresh.is_empty() {
         return Vec::new();
     }
+    let clients: HashSet<(Lane, ClientId)> =
+        fresh.iter().map(|fresh| (fresh.header.lane, fresh.header.client)).collect();
+    for (lane, client) in &clients {
+        if let Err(problem) = lanes::prepare(app, *lane, *client).await {
+            return fresh.iter().map(|_| Err(problem.clone())).collect();
+        }
+    }
     let published = app.publisher.publish_all(messages, PUBLISH_DEADLINE).await;
+    for (lane, client) in clients {
+        lanes::announce(app, lane, client).await;
+    }
     let headers = || fresh.iter().map(|fresh| &fresh.header);
     let marks: Vec<Queued> = headers()
         .zip(&published)
@@ -194,10 +207,12 @@ async fn mark(app: &App, marks: &[Queued]) -> Result<Vec<JobId>, Problem> {
 }
 
 /// Publishes one job by itself.
-pub(crate) async fn publish_one(app: &App, header: &JobHeader, body: Bytes) -> Result<(), Problem> {
-    let message = message(header, body);
+pub(crate) async fn publish_one(app: &Arc<App>, header: &JobHeader, body: Bytes) -> Result<(), Problem> {
+    lanes::prepare(app, header.lane, header.client).await?;
+    let message = message(app, header, body);
     let published = app.publisher.publish(message, PUBLISH_DEADLINE).await;
     let sequence = published.map_err(|error| not_queued(app, header.job, &error))?;
+    lanes::announce(app, header.lane, header.client).await;
     let mark = Queued { job: header.job, sequence, deadline: header.deadline };
     let marked = self::mark(app, &[mark]).await?;
     if marked.is_empty() { Err(Code::QueueUnavailable.into()) } else { Ok(()) }

@@ -16,6 +16,7 @@ mod drain;
 mod element;
 mod extract;
 mod json;
+mod lanes;
 mod lines;
 mod linger;
 mod metrics;
@@ -51,6 +52,7 @@ use crate::{
     app::{App, Bounds},
     commit::Commits,
     drain::Drain,
+    lanes::Lanes,
     metrics::Metrics,
     store::Store,
 };
@@ -83,6 +85,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         commits,
         drain: Drain::default(),
         draining: CancellationToken::new(),
+        lanes: Lanes::new(options.ack_wait()),
         metrics: Metrics::new()?,
         bounds: Bounds::new(),
     });

@@ -15,7 +15,7 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::{app::App, store::Settled};
+use crate::{app::App, lanes, store::Settled};
 
 /// The pause after a failure of broker or database.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -143,8 +143,10 @@ pub(crate) async fn clean_up(app: &App, ended: &[Settled]) {
     }
 }
 
-/// Removes a job that ended without a worker's result from the queue, wherever it waits.
+/// Removes a job that ended without a worker's result from the queue, wherever it waits, and stops the worker
+/// that runs it.
 pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
+    lanes::cancel(app, id).await;
     let withdraw = async {
         let context = app.publisher.context();
         if let Some(sequence) = stream_seq.and_then(|sequence| u64::try_from(sequence).ok()) {
@@ -153,6 +155,7 @@ pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
         }
         let retries = context.get_stream_no_info(queue::RETRIES).await?;
         retries.purge().filter(queue::retry_subject(id)).await?;
+        retries.purge().filter(queue::due_filter(id)).await?;
         Ok::<(), async_nats::Error>(())
     };
     briefly(id, "not withdrawn", withdraw).await;

@@ -182,7 +182,7 @@ async fn revive(
 }
 
 /// Puts a large payload into the object store, and its claim check into the queue.
-async fn check_in(app: &App, header: &mut JobHeader, sealed: &Sealed) -> Result<(), Problem> {
+async fn check_in(app: &Arc<App>, header: &mut JobHeader, sealed: &Sealed) -> Result<(), Problem> {
     put_object(app, header.job, &sealed.bytes).await?;
     header.carrier = Carrier::Object;
     publish_one(app, header, header.encode(&[])).await

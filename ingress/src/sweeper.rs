@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::App,
     batches::clear,
+    lanes,
     recorder::{clean_up, withdraw},
     store::Settled,
 };
@@ -32,6 +33,10 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
         clear(&app).await;
         if let Err(error) = app.store.erase_batches(clock::now()).await {
             tracing::warn!(%error, "batches past their retention");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = lanes::repair(&app) => {}
         }
     }
 }

@@ -18,3 +18,5 @@ pub mod limits;
 pub mod process;
 pub mod queue;
 pub mod seal;
+#[cfg(test)]
+mod simulation;

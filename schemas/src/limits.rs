@@ -53,8 +53,6 @@ pub const QUOTA_JOBS: i64 = 100_000;
 pub const QUOTA_BYTES: i64 = 8 * 1024 * 1024 * 1024;
 /// Bulk jobs of one client that workers have in hand at once.
 pub const QUOTA_RUNNING: i64 = 1_000;
-/// The largest share of the workers that staff can give a client, against 1 of the others.
-pub const MAX_WEIGHT: i16 = 100;
 
 /// Lines of one upload to a batch.
 pub const MAX_BATCH_LINES: usize = 50_000;
@@ -164,6 +162,32 @@ pub const RETENTION: Duration = Duration::from_hours(24 * 7);
 pub const RECORD_BATCH: usize = 64;
 /// Bulk jobs that an interactive backlog lets through: one in this many.
 pub const BULK_FLOOR: u32 = 5;
+/// The largest weight of a client among those with bulk jobs: beyond it a client of weight 1 would hardly move.
+pub const MAX_WEIGHT: u8 = 100;
+/// Jobs of a consumer that workers have at once: no more than 16 workers with [`MAX_EXECUTORS`].
+pub const IN_FLIGHT: i64 = 4_096;
+/// Clients whose bulk jobs a worker, or an ingress process, has in view at once: about 1 MB. Others come in
+/// view as soon as one of these has nothing left.
+pub const BULK_CLIENTS: usize = 10_000;
+/// The broker forgets the consumer of a client for whose bulk jobs no worker has asked for this long. Workers
+/// ask at least every [`BULK_LOOK`] while there are any, so it is an idle client's, or no worker runs.
+pub const BULK_CONSUMER_IDLE: Duration = Duration::from_hours(1);
+/// How long ingress relies on having seen a client's consumer.
+pub const BULK_CONSUMER_SEEN: Duration = Duration::from_mins(5);
+/// What ingress waits for the broker to make a client's consumer: leaves half of [`PUBLISH_DEADLINE`].
+pub const BULK_CONSUMER_DEADLINE: Duration = Duration::from_secs(1);
+/// Between two wake-ups for one client: a burst costs workers 20 messages a second.
+pub const WAKE_INTERVAL: Duration = Duration::from_millis(50);
+/// Wake-ups that a worker may be behind; one that is lost costs up to [`BULK_LOOK`].
+pub const WAKE_BACKLOG: usize = 1_024;
+/// Between a worker's looks at which clients have bulk jobs, for what wake-ups did not tell.
+pub const BULK_LOOK: Duration = Duration::from_secs(1);
+/// How long a request for a client's bulk job waits at the broker. Without a wait the broker keeps a request
+/// open that comes while the client's jobs in flight are at their limit, and an ack that is on its way, or a
+/// job that was stored this moment, would be missed.
+pub const BULK_MOMENT: Duration = Duration::from_millis(2);
+/// Clients that a worker asks in vain before it looks at the other lines again.
+pub const BULK_PROBES: u32 = 4;
 
 /// How long a worker's request for a job waits at the broker. Short, because a request that a restart of the
 /// broker swallowed is only noticed when its answer is overdue.

@@ -3,16 +3,17 @@
 //! | stream | subjects | holds |
 //! |---|---|---|
 //! | `JOBS` | `jobs.<lane>.<partition>.<client>` | sealed payloads that wait for a worker |
-//! | `RETRIES` | `retry.<job>`, `due.<lane>.<partition>.<client>` | failed attempts until their back-off ends, then until a worker takes them |
+//! | `RETRIES` | `retry.<job>`, `due.<lane>.<partition>.<client>.<job>` | failed attempts until their back-off ends, then until a worker takes them |
 //! | `RESULTS` | `results.<job>` | sealed reports until they are recorded |
 //! | `DEAD` | `dead.<lane>.<partition>.<client>` | payloads that were given up, with the reason |
 //! | `OBJ_payloads` | object store | sealed payloads beyond the broker's message size |
 //!
-//! The partition is a function of the client, so that fair scheduling can filter on it without any other
-//! change. Retries have a stream of their own because the broker refuses message schedules (ADR-51) on a stream
+//! Interactive jobs have one consumer. Bulk jobs have one per client, so that a worker chooses whose job it asks
+//! for: what waits is read from the stream's subjects, and `wake.bulk.<client>` tells workers at once. The
+//! partition is a function of the client, so that JOBS can be split without any other change. Retries have a stream of their own because the broker refuses message schedules (ADR-51) on a stream
 //! that discards new messages, as JOBS must: a full queue refuses, it never forgets.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashMap, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use async_nats::{
     Client, ConnectOptions, HeaderMap,
@@ -29,13 +30,15 @@ use async_nats::{
 use bytes::Bytes;
 use futures_util::future::join_all;
 use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::json;
 use time::OffsetDateTime;
 use tokio::{sync::Semaphore, time::timeout};
 
 use crate::{
     fhir::instant,
     id::{ClientId, JobId},
-    job::{LANES, Lane},
+    job::Lane,
     limits,
     process::read_secret,
 };
@@ -58,6 +61,10 @@ pub const PAYLOADS: &str = "payloads";
 pub const RECORDER: &str = "recorder";
 /// Header of a dead letter: the stable error code.
 pub const REASON: &str = "Dermflow-Reason";
+/// Header of a job: its client's weight among the clients with bulk jobs, 1 to [`limits::MAX_WEIGHT`]; absent, 1.
+pub const WEIGHT: &str = "Dermflow-Weight";
+/// Every bulk job.
+pub const ALL_BULK: &str = "jobs.bulk.>";
 
 /// When the client library gives up on the broker's answer to a publication, long after its caller did.
 const ACK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -76,13 +83,30 @@ pub fn retry_subject(job: JobId) -> String {
 }
 
 /// The subject that the broker moves it to then.
-pub fn due_subject(lane: Lane, client: ClientId) -> String {
-    format!("due.{}.{}.{client}", lane.as_str(), client.partition())
+pub fn due_subject(lane: Lane, client: ClientId, job: JobId) -> String {
+    format!("due.{}.{}.{client}.{job}", lane.as_str(), client.partition())
+}
+
+/// The due attempt of a job, whosever it is.
+pub fn due_filter(job: JobId) -> String {
+    format!("due.*.*.*.{job}")
 }
 
 /// The subject of a given-up payload.
 pub fn dead_subject(lane: Lane, client: ClientId) -> String {
     format!("dead.{}.{}.{client}", lane.as_str(), client.partition())
+}
+
+/// The subject among the dead letters for what waited on `subject`, in JOBS or RETRIES.
+pub fn dead_subject_of(subject: &str) -> Option<String> {
+    let (_, rest) = subject.split_once('.')?;
+    let lane_partition_client: Vec<&str> = rest.split('.').take(3).collect();
+    Some(format!("dead.{}", lane_partition_client.join(".")))
+}
+
+/// Whose bulk job waits on `subject`; `None` when it is none.
+pub fn bulk_client(subject: &str) -> Option<ClientId> {
+    subject.starts_with("jobs.bulk.").then(|| last_token(subject))?
 }
 
 /// The subject of a job's result, which both stores it and wakes who waits.
@@ -97,6 +121,27 @@ pub fn progress_subject(job: JobId) -> String {
 
 /// All progress notes.
 pub const ALL_PROGRESS: &str = "progress.*";
+
+/// The subject that tells workers of new bulk jobs of `client`; not stored, may be lost.
+pub fn wake_subject(client: ClientId) -> String {
+    format!("wake.bulk.{client}")
+}
+
+/// All wake-ups.
+pub const ALL_WAKES: &str = "wake.bulk.*";
+
+/// The subject that tells the worker which runs a job to stop; not stored, may be lost.
+pub fn cancel_subject(job: JobId) -> String {
+    format!("cancel.{job}")
+}
+
+/// All cancellations.
+pub const ALL_CANCELS: &str = "cancel.*";
+
+/// The id that a subject ends with.
+pub fn last_token<T: FromStr>(subject: &str) -> Option<T> {
+    subject.rsplit('.').next()?.parse().ok()
+}
 
 fn stream(name: &str, subjects: &[&str]) -> Config {
     Config {
@@ -152,14 +197,60 @@ fn consumer(name: &str, filter: &str, ack_wait: Duration) -> pull::Config {
         ack_policy: AckPolicy::Explicit,
         ack_wait,
         max_deliver: -1,
-        max_ack_pending: 4_096,
+        max_ack_pending: limits::IN_FLIGHT,
         ..pull::Config::default()
     }
 }
 
-/// The consumer of a lane.
-pub fn lane_consumer(lane: Lane, ack_wait: Duration) -> pull::Config {
-    consumer(lane.as_str(), &format!("jobs.{}.>", lane.as_str()), ack_wait)
+/// The consumer of the interactive lane.
+pub fn interactive_consumer(ack_wait: Duration) -> pull::Config {
+    consumer(Lane::Interactive.as_str(), "jobs.interactive.>", ack_wait)
+}
+
+/// The name of the consumer of one client's bulk jobs.
+pub fn bulk_consumer_name(client: ClientId) -> String {
+    format!("bulk-{client}")
+}
+
+/// The consumer of one client's bulk jobs, at most `max_ack_pending` of which are with workers at once. The
+/// broker forgets it when nobody has asked for [`limits::BULK_CONSUMER_IDLE`]; jobs that wait then go on
+/// waiting in the stream until ingress makes it again.
+pub fn bulk_consumer(client: ClientId, ack_wait: Duration, max_ack_pending: i64) -> pull::Config {
+    pull::Config {
+        max_ack_pending,
+        inactive_threshold: limits::BULK_CONSUMER_IDLE,
+        ..consumer(&bulk_consumer_name(client), &job_subject(Lane::Bulk, client), ack_wait)
+    }
+}
+
+/// The subject on which a consumer takes requests for its messages (ADR-13).
+pub fn next_subject(stream: &str, consumer: &str) -> String {
+    format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}")
+}
+
+/// The clients that have bulk jobs in the stream, with workers or waiting: [`limits::BULK_CLIENTS`] at most,
+/// from the first page of the broker's answer, which holds 100,000 subjects.
+///
+/// # Errors
+/// When the broker is away or refuses.
+pub async fn clients_with_bulk(context: &Context) -> Result<Vec<ClientId>, async_nats::Error> {
+    #[derive(Deserialize)]
+    struct Info {
+        state: Subjects,
+    }
+    #[derive(Deserialize)]
+    struct Subjects {
+        #[serde(default)]
+        subjects: HashMap<String, u64>,
+    }
+    let request = json!({ "subjects_filter": ALL_BULK, "offset": 0 });
+    match context.request(format!("STREAM.INFO.{JOBS}"), &request).await? {
+        Response::Err { error } => Err(error.into()),
+        Response::Ok(Info { state: Subjects { subjects } }) => {
+            let clients = subjects.keys().filter_map(|subject| bulk_client(subject));
+            Ok(clients.take(limits::BULK_CLIENTS).collect())
+        }
+    }
 }
 
 /// The recorders' consumer.
@@ -176,9 +267,10 @@ pub async fn ensure(context: &Context, ack_wait: Duration) -> Result<(), async_n
         context.create_or_update_stream(config).await?;
     }
     let jobs = context.get_stream_no_info(JOBS).await?;
-    for lane in LANES {
-        jobs.create_consumer(lane_consumer(lane, ack_wait)).await?;
-    }
+    jobs.create_consumer(interactive_consumer(ack_wait)).await?;
+    // Builds before fair bulk had one consumer for all clients, whose filter would keep theirs out. It is an
+    // error when there is none.
+    let _ = jobs.delete_consumer(Lane::Bulk.as_str()).await;
     let retries = context.get_stream_no_info(RETRIES).await?;
     retries.create_consumer(consumer(DUE, "due.>", ack_wait)).await?;
     let results = context.get_stream_no_info(RESULTS).await?;
@@ -281,9 +373,20 @@ impl Message {
     }
 
     /// A job's message, first attempt or requeued: the id names job and attempt (fact: a replay under the
-    /// first id would be dropped inside the dedupe window).
-    pub fn job(lane: Lane, client: ClientId, job: JobId, attempt: u32, body: Bytes) -> Self {
-        Self::new(job_subject(lane, client), format!("{job}:{attempt}"), body)
+    /// first id would be dropped inside the dedupe window). `weight` is the client's, see [`WEIGHT`].
+    pub fn job(
+        lane: Lane,
+        client: ClientId,
+        job: JobId,
+        attempt: u32,
+        weight: Option<u8>,
+        body: Bytes,
+    ) -> Self {
+        let mut message = Self::new(job_subject(lane, client), format!("{job}:{attempt}"), body);
+        if let Some(weight) = weight {
+            message.headers.insert(WEIGHT, weight.to_string());
+        }
+        message
     }
 
     /// The same job again, stored now and delivered at `due` by the broker itself, so that no process has to
@@ -291,7 +394,7 @@ impl Message {
     pub fn retry(lane: Lane, client: ClientId, job: JobId, due: OffsetDateTime, body: Bytes) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Schedule", format!("@at {}", instant(due)));
-        headers.insert("Nats-Schedule-Target", due_subject(lane, client));
+        headers.insert("Nats-Schedule-Target", due_subject(lane, client, job));
         Self { subject: retry_subject(job), id: None, headers, body }
     }
 }
@@ -464,5 +567,21 @@ mod tests {
         let subject = job_subject(Lane::Bulk, client);
         assert_eq!(subject, "jobs.bulk.7.7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b37");
         assert!(client.partition() < PARTITIONS);
+        assert_eq!(bulk_client(&subject), Some(client));
+        assert_eq!(bulk_client("jobs.bulk.7.c"), None);
+        assert_eq!(bulk_client(&job_subject(Lane::Interactive, client)), None);
+        let due = due_subject(Lane::Bulk, client, JobId::new(crate::clock::now()));
+        for waiting in [subject, due] {
+            assert_eq!(dead_subject_of(&waiting), Some(dead_subject(Lane::Bulk, client)));
+        }
+    }
+
+    #[test]
+    fn consumers_of_clients_do_not_overlap() {
+        let ids = ["7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b37", "7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b47"];
+        let [a, b] = ids.map(|id| bulk_consumer(id.parse().unwrap(), limits::DEFAULT_ACK_WAIT, 7));
+        assert_eq!(a.durable_name.as_deref(), Some("bulk-7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b37"));
+        assert_eq!((a.max_ack_pending, a.filter_subject.contains('*')), (7, false));
+        assert_ne!((a.durable_name, a.filter_subject), (b.durable_name, b.filter_subject));
     }
 }

@@ -7,6 +7,7 @@ mod access;
 mod api;
 mod architecture;
 mod batches;
+mod fairness;
 mod idempotency;
 mod models;
 mod privacy;

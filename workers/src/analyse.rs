@@ -46,9 +46,12 @@ pub enum AnalysisError {
     /// The engine failed. Transient.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// Nobody wants the analysis any more.
+    #[error("withdrawn")]
+    Withdrawn,
 }
 
-/// Analyses every image of `payload`.
+/// Analyses every image of `payload`, unless it turns out to be `withdrawn` before one of them.
 ///
 /// # Errors
 /// See [`AnalysisError`].
@@ -57,9 +60,13 @@ pub fn analyse(
     model: &Model,
     payload: &Payload,
     attempt: u32,
+    withdrawn: &dyn Fn() -> bool,
 ) -> Result<Analysis, AnalysisError> {
     let mut analysis = Analysis { findings: Vec::new(), in_model: Duration::ZERO };
     for (index, (file, entry)) in payload.images.iter().zip(&payload.manifest.images).enumerate() {
+        if withdrawn() {
+            return Err(AnalysisError::Withdrawn);
+        }
         let picture = Picture::decode(file.as_slice(), entry.format)
             .map_err(|error| AnalysisError::Undecodable(index, error))?;
         let sha256 = file.sha256();
@@ -86,7 +93,10 @@ mod tests {
         envelope::{ImageEntry, Manifest},
         image::Format,
     };
-    use std::path::Path;
+    use std::{
+        path::Path,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
 
     fn payload(files: &[Vec<u8>]) -> Payload {
         let entry = |file: &Vec<u8>| ImageEntry {
@@ -103,7 +113,7 @@ mod tests {
 
     fn analysed(model: &Model, files: &[Vec<u8>], attempt: u32) -> Result<Analysis, AnalysisError> {
         let mut engine = factory(model, Path::new("unused")).unwrap()().unwrap();
-        analyse(&mut *engine, model, &payload(files), attempt)
+        analyse(&mut *engine, model, &payload(files), attempt, &|| false)
     }
 
     #[test]
@@ -117,6 +127,24 @@ mod tests {
         assert_eq!((first.width, first.height), (80, 96));
         assert!((first.probabilities.iter().sum::<f64>() - 1.0).abs() < 1e-9);
         assert!(analysis.in_model >= Duration::from_millis(3));
+    }
+
+    #[test]
+    fn a_withdrawn_job_ends_before_its_next_image() {
+        struct Counting<'a>(&'a AtomicUsize);
+        impl Engine for Counting<'_> {
+            fn classify(&mut self, _: Question<'_>) -> Result<Vec<f32>, EngineError> {
+                self.0.fetch_add(1, Ordering::SeqCst);
+                Ok(vec![0.0; 3])
+            }
+        }
+        let (model, image) = (simulated(&[]), jpeg(96, 80, None));
+        let analysed = AtomicUsize::new(0);
+        let mut engine = Counting(&analysed);
+        let payload = payload(&[image.clone(), image.clone(), image]);
+        let ended = analyse(&mut engine, &model, &payload, 1, &|| analysed.load(Ordering::SeqCst) == 1);
+        assert!(matches!(ended, Err(AnalysisError::Withdrawn)));
+        assert_eq!(analysed.into_inner(), 1);
     }
 
     #[test]

@@ -29,6 +29,7 @@ use tokio::{
 
 use crate::{
     analyse::{Analysis, AnalysisError, analyse},
+    cancel::{Cancels, Held},
     executor::{ExecutorError, Executors, Slot},
     model::Model,
     report::{self, Case},
@@ -49,6 +50,8 @@ pub struct Attempts {
     pub executors: Executors,
     /// How long things may take.
     pub timing: Timing,
+    /// What was withdrawn.
+    pub cancels: Cancels,
 }
 
 /// How an attempt ended.
@@ -59,6 +62,8 @@ enum Verdict {
     Again(Code),
     /// It was never begun, as the process ends.
     GiveBack,
+    /// The client withdrew it: nothing is published.
+    Withdrawn,
 }
 
 /// A job with what its message says about it.
@@ -68,6 +73,7 @@ struct Delivery {
     /// Attempts so far, this one included: redeliveries by the broker count.
     attempt: u32,
     began: OffsetDateTime,
+    held: Held,
 }
 
 impl Attempts {
@@ -95,10 +101,15 @@ impl Attempts {
         };
         let redelivered = u32::try_from(delivered - 1).unwrap_or(0);
         let attempt = header.attempt.saturating_add(redelivered);
-        let mut delivery = Delivery { header, tail, attempt, began: clock::now() };
-        let verdict = self.judge(&mut delivery, slot).await;
+        let held = self.cancels.hold(header.job);
+        let mut delivery = Delivery { header, tail, attempt, began: clock::now(), held };
+        let mut verdict = self.judge(&mut delivery, slot).await;
+        if delivery.held.is_withdrawn() {
+            verdict = Verdict::Withdrawn;
+        }
         let (outcome, published) = match verdict {
             Verdict::GiveBack => return Some(AckKind::Nak(None)),
+            Verdict::Withdrawn => ("withdrawn", true),
             Verdict::Result(header, report) => {
                 let outcome = if report.is_empty() { "failed" } else { "report" };
                 (outcome, self.publish_result(&delivery, &header, &report).await)
@@ -119,14 +130,20 @@ impl Attempts {
         }
         let slot = match slot {
             Some(slot) => slot,
-            None => match self.executors.slot().await {
-                Some(slot) => slot,
-                None => return Verdict::GiveBack,
+            None => tokio::select! {
+                slot = self.executors.slot() => match slot {
+                    Some(slot) => slot,
+                    None => return Verdict::GiveBack,
+                },
+                () = delivery.held.token().cancelled() => return Verdict::Withdrawn,
             },
         };
         delivery.began = clock::now();
         if delivery.began > delivery.header.deadline {
             return delivery.failed(Code::DeadlineExceeded, None);
+        }
+        if delivery.held.is_withdrawn() {
+            return Verdict::Withdrawn;
         }
         self.note_progress(delivery).await;
         let job = delivery.header.job;
@@ -138,9 +155,13 @@ impl Attempts {
             }
         };
         let (model, attempt, files) = (self.model.clone(), delivery.attempt, payload.clone());
-        let work = move |engine: &mut dyn crate::engine::Engine| analyse(engine, &model, &files, attempt);
+        let withdrawn = delivery.held.token().clone();
+        let work = move |engine: &mut dyn crate::engine::Engine| {
+            analyse(engine, &model, &files, attempt, &|| withdrawn.is_cancelled())
+        };
         match self.executors.run(slot, self.timing.job, work).await {
             Ok(Ok(analysis)) => self.report(delivery, &payload, &analysis),
+            Ok(Err(AnalysisError::Withdrawn)) => Verdict::Withdrawn,
             Ok(Err(error)) => {
                 tracing::warn!(%job, attempt, %error, "the analysis failed");
                 delivery.refused(&error)
@@ -238,9 +259,9 @@ impl Attempts {
 
     /// A dead letter for a message that says nothing about itself but its subject.
     async fn bury_unread(&self, message: &Message) -> bool {
-        let Some((_, rest)) = message.subject.split_once('.') else { return true };
+        let Some(subject) = queue::dead_subject_of(&message.subject) else { return true };
         let id = message.info().map(|info| format!("unread:{}", info.stream_sequence)).unwrap_or_default();
-        self.bury(format!("dead.{rest}"), id, message.payload.clone(), Code::Internal).await
+        self.bury(subject, id, message.payload.clone(), Code::Internal).await
     }
 
     async fn bury(&self, subject: String, id: String, body: Bytes, code: Code) -> bool {
@@ -279,6 +300,7 @@ impl Delivery {
             AnalysisError::Undecodable(image, _) => self.failed(Code::ImageUndecodable, Some(*image)),
             AnalysisError::Unusable => self.failed(Code::AnalysisFailed, None),
             AnalysisError::Engine(_) => Verdict::Again(Code::AnalysisFailed),
+            AnalysisError::Withdrawn => Verdict::Withdrawn,
         }
     }
 }

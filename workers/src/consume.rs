@@ -1,11 +1,17 @@
 //! The loop that gives executors work: asks for a job only when an executor is free, and drains at the end.
 
-use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{
+    hash::{BuildHasher, RandomState},
+    num::NonZeroUsize,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_nats::jetstream::{AckKind, Message};
+use dermflow_schemas::{id::ClientId, queue};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinSet,
+    task::{JoinError, JoinSet},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -14,7 +20,8 @@ use crate::{
     attempt::Attempts,
     executor::{Executors, Slot},
     pull::{Answer, Patience, Pull},
-    schedule::{LINES, Line, Schedule},
+    schedule::{LINES, Line, Schedule, Source},
+    watch::{News, Watch},
 };
 
 /// How the loop ended.
@@ -32,6 +39,7 @@ pub enum End {
 pub struct Consumer {
     /// In the order of [`LINES`].
     pulls: [Pull; LINES.len()],
+    watch: Watch,
     schedule: Schedule,
     executors: Executors,
     attempts: Arc<Attempts>,
@@ -40,20 +48,23 @@ pub struct Consumer {
     places: Arc<Semaphore>,
     /// The executor that the next job will run on.
     slot: Option<Slot>,
-    running: JoinSet<()>,
+    /// Attempts; of a bulk job with its client.
+    running: JoinSet<Option<ClientId>>,
 }
 
 impl Consumer {
     /// A loop over the lines, in the order of [`LINES`], with `count` executors.
     pub fn new(
         pulls: [Pull; LINES.len()],
+        watch: Watch,
         executors: Executors,
         count: NonZeroUsize,
         attempts: Attempts,
     ) -> Self {
         Self {
             pulls,
-            schedule: Schedule::default(),
+            watch,
+            schedule: Schedule::new(RandomState::new().hash_one(std::process::id())),
             executors,
             attempts: Arc::new(attempts),
             places: Arc::new(Semaphore::new(count.get() + 1)),
@@ -71,7 +82,8 @@ impl Consumer {
                 () = stop.cancelled() => {}
                 () = hung.cancelled() => {}
                 slot = self.executors.slot(), if self.slot.is_none() => self.slot = slot,
-                Some(ended) = self.running.join_next() => note_panic(ended),
+                Some(ended) = self.running.join_next() => self.ended(ended),
+                news = self.watch.next() => self.learn(news),
                 answer = next(&mut self.pulls) => self.heard(answer).await,
             }
         }
@@ -86,29 +98,45 @@ impl Consumer {
         }
     }
 
-    /// Makes the requests that the free executor allows: one line after the other without waiting, and when
-    /// all are empty, all at once with waiting, as far as there are places.
+    /// Makes the request that the free executor allows: one source after the other without waiting, and when
+    /// nobody has anything, the interactive line with waiting, which leaves a place for what the others report.
     async fn ask(&mut self) {
         if self.slot.is_none() || self.pulls.iter().any(Pull::answers_now) {
             return;
         }
-        let order = self.schedule.order();
-        if let Some(line) =
-            order.into_iter().find(|line| !self.pull(*line).empty && self.pull(*line).is_ready())
-        {
-            self.ask_line(line, Patience::Now).await;
-            return;
+        let pulls = &self.pulls;
+        match self.schedule.next(|line| pulls[line as usize].is_ready()) {
+            Some(source) => self.ask_source(source, Patience::Now).await,
+            None if self.pull(Line::Interactive).is_ready() => {
+                self.ask_source(Source::Interactive, Patience::Wait).await;
+            }
+            None => {}
         }
-        for line in LINES {
-            if self.pull(line).is_ready() {
-                self.ask_line(line, Patience::Wait).await;
+    }
+
+    async fn ask_source(&mut self, source: Source, patience: Patience) {
+        if let Ok(place) = self.places.clone().try_acquire_owned() {
+            self.schedule.asked(source);
+            self.pull(source.line()).ask(source, patience, place).await;
+        }
+    }
+
+    fn learn(&mut self, news: News) {
+        match news {
+            News::Woken(client) => self.schedule.wake(client),
+            News::Look(clients) => {
+                clients.into_iter().for_each(|client| self.schedule.wake(client));
+                self.schedule.look(Line::Due);
             }
         }
     }
 
-    async fn ask_line(&mut self, line: Line, patience: Patience) {
-        if let Ok(place) = self.places.clone().try_acquire_owned() {
-            self.pull(line).ask(patience, place).await;
+    fn ended(&mut self, ended: Result<Option<ClientId>, JoinError>) {
+        match ended {
+            Ok(Some(client)) => self.schedule.ended(client),
+            Ok(None) => {}
+            // An attempt that panicked outside an executor leaves its job to redelivery.
+            Err(error) => tracing::error!(%error, "an attempt panicked"),
         }
     }
 
@@ -118,29 +146,45 @@ impl Consumer {
 
     async fn heard(&mut self, answer: Answer) {
         match answer {
-            Answer::Ready(Patience::Now) => {}
-            // A line that no place was left to wait on is asked anew.
-            Answer::Ready(Patience::Wait) => {
-                self.pulls.iter_mut().filter(|pull| pull.is_ready()).for_each(|pull| pull.empty = false);
-            }
+            Answer::Nothing(source) => self.schedule.nothing(source),
+            Answer::Mended(line) => self.schedule.look(line),
             Answer::Job(message, place) => {
-                // The next executor asks every line anew.
-                self.pulls.iter_mut().for_each(|pull| pull.empty = false);
-                self.schedule.took();
+                let source = self.note(&message);
                 match place.or_else(|| self.places.clone().try_acquire_owned().ok()) {
-                    Some(place) => self.start(*message, place),
+                    Some(place) => self.start(*message, source, place),
                     None => give_back(&message).await,
                 }
             }
         }
     }
 
+    /// Tells the schedule of a job, and returns where it came from.
+    fn note(&mut self, message: &Message) -> Source {
+        let (source, more) = match message.info() {
+            Ok(info) if info.stream == queue::RETRIES => (Source::Due, false),
+            Ok(info) => match queue::bulk_client(&message.subject) {
+                Some(client) => (Source::Bulk(client), info.pending > 0),
+                None => (Source::Interactive, false),
+            },
+            Err(_) => (Source::Interactive, false),
+        };
+        let weight = message.headers.as_ref().and_then(|headers| headers.get(queue::WEIGHT));
+        let weight = weight.and_then(|weight| weight.as_str().parse().ok()).unwrap_or(1);
+        self.schedule.took(source, weight, more);
+        source
+    }
+
     /// Starts an attempt. Without an executor in hand it waits for one, kept alive meanwhile.
-    fn start(&mut self, message: Message, place: OwnedSemaphorePermit) {
+    fn start(&mut self, message: Message, source: Source, place: OwnedSemaphorePermit) {
         let (attempts, slot) = (self.attempts.clone(), self.slot.take());
+        let client = match source {
+            Source::Bulk(client) => Some(client),
+            Source::Interactive | Source::Due => None,
+        };
         self.running.spawn(async move {
             attempts.run(&message, slot).await;
             drop(place);
+            client
         });
     }
 
@@ -151,7 +195,7 @@ impl Consumer {
             self.heard(answer).await;
         }
         while let Some(ended) = self.running.join_next().await {
-            note_panic(ended);
+            self.ended(ended);
         }
     }
 }
@@ -168,12 +212,5 @@ async fn next([first, second, third]: &mut [Pull; LINES.len()]) -> Answer {
 async fn give_back(message: &Message) {
     if let Err(error) = message.ack_with(AckKind::Nak(None)).await {
         tracing::warn!(%error, "a job could not be given back; it waits for redelivery");
-    }
-}
-
-/// An attempt that panicked outside an executor leaves its job to redelivery.
-fn note_panic(ended: Result<(), tokio::task::JoinError>) {
-    if let Err(error) = ended {
-        tracing::error!(%error, "an attempt panicked");
     }
 }

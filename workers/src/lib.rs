@@ -7,16 +7,22 @@
 //! exceed the executors by more than one; nothing is decoded beyond the limits; the same image gives the same
 //! numbers; whatever a model does, short of ending the process, costs its own job only.
 //!
-//! `consume` (the loop) → `attempt` (one message) → `executor` (a thread and its engine) → `analyse` → `report`.
+//! `schedule`, `fair` (whom to ask: pure), `watch` (who has jobs), `pull` (the requests), `cancel` (what was
+//! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread and its engine) → `analyse` → `report`.
 
 pub mod analyse;
 pub mod attempt;
+pub mod cancel;
 pub mod consume;
 pub mod decode;
 pub mod engine;
 pub mod executor;
+pub mod fair;
 pub mod model;
 pub mod pull;
 pub mod report;
 pub mod schedule;
+#[cfg(test)]
+mod simulation;
 pub mod timing;
+pub mod watch;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
-use async_nats::Client;
+use async_nats::{Client, jetstream::Context as JetStream};
 use clap::Parser;
 use dermflow_schemas::{
     limits::{DEFAULT_JOB_TIMEOUT, MAX_EXECUTORS},
@@ -19,13 +19,15 @@ use dermflow_schemas::{
 };
 use dermflow_workers::{
     attempt::Attempts,
+    cancel::Cancels,
     consume::{Consumer, End},
     engine,
     executor::Executors,
     model::Model,
     pull::{Pull, find},
-    schedule::{LINES, Line},
+    schedule::{LINES, Source},
     timing::Timing,
+    watch::Watch,
 };
 use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
@@ -111,8 +113,12 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
     let broker = || format!("broker {}", options.nats.nats_url);
     let client = options.nats.connect().await.map_err(flat).with_context(broker)?;
     let context = queue::context(client.clone());
-    let (pulls, ack_wait) = open_lines(&client, &context).await.map_err(flat)?;
+    let ack_wait = ack_wait(&context).await;
+    let pulls = open_lines(&client, &context).await.map_err(flat)?;
+    let watch = Watch::start(&client, context.clone()).await.map_err(flat)?;
     let timing = Timing::new(ack_wait, Duration::from_secs(options.job_timeout))?;
+    let cancels = Cancels::default();
+    cancels.listen(&client).await.map_err(flat)?;
     let attempts = Attempts {
         publisher: Publisher::new(context),
         client: client.clone(),
@@ -120,8 +126,9 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
         model,
         executors: executors.clone(),
         timing,
+        cancels,
     };
-    Ok((Consumer::new(pulls, executors, count, attempts), client, timing.grace))
+    Ok((Consumer::new(pulls, watch, executors, count, attempts), client, timing.grace))
 }
 
 fn executors(options: &Options) -> anyhow::Result<NonZeroUsize> {
@@ -143,19 +150,19 @@ fn hint(library: &Path) -> String {
     format!("--ort-dylib {} (ORT_DYLIB_PATH)", library.display())
 }
 
-/// Every line, once ingress has created its consumer, and the shortest of their ack waits.
-async fn open_lines(
-    client: &Client,
-    context: &async_nats::jetstream::Context,
-) -> Result<([Pull; LINES.len()], Duration), async_nats::Error> {
+/// The shortest ack wait, once ingress has made the consumers; it gives the ones of clients the same.
+async fn ack_wait(context: &JetStream) -> Duration {
     let mut shortest = Duration::MAX;
-    let mut open = async |line: Line| {
-        let consumer = find(context.clone(), line).await;
+    for source in [Source::Interactive, Source::Due] {
+        let consumer = find(context.clone(), source).await;
         shortest = shortest.min(consumer.cached_info().config.ack_wait);
-        Pull::open(client, context.clone(), line, consumer).await
-    };
-    let pulls = [open(LINES[0]).await?, open(LINES[1]).await?, open(LINES[2]).await?];
-    Ok((pulls, shortest))
+    }
+    shortest
+}
+
+async fn open_lines(client: &Client, context: &JetStream) -> Result<[Pull; LINES.len()], async_nats::Error> {
+    let open = |line| Pull::open(client, context.clone(), line);
+    Ok([open(LINES[0]).await?, open(LINES[1]).await?, open(LINES[2]).await?])
 }
 
 async fn work(consumer: Consumer, client: Client, stop: CancellationToken, grace: Duration) -> ExitCode {

@@ -1,4 +1,4 @@
-//! One line to the broker: asks for one job at a time, and never loses an answer.
+//! One line to the broker: asks one of its sources for one job at a time, and never loses an answer.
 //!
 //! The inbox lives as long as the process. A client library's `fetch` gives every request an inbox of its own;
 //! a job that arrives in one that was just dropped is redelivered only after the ack wait.
@@ -11,7 +11,7 @@ use async_nats::{
     },
 };
 use dermflow_schemas::{
-    limits::{BROKER_PAUSE, PULL_ANSWER, PULL_EXPIRES},
+    limits::{BROKER_PAUSE, BULK_MOMENT, PULL_ANSWER, PULL_EXPIRES},
     queue,
 };
 use futures_util::StreamExt;
@@ -21,12 +21,12 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::schedule::Line;
+use crate::schedule::{Line, Source};
 
 /// How long the broker may take to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Patience {
-    /// It answers at once, with a job or without.
+    /// It answers at once, with a job or without; for a client's bulk jobs within [`BULK_MOMENT`].
     Now,
     /// It may wait [`PULL_EXPIRES`] for a job to come in.
     Wait,
@@ -36,53 +36,48 @@ pub enum Patience {
 pub enum Answer {
     /// A job. It takes the place that was reserved for it, or has none when nobody asked (any more).
     Job(Box<Message>, Option<OwnedSemaphorePermit>),
-    /// The line is ready for the next request. It had no job, now or within the wait that it was asked with, or
-    /// it had trouble, which is over.
-    Ready(Patience),
+    /// The source had none, now or within the wait that it was asked with.
+    Nothing(Source),
+    /// The line had trouble, which is over.
+    Mended(Line),
 }
 
 enum State {
     Ready,
     Asked {
+        source: Source,
         patience: Patience,
         overdue: Instant,
         place: OwnedSemaphorePermit,
     },
-    /// The broker refused, lost the request, or is away: a task looks for the consumer until it is there again.
-    Mending(AbortOnDropHandle<Box<PullConsumer>>),
+    /// The broker refused, lost the request, or is away: a task ends when it is worth asking again.
+    Mending(AbortOnDropHandle<()>),
 }
 
 /// One line. Dropping it drops the inbox: [`Self::is_asked`] tells whether a job may still arrive.
 pub struct Pull {
     line: Line,
+    client: Client,
     context: Context,
-    consumer: Box<PullConsumer>,
     inbox: String,
     answers: Subscriber,
     /// Of the current request; the last token of its reply subject.
     number: u64,
     state: State,
-    /// Whether the line had no job when it was asked last, as far as anybody knows.
-    pub empty: bool,
 }
 
 impl Pull {
-    /// Opens the inbox of a line, whose consumer is `consumer`.
+    /// Opens the inbox of a line.
     ///
     /// # Errors
     /// When the connection is closed.
-    pub async fn open(
-        client: &Client,
-        context: Context,
-        line: Line,
-        consumer: Box<PullConsumer>,
-    ) -> Result<Self, async_nats::Error> {
+    pub async fn open(client: &Client, context: Context, line: Line) -> Result<Self, async_nats::Error> {
         let inbox = client.new_inbox();
         let answers = client.subscribe(format!("{inbox}.*")).await?;
-        Ok(Self { line, context, consumer, inbox, answers, number: 0, state: State::Ready, empty: false })
+        Ok(Self { line, client: client.clone(), context, inbox, answers, number: 0, state: State::Ready })
     }
 
-    /// Whether a request may be made: none is open, and the consumer is there.
+    /// Whether a request may be made: none is open, and there is no trouble.
     pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready)
     }
@@ -97,20 +92,23 @@ impl Pull {
         matches!(self.state, State::Asked { patience: Patience::Now, .. })
     }
 
-    /// Asks for one job, which will take `place`.
-    pub async fn ask(&mut self, patience: Patience, place: OwnedSemaphorePermit) {
+    /// Asks `source`, which is of this line, for one job, which will take `place`.
+    pub async fn ask(&mut self, source: Source, patience: Patience, place: OwnedSemaphorePermit) {
         self.number += 1;
-        let (no_wait, expires) = match patience {
-            Patience::Now => (true, None),
-            Patience::Wait => (false, Some(PULL_EXPIRES)),
+        let (no_wait, expires) = match (patience, source) {
+            (Patience::Now, Source::Bulk(_)) => (true, Some(BULK_MOMENT)),
+            (Patience::Now, _) => (true, None),
+            (Patience::Wait, _) => (false, Some(PULL_EXPIRES)),
         };
         let request = BatchConfig { batch: 1, no_wait, expires, ..BatchConfig::default() };
+        let request = serde_json::to_vec(&request).unwrap_or_default();
+        let subject = queue::next_subject(source.stream(), &source.consumer());
         let reply = format!("{}.{}", self.inbox, self.number);
-        if let Err(error) = self.consumer.request_batch(request, reply.into()).await {
+        if let Err(error) = self.client.publish_with_reply(subject, reply, request.into()).await {
             return self.mend(&error.to_string());
         }
         let overdue = Instant::now() + expires.unwrap_or_default() + PULL_ANSWER;
-        self.state = State::Asked { patience, overdue, place };
+        self.state = State::Asked { source, patience, overdue, place };
     }
 
     /// Waits for the next answer. Cancel safe.
@@ -125,11 +123,10 @@ impl Pull {
                 }
                 step = progress(&mut self.state) => match step {
                     Step::Overdue => self.mend("the answer is overdue"),
-                    Step::Mended(consumer) => {
-                        tracing::info!(line = self.line.consumer(), "asking for jobs again");
-                        self.consumer = consumer;
+                    Step::Mended => {
+                        tracing::info!(line = ?self.line, "asking for jobs again");
                         self.state = State::Ready;
-                        return Answer::Ready(Patience::Now);
+                        return Answer::Mended(self.line);
                     }
                 },
             }
@@ -139,7 +136,6 @@ impl Pull {
     /// What a message in the inbox means; `None` when nothing follows from it.
     fn heard(&mut self, message: Raw) -> Option<Answer> {
         let Some(status) = message.status.filter(|status| *status != StatusCode::OK) else {
-            self.empty = false;
             let place = match std::mem::replace(&mut self.state, State::Ready) {
                 State::Asked { place, .. } => Some(place),
                 other => {
@@ -151,14 +147,13 @@ impl Pull {
             return Some(Answer::Job(Box::new(message), place));
         };
         let current = message.subject.rsplit('.').next() == Some(self.number.to_string().as_str());
-        let State::Asked { patience, .. } = self.state else { return None };
+        let State::Asked { source, .. } = self.state else { return None };
         if !current || status == StatusCode::IDLE_HEARTBEAT {
             return None;
         }
-        if status == StatusCode::NOT_FOUND || status == StatusCode::TIMEOUT {
-            self.empty = true;
+        if status == StatusCode::NOT_FOUND || status == StatusCode::TIMEOUT || passes(source, status) {
             self.state = State::Ready;
-            return Some(Answer::Ready(patience));
+            return Some(Answer::Nothing(source));
         }
         self.mend(&format!("{status} {}", message.description.unwrap_or_default()));
         None
@@ -166,18 +161,29 @@ impl Pull {
 
     fn mend(&mut self, reason: &str) {
         let line = self.line;
-        tracing::warn!(line = line.consumer(), reason, "the broker has no answer");
+        tracing::warn!(?line, reason, "the broker has no answer");
         let context = self.context.clone();
         self.state = State::Mending(AbortOnDropHandle::new(tokio::spawn(async move {
             sleep(BROKER_PAUSE).await;
-            find(context, line).await
+            match line {
+                Line::Interactive => drop(find(context, Source::Interactive).await),
+                Line::Due => drop(find(context, Source::Due).await),
+                // Any client's consumer may be gone; another one's is asked then.
+                Line::Bulk => {}
+            }
         })));
     }
 }
 
+/// Whether an answer only says that a client's consumer is not there: the broker forgets those that are idle.
+fn passes(source: Source, status: StatusCode) -> bool {
+    matches!(source, Source::Bulk(_))
+        && (status == StatusCode::NO_RESPONDERS || status == StatusCode::REQUEST_TERMINATED)
+}
+
 enum Step {
     Overdue,
-    Mended(Box<PullConsumer>),
+    Mended,
 }
 
 /// Waits until the state changes of itself; for ever when it does not.
@@ -189,18 +195,18 @@ async fn progress(state: &mut State) -> Step {
             Step::Overdue
         }
         State::Mending(task) => match task.await {
-            Ok(consumer) => Step::Mended(consumer),
+            Ok(()) => Step::Mended,
             Err(_) => std::future::pending().await,
         },
     }
 }
 
-/// Looks for a line's consumer until it is there. A consumer that was deleted is created again by ingress.
-pub async fn find(context: Context, line: Line) -> Box<PullConsumer> {
-    let (stream, name) = (line.stream(), line.consumer());
+/// Looks for a consumer until it is there. One that was deleted is created again by ingress.
+pub async fn find(context: Context, source: Source) -> Box<PullConsumer> {
+    let (stream, name) = (source.stream(), source.consumer());
     let mut known = String::new();
     loop {
-        let reason = match timeout(PULL_ANSWER, queue::bind(&context, stream, name)).await {
+        let reason = match timeout(PULL_ANSWER, queue::bind(&context, stream, &name)).await {
             Ok(Ok(consumer)) => return Box::new(consumer),
             Ok(Err(error)) => error.to_string(),
             Err(_) => "no answer".to_owned(),

@@ -37,16 +37,14 @@ pub const INGRESS: Permissions = Permissions {
     user: "ingress",
     publish: &[
         "jobs.>",
+        "wake.bulk.*",
+        "cancel.*",
         "$O.payloads.>",
         "$JS.API.INFO",
         "$JS.API.STREAM.CREATE.JOBS",
         "$JS.API.STREAM.UPDATE.JOBS",
         "$JS.API.STREAM.INFO.JOBS",
         "$JS.API.STREAM.MSG.DELETE.JOBS",
-        "$JS.API.STREAM.CREATE.RETRIES",
-        "$JS.API.STREAM.UPDATE.RETRIES",
-        "$JS.API.STREAM.INFO.RETRIES",
-        "$JS.API.STREAM.PURGE.RETRIES",
         "$JS.API.STREAM.CREATE.RETRIES",
         "$JS.API.STREAM.UPDATE.RETRIES",
         "$JS.API.STREAM.INFO.RETRIES",
@@ -62,7 +60,8 @@ pub const INGRESS: Permissions = Permissions {
         "$JS.API.STREAM.PURGE.OBJ_payloads",
         "$JS.API.DIRECT.GET.OBJ_payloads.>",
         "$JS.API.CONSUMER.CREATE.JOBS.>",
-        "$JS.API.CONSUMER.CREATE.RETRIES.>",
+        "$JS.API.CONSUMER.NAMES.JOBS",
+        "$JS.API.CONSUMER.DELETE.JOBS.bulk",
         "$JS.API.CONSUMER.CREATE.RETRIES.>",
         "$JS.API.CONSUMER.DURABLE.CREATE.RETRIES.>",
         "$JS.API.CONSUMER.CREATE.RESULTS.>",
@@ -97,7 +96,7 @@ pub const WORKER: Permissions = Permissions {
         "$JS.API.CONSUMER.DELETE.OBJ_payloads.>",
         "$JS.FC.OBJ_payloads.>",
     ],
-    subscribe: &["_INBOX_worker.>"],
+    subscribe: &["wake.bulk.*", "cancel.*", "_INBOX_worker.>"],
 };
 
 /// The operator's user, who may do everything.
@@ -290,7 +289,7 @@ pub fn free_port() -> Result<u16> {
 
 #[cfg(test)]
 mod tests {
-    use dermflow_schemas::queue;
+    use dermflow_schemas::{id::ClientId, job::Lane, queue};
     use futures_util::StreamExt;
     use tokio::io::AsyncReadExt;
 
@@ -314,6 +313,35 @@ mod tests {
 
     async fn count(admin: &Client, stream: &str) -> u64 {
         jetstream::new(admin.clone()).get_stream(stream).await.unwrap().cached_info().state.messages
+    }
+
+    /// A client's bulk jobs: ingress makes its consumer, more than once, wakes workers and cancels; a worker finds
+    /// and takes them.
+    async fn bulk(ingress: &Client, worker: &Client) {
+        let (at_ingress, at_worker) = (queue::context(ingress.clone()), queue::context(worker.clone()));
+        let client: ClientId = "7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b37".parse().unwrap();
+        let mut wakes = worker.subscribe(queue::ALL_WAKES).await.unwrap();
+        let mut cancels = worker.subscribe(queue::ALL_CANCELS).await.unwrap();
+        worker.flush().await.unwrap();
+        for limit in [4, 4, 5] {
+            let consumer = queue::bulk_consumer(client, Duration::from_secs(30), limit);
+            at_ingress.create_consumer_on_stream(consumer, queue::JOBS).await.unwrap();
+        }
+        let jobs = at_ingress.get_stream_no_info(queue::JOBS).await.unwrap();
+        let names: Vec<String> = jobs.consumer_names().map(Result::unwrap).collect().await;
+        assert!(names.contains(&queue::bulk_consumer_name(client)), "{names:?}");
+        let subject = queue::job_subject(Lane::Bulk, client);
+        at_ingress.publish(subject, "job".into()).await.unwrap().await.unwrap();
+        ingress.publish(queue::wake_subject(client), "".into()).await.unwrap();
+        ingress.publish("cancel.j1", "".into()).await.unwrap();
+        let woken = wakes.next().await.unwrap().subject;
+        assert_eq!(queue::last_token(&woken), Some(client));
+        assert!(cancels.next().await.is_some());
+        assert_eq!(queue::clients_with_bulk(&at_worker).await.unwrap(), [client]);
+        let own = queue::bind(&at_worker, queue::JOBS, &queue::bulk_consumer_name(client)).await.unwrap();
+        let mut jobs = own.fetch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
+        jobs.next().await.unwrap().unwrap().double_ack().await.unwrap();
+        assert!(queue::clients_with_bulk(&at_worker).await.unwrap().is_empty());
     }
 
     /// What ingress and a worker do with the queue, and then what they must not do.
@@ -348,7 +376,7 @@ mod tests {
         for (job, year) in [("j1", "20"), ("j2", "99")] {
             let mut headers = async_nats::HeaderMap::new();
             headers.insert("Nats-Schedule", format!("@at 20{year}-01-01T00:00:00Z").as_str());
-            headers.insert("Nats-Schedule-Target", "due.interactive.3.c");
+            headers.insert("Nats-Schedule-Target", format!("due.interactive.3.c.{job}").as_str());
             let parked = at_worker.publish_with_headers(format!("retry.{job}"), headers, "job".into()).await;
             parked.unwrap().await.unwrap();
         }
@@ -359,12 +387,14 @@ mod tests {
         job.double_ack().await.unwrap();
         assert!(progress.next().await.is_some() && wake.next().await.is_some());
 
+        bulk(&ingress, &worker).await;
         let recorder = queue::bind(&at_ingress, queue::RESULTS, queue::RECORDER).await.unwrap();
         let mut results =
             recorder.fetch().max_messages(1).expires(Duration::from_secs(5)).messages().await.unwrap();
         results.next().await.unwrap().unwrap().double_ack().await.unwrap();
         bucket.delete("j1").await.unwrap();
         at_ingress.get_stream(queue::RETRIES).await.unwrap().purge().filter("retry.j2").await.unwrap();
+        at_ingress.get_stream(queue::RETRIES).await.unwrap().purge().filter("due.*.*.*.j2").await.unwrap();
         let withdrawn = at_ingress.publish("jobs.bulk.3.c", "job".into()).await.unwrap().await.unwrap();
         let stream = at_ingress.get_stream(queue::JOBS).await.unwrap();
         stream.delete_message(withdrawn.sequence).await.unwrap();
@@ -377,7 +407,9 @@ mod tests {
         let mut dead = ingress.subscribe("dead.>").await.unwrap();
         worker.flush().await.unwrap();
         worker.publish("jobs.interactive.3.c", "forged".into()).await.unwrap();
-        worker.publish("due.interactive.3.c", "forged".into()).await.unwrap();
+        worker.publish("due.interactive.3.c.j1", "forged".into()).await.unwrap();
+        worker.publish("wake.bulk.c", "forged".into()).await.unwrap();
+        worker.publish("cancel.j1", "forged".into()).await.unwrap();
         worker.publish("$O.payloads.C.x", "forged".into()).await.unwrap();
         let refused =
             ["$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x", "$JS.API.STREAM.DELETE.JOBS"];
@@ -396,7 +428,7 @@ mod tests {
             let heard = timeout(Duration::from_millis(200), spy.next()).await;
             assert!(!matches!(heard, Ok(Some(_))), "{heard:?}");
         }
-        assert_eq!(violations(&nats).len(), 8);
+        assert_eq!(violations(&nats).len(), 10);
         nats.stop().await.unwrap();
         std::fs::remove_dir_all(state.path("")).unwrap();
     }

@@ -91,8 +91,6 @@ pub(crate) enum Cause {
 pub(crate) struct Cancelled {
     pub(crate) id: JobId,
     pub(crate) lane: Lane,
-    /// A worker may have it.
-    pub(crate) running: bool,
     pub(crate) stream_seq: Option<i64>,
     pub(crate) claim_check: bool,
 }
@@ -363,7 +361,6 @@ fn cancelled(row: &Row) -> Cancelled {
     Cancelled {
         id: row.get::<_, Uuid>("id").into(),
         lane: row.get::<_, &str>("lane").parse().unwrap_or(Lane::Bulk),
-        running: row.get::<_, &str>("state") == State::Running.as_str(),
         stream_seq: row.get("stream_seq"),
         claim_check: row.get("claim_check"),
     }

@@ -109,7 +109,9 @@ fn bare(model: &Model, make: &Factory, threads: usize, time: Duration) -> Result
             let (model, payloads, done, stop) = (model, &payloads, &done, &stop);
             scope.spawn(move || {
                 for payload in payloads.iter().cycle() {
-                    if stop.load(Ordering::Relaxed) || analyse(&mut **engine, model, payload, 1).is_err() {
+                    if stop.load(Ordering::Relaxed)
+                        || analyse(&mut **engine, model, payload, 1, &|| false).is_err()
+                    {
                         return;
                     }
                     done.fetch_add(1, Ordering::Relaxed);

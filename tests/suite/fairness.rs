@@ -1,0 +1,235 @@
+//! Bulk is fair between clients, starts at once, and stops when nobody wants it any more.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use dermflow_schemas::queue;
+use dermflow_tests::{
+    client::{Client, parameters, sample, sample_bytes},
+    lab::{Lab, Setup, Worker},
+    wait::eventually,
+};
+use futures_util::{StreamExt, stream};
+
+const LONG: Duration = Duration::from_mins(2);
+const WINDOW: f64 = 5.0;
+
+// Submits `jobs` jobs without waiting for their ends.
+async fn submit(client: &Client, jobs: usize) -> Result<Vec<String>> {
+    let request = sample("isic2017-nv.jpg");
+    let one = |_| async { client.submit(&request).await };
+    stream::iter(0..jobs).map(one).buffer_unordered(12).collect::<Vec<_>>().await.into_iter().collect()
+}
+
+async fn until_all_ended(lab: &Lab) -> Result<()> {
+    let open = "SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL";
+    let ended = async || (lab.count(open).await.ok()? == 0).then_some(());
+    eventually("every job has ended", LONG, ended).await
+}
+
+// Jain's index of fairness: 1 when all are equal, 1/n when one has everything.
+fn jain(shares: &[f64]) -> f64 {
+    let (sum, squares) = shares.iter().fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
+    sum * sum / (shares.len() as f64 * squares)
+}
+
+// When the jobs of each client were done, in seconds since the first one began.
+async fn finishes(lab: &Lab) -> Result<Vec<Vec<f64>>> {
+    let rows = lab
+        .sql(
+            "SELECT client::text, extract(epoch FROM finished_at - min(started_at) OVER ())::float8 \
+             FROM ingress.jobs WHERE state = 'succeeded' ORDER BY client, finished_at",
+        )
+        .await?;
+    let mut clients: Vec<(String, Vec<f64>)> = Vec::new();
+    for row in rows {
+        let (client, at): (String, f64) = (row.get(0), row.get(1));
+        match clients.last_mut().filter(|(last, _)| *last == client) {
+            Some((_, times)) => times.push(at),
+            None => clients.push((client, vec![at])),
+        }
+    }
+    Ok(clients.into_iter().map(|(_, times)| times).collect())
+}
+
+// Three clients, the same backlog each, submitted one after the other: in every window of 5 s in which all three
+// have jobs waiting they get the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn equal_backlogs_get_equal_service() -> Result<()> {
+    const JOBS: usize = 320;
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let clients = [lab.client().clone(), lab.register("second").await?, lab.register("third").await?];
+    for client in &clients {
+        submit(client, JOBS).await?;
+    }
+    for _ in 0..2 {
+        lab.start_worker(Worker::simulated(15)).await?;
+    }
+    until_all_ended(&lab).await?;
+    let finishes = finishes(&lab).await?;
+    ensure!(finishes.len() == 3 && finishes.iter().all(|times| times.len() == JOBS));
+    // Fully backlogged until the first client has nothing left.
+    let end = finishes.iter().map(|times| times[JOBS - 1]).fold(f64::MAX, f64::min);
+    let count = |times: &Vec<f64>, from: f64| {
+        times.iter().filter(|at| (from..from + WINDOW).contains(*at)).count() as f64
+    };
+    let (mut worst, mut windows, mut from) = (1.0_f64, 0, 0.0);
+    while from + WINDOW <= end {
+        let shares: Vec<f64> = finishes.iter().map(|times| count(times, from)).collect();
+        worst = worst.min(jain(&shares));
+        (windows, from) = (windows + 1, from + 0.1);
+    }
+    println!("{} jobs in {end:.1} s, {windows} windows of {WINDOW} s, Jain >= {worst:.4}", 3 * JOBS);
+    ensure!(windows >= 5, "only {windows} windows: the test shows nothing");
+    ensure!(worst >= 0.95, "Jain's index was {worst}");
+    lab.stop().await
+}
+
+// Two clients with 50 jobs each beside one with a backlog: within 4.5 times what the 50 take alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_jobs_do_not_wait_behind_a_backlog() -> Result<()> {
+    const BACKLOG: usize = 600;
+    let workers = vec![Worker::simulated(30), Worker::simulated(30)];
+    let mut lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let (large, small) = (lab.client().clone(), lab.register("second").await?);
+    let third = lab.register("third").await?;
+    let fifty = async |lab: &Lab, client: &Client| {
+        let begun = Instant::now();
+        let jobs = submit(client, 50).await?;
+        let list = jobs.iter().map(|job| format!("'{job}'")).collect::<Vec<_>>().join(",");
+        let open = format!("SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL AND id IN ({list})");
+        let ended = async || (lab.count(&open).await.ok()? == 0).then_some(());
+        eventually("50 jobs have ended", LONG, ended).await?;
+        anyhow::Ok(begun.elapsed().as_secs_f64())
+    };
+    let alone = fifty(&lab, &small).await?;
+    for n in 0..2 {
+        lab.stop_worker(n).await?;
+    }
+    submit(&large, BACKLOG).await?;
+    for n in 0..2 {
+        lab.restart_worker(n).await?;
+    }
+    let (second, third) = tokio::try_join!(fifty(&lab, &small), fifty(&lab, &third))?;
+    let left = lab.count("SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL").await?;
+    println!("alone {alone:.2} s, beside a backlog {second:.2} and {third:.2} s, {left} jobs still waiting");
+    ensure!(left > 50, "the backlog was done first: the test shows nothing");
+    for beside in [second, third] {
+        ensure!(beside <= 4.5 * alone, "{beside:.2} s instead of {alone:.2} s");
+    }
+    until_all_ended(&lab).await?;
+    lab.stop().await
+}
+
+// An idle worker starts a bulk job because it was woken, not because it looked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wake_up_starts_a_job_at_once() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    for _ in 0..21 {
+        let job = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+        lab.client().poll(&job, LONG).await?;
+    }
+    let late = "SELECT (extract(epoch FROM percentile_disc(0.5) WITHIN GROUP \
+                (ORDER BY started_at - accepted_at)) * 1000)::bigint FROM ingress.jobs";
+    let median = lab.count(late).await?;
+    println!("from acceptance to start, median: {median} ms");
+    ensure!(median <= 100, "{median} ms");
+    lab.stop().await
+}
+
+// Takes a job's message out of the queue, as it lies there.
+async fn take_out(lab: &Lab) -> Result<(String, Vec<u8>)> {
+    let stream = lab.jetstream().await?.get_stream(queue::JOBS).await?;
+    let sequence = stream.cached_info().state.first_sequence;
+    let message = stream.get_raw_message(sequence).await?;
+    stream.delete_message(sequence).await?;
+    Ok((message.subject.to_string(), message.payload.to_vec()))
+}
+
+// A job that no wake-up tells of, published past ingress: idle workers find it within 2.5 s.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_wake_up_costs_two_seconds_at_most() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let mut messages = Vec::new();
+    for _ in 0..3 {
+        let job = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+        messages.push((job, take_out(&lab).await?));
+    }
+    lab.start_worker(Worker::simulated(1)).await?;
+    let jetstream = lab.jetstream().await?;
+    for (job, (subject, payload)) in messages {
+        let begun = Instant::now();
+        jetstream.publish(subject, payload.into()).await?.await?;
+        lab.until_state(&job, "succeeded").await?;
+        println!("done after {:?}", begun.elapsed());
+        ensure!(begun.elapsed() < Duration::from_millis(2_500), "{:?}", begun.elapsed());
+    }
+    lab.stop().await
+}
+
+// The broker has forgotten a client's consumer, or was restored without it: jobs that wait are not stranded.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_is_gone_is_made_again() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let job = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+    let stream = lab.jetstream().await?.get_stream(queue::JOBS).await?;
+    let names: Vec<String> = stream.consumer_names().filter_map(async |name| name.ok()).collect().await;
+    let own =
+        names.into_iter().find(|name| name.starts_with("bulk-")).context("no consumer of the client")?;
+    stream.delete_consumer(&own).await?;
+    lab.start_worker(Worker::simulated(1)).await?;
+    assert_eq!(lab.client().poll(&job, Duration::from_secs(15)).await?.status, 200);
+    ensure!(lab.logs()?.contains("waited without a consumer"), "nobody says so");
+    ensure!(!lab.logs()?.contains("the broker has no answer"), "a client without a consumer is no alarm");
+    lab.stop().await
+}
+
+// A client that may have one job with workers at a time, on two workers: never more, and no stalls between them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_of_jobs_in_flight_holds_and_does_not_stall() -> Result<()> {
+    const JOBS: usize = 40;
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    submit(lab.client(), JOBS).await?;
+    let id: String = lab.sql("SELECT client::text FROM ingress.jobs LIMIT 1").await?[0].get(0);
+    let limited = queue::bulk_consumer(id.parse()?, Duration::from_secs(30), 1);
+    lab.jetstream().await?.create_consumer_on_stream(limited, queue::JOBS).await?;
+    for _ in 0..2 {
+        lab.start_worker(Worker::simulated(50)).await?;
+    }
+    until_all_ended(&lab).await?;
+    let overlap = "SELECT count(*) FROM ingress.jobs a JOIN ingress.jobs b ON a.id <> b.id \
+                   WHERE a.started_at <= b.started_at AND b.started_at < a.finished_at";
+    assert_eq!(lab.count(overlap).await?, 0, "two at once");
+    let took = "SELECT (extract(epoch FROM max(finished_at) - min(started_at)) * 1000)::bigint \
+                FROM ingress.jobs";
+    let took = lab.count(took).await?;
+    println!("{JOBS} jobs of 50 ms, one at a time: {took} ms");
+    ensure!(took < 3 * 50 * JOBS as i64, "{took} ms");
+    assert_eq!(lab.count("SELECT max(attempts)::bigint FROM ingress.jobs").await?, 1);
+    lab.stop().await
+}
+
+// A running job of three images is withdrawn: its worker is free after the image it is at, and nothing is
+// published.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_withdrawn_job_stops_at_its_next_image() -> Result<()> {
+    const IMAGE: u64 = 1_500;
+    let lab = Lab::start(Setup::simulated(IMAGE)).await?;
+    let image = sample_bytes("isic2017-nv.jpg");
+    let job = lab.client().submit(&parameters(&[image.clone(), image.clone(), image])).await?;
+    lab.until_state(&job, "running").await?;
+    let begun = Instant::now();
+    assert_eq!(lab.client().delete(&format!("/fhir/_async/{job}")).await?.status, 202);
+    let next = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+    lab.until_state(&next, "running").await?;
+    let free = begun.elapsed();
+    println!("the next job runs {free:?} after the withdrawal");
+    ensure!(free < Duration::from_millis(2 * IMAGE), "{free:?}");
+    assert_eq!(lab.client().poll(&next, LONG).await?.status, 200);
+    let empty =
+        async || (lab.messages("JOBS").await.ok()? + lab.messages("RESULTS").await.ok()? == 0).then_some(());
+    eventually("the queue is empty", LONG, empty).await?;
+    assert_eq!(lab.metric("dermflow_late_results_total").await.unwrap_or(0.0), 0.0, "a result was published");
+    assert_eq!(lab.count("SELECT count(*) FROM ingress.reports").await?, 1);
+    lab.stop().await
+}
