@@ -9,6 +9,7 @@ mod architecture;
 mod idempotency;
 mod models;
 mod privacy;
+mod submit;
 mod survival;
 mod sweeping;
 mod up;
