@@ -27,27 +27,24 @@ pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(90);
 const TRIES: u32 = 4;
 
 /// How to reach the server, and as whom.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone)]
 pub struct AccessOptions {
     /// The server's origin, such as `https://dermflow.example.org`.
-    #[arg(long, env = "DERMFLOW_URL", value_name = "URL", value_parser = origin)]
     pub url: String,
     /// A PEM file with the CA to trust, instead of those that the system trusts.
-    #[arg(long, env = "DERMFLOW_CA", value_name = "FILE")]
     pub ca: Option<PathBuf>,
     /// The name to sign in with.
-    #[arg(long, env = "DERMFLOW_USER", value_name = "NAME")]
     pub user: String,
     /// A file that holds the password.
-    #[arg(long, env = "DERMFLOW_PASSWORD_FILE", value_name = "FILE")]
     pub password_file: PathBuf,
 }
 
-fn origin(text: &str) -> Result<String, String> {
+fn origin(text: &str) -> Result<String, Failure> {
     if text.starts_with("https://") {
         Ok(text.trim_end_matches('/').to_owned())
     } else {
-        Err("an https:// origin is needed: images and passwords do not travel in clear text".into())
+        let why = "images and passwords do not travel in clear text";
+        Err(Failure::Usage(format!("{text} is no https:// origin: {why}")))
     }
 }
 
@@ -89,7 +86,7 @@ impl Api {
     /// A client; it signs in with its first request.
     ///
     /// # Errors
-    /// [`Failure::Usage`] when the CA or the password cannot be read.
+    /// [`Failure::Usage`] when the CA or the password cannot be read, or the URL is no HTTPS origin.
     pub fn new(options: &AccessOptions) -> Result<Self, Failure> {
         // Fails only when the process has a provider already.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
@@ -104,7 +101,7 @@ impl Api {
             http = http.tls_certs_only(certificates(ca)?);
         }
         let http = http.build().map_err(|error| Failure::Usage(described(&error)))?;
-        let (base, user) = (options.url.clone(), options.user.clone());
+        let (base, user) = (origin(&options.url)?, options.user.clone());
         Ok(Self { http, base, user, password, session: Mutex::new(None) })
     }
 
@@ -240,19 +237,13 @@ fn unreachable_or_distrusted(error: &reqwest::Error) -> Trouble {
     }
 }
 
-fn distrusted(error: &reqwest::Error) -> bool {
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let tls = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        if tls
-            .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-            .is_some_and(|tls| matches!(tls, rustls::Error::InvalidCertificate(_)))
-        {
-            return true;
-        }
-        cause = error.source();
+/// Looks for the verdict of TLS at any depth: an I/O error hides the error that it carries from its own chain.
+fn distrusted(error: &(dyn std::error::Error + 'static)) -> bool {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return matches!(tls, rustls::Error::InvalidCertificate(_));
     }
-    false
+    let carried = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    carried.is_some_and(|inner| distrusted(inner)) || error.source().is_some_and(distrusted)
 }
 
 /// An answer that broke off.

@@ -32,8 +32,42 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "dermflow", version, after_help = EXIT_CODES)]
 struct Cli {
+    #[command(flatten)]
+    access: Access,
+    /// JSON for scripts: one object a line; at the end of submit a summary.
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Command,
+}
+
+/// How to reach the server: needed by every command, and welcome at any place of the command line.
+#[derive(Debug, Args)]
+struct Access {
+    /// The server's origin, such as `https://dermflow.example.org`.
+    #[arg(long, global = true, env = "DERMFLOW_URL", value_name = "URL")]
+    url: Option<String>,
+    /// A PEM file with the CA to trust, instead of those that the system trusts.
+    #[arg(long, global = true, env = "DERMFLOW_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// The name to sign in with.
+    #[arg(long, global = true, env = "DERMFLOW_USER", value_name = "NAME")]
+    user: Option<String>,
+    /// A file that holds the password.
+    #[arg(long, global = true, env = "DERMFLOW_PASSWORD_FILE", value_name = "FILE")]
+    password_file: Option<PathBuf>,
+}
+
+impl Access {
+    fn api(self) -> Result<Api, Failure> {
+        let missing = |flag: &str| Failure::Usage(format!("{flag} is needed"));
+        Api::new(&AccessOptions {
+            url: self.url.ok_or_else(|| missing("--url"))?,
+            ca: self.ca,
+            user: self.user.ok_or_else(|| missing("--user"))?,
+            password_file: self.password_file.ok_or_else(|| missing("--password-file"))?,
+        })
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -45,35 +79,14 @@ enum Command {
     #[command(after_help = EXIT_CODES)]
     Submit(SubmitOptions),
     /// The caller's jobs.
-    Jobs {
-        #[command(flatten)]
-        common: Common,
-        #[command(subcommand)]
-        command: JobsCommand,
-    },
+    #[command(subcommand)]
+    Jobs(JobsCommand),
     /// One batch.
-    Batch {
-        #[command(flatten)]
-        common: Common,
-        #[command(subcommand)]
-        command: BatchCommand,
-    },
+    #[command(subcommand)]
+    Batch(BatchCommand),
     /// Jobs that were given up: for operators.
-    Dead {
-        #[command(flatten)]
-        common: Common,
-        #[command(subcommand)]
-        command: DeadCommand,
-    },
-}
-
-#[derive(Debug, Args)]
-struct Common {
-    #[command(flatten)]
-    access: AccessOptions,
-    /// One JSON object a line, for scripts.
-    #[arg(long)]
-    json: bool,
+    #[command(subcommand)]
+    Dead(DeadCommand),
 }
 
 #[derive(Debug, Args)]
@@ -85,8 +98,6 @@ struct SubmitOptions {
     /// A file of ready requests, one a line, instead of images.
     #[arg(long, value_name = "FILE")]
     ndjson: Option<PathBuf>,
-    #[command(flatten)]
-    access: AccessOptions,
     /// The result file, one JSON object a line: `custom_id` is the path as given here, and with it comes `report` or
     /// `error`.
     #[arg(long, value_name = "FILE", default_value = "results.ndjson")]
@@ -109,16 +120,13 @@ struct SubmitOptions {
     /// Show nothing on the way.
     #[arg(long)]
     quiet: bool,
-    /// Print a summary as JSON at the end.
-    #[arg(long)]
-    json: bool,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let cli = Cli::parse();
     let outcome = tokio::select! {
-        outcome = run(command) => outcome,
+        outcome = run(cli) => outcome,
         signal = shutdown_requested() => Err(Failure::Unfinished(match signal {
             Ok(()) => "interrupted; the same command goes on where this one was".into(),
             Err(error) => format!("cannot watch for signals: {error}"),
@@ -133,24 +141,18 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(command: Command) -> Result<u8, Failure> {
-    match command {
-        Command::Submit(options) => submit(options).await,
-        Command::Jobs { common, command } => {
-            jobs::run(&Api::new(&common.access)?, command, common.json).await
-        }
-        Command::Batch { common, command } => {
-            jobs::run_batch(&Api::new(&common.access)?, command, common.json).await
-        }
-        Command::Dead { common, command } => {
-            dead::run(&Api::new(&common.access)?, command, common.json).await
-        }
+async fn run(cli: Cli) -> Result<u8, Failure> {
+    let (api, json) = (cli.access.api()?, cli.json);
+    match cli.command {
+        Command::Submit(options) => submit(&api, options, json).await,
+        Command::Jobs(command) => jobs::run(&api, command, json).await,
+        Command::Batch(command) => jobs::run_batch(&api, command, json).await,
+        Command::Dead(command) => dead::run(&api, command, json).await,
     }
 }
 
-async fn submit(options: SubmitOptions) -> Result<u8, Failure> {
-    let (quiet, json, wait) = (options.quiet, options.json, !options.no_wait);
-    let api = Api::new(&options.access)?;
+async fn submit(api: &Api, options: SubmitOptions, json: bool) -> Result<u8, Failure> {
+    let (quiet, wait) = (options.quiet, !options.no_wait);
     let inputs = inputs(&options)?;
     let counters = Arc::<Counters>::default();
     let show =
@@ -165,7 +167,7 @@ async fn submit(options: SubmitOptions) -> Result<u8, Failure> {
         patience: Duration::from_secs(options.give_up_after.into()),
     };
     let summary = tokio::select! {
-        summary = submit::submit(&api, options, counters.clone()) => summary?,
+        summary = submit::submit(api, options, counters.clone()) => summary?,
         () = show => return Err(Failure::Unfinished("the progress ended before the work".into())),
     };
     report(&summary, quiet, json, wait)?;

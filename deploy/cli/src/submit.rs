@@ -97,7 +97,12 @@ pub async fn submit(api: &Api, options: Options, counters: Arc<Counters>) -> Res
         subject: subject.map(Arc::from),
         opening: Mutex::default(),
     };
-    let upload = async { try_join_all((0..connections).map(|_| uploader.run())).await.map(drop) };
+    // What is all done already needs no server, and a batch that is only followed is not ours to close.
+    let done = work.unended() == 0;
+    let upload = async {
+        try_join_all((0..connections).map(|_| uploader.run())).await?;
+        if done || follows { Ok(()) } else { uploader.close().await }
+    };
     let collect = async {
         // Files that cannot be read are done without a batch.
         let batch = work.until(|work| {

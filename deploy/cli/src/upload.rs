@@ -90,6 +90,42 @@ impl Uploader<'_> {
         Ok(())
     }
 
+    /// Tells the server that the batch is whole, if no upload of ours has: the last one may have been cut after its
+    /// last line.
+    ///
+    /// # Errors
+    /// When going on makes no sense.
+    pub(crate) async fn close(&self) -> Result<(), Failure> {
+        let mut step = 0;
+        while let Some(batch) = self.work.batch() {
+            match self.close_once(batch).await {
+                Ok(()) => break,
+                Err(trouble) => {
+                    step += 1;
+                    self.patience.rest(trouble, step, &self.work.counters).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn close_once(&self, batch: Uuid) -> Result<(), Trouble> {
+        let path = format!("/batches/{batch}");
+        if self.api.get_once(&path).await?["status"] != "uploading" {
+            return Ok(());
+        }
+        let response = self.api.send(Method::POST, &path, |request| {
+            request.header(header::CONTENT_TYPE, self.inputs.media_type).body("")
+        });
+        let mut lines = Lines::new(response.await?);
+        while let Some(line) = lines.next_soon().await? {
+            if parse(line)?.complete == Some(true) {
+                return Ok(());
+            }
+        }
+        Err(Trouble::Again(None, "the upload was cut".into()))
+    }
+
     async fn upload(&self, first: usize, flight: &Flight<'_>) -> Result<(), Stop> {
         let opening = self.opening().await;
         let (response, sender) = self.begin().await?;
