@@ -4,7 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use dermflow_auth::{db::DatabaseOptions, users};
+use dermflow_auth::{
+    db::DatabaseOptions,
+    users::{self, QuotaChange},
+};
 use dermflow_schemas::{clock, process};
 use secrecy::ExposeSecret;
 
@@ -37,6 +40,13 @@ enum UserCommand {
         /// The user's name.
         name: String,
     },
+    /// Sets what a user may have open at once, and its share of the workers.
+    Quota {
+        /// The user's name.
+        name: String,
+        #[command(flatten)]
+        change: QuotaChange,
+    },
 }
 
 #[tokio::main]
@@ -61,6 +71,9 @@ async fn run(options: Options) -> anyhow::Result<()> {
         }
         Command::User(UserCommand::Disable { name }) => {
             users::disable(&pool, &name).await.context("cannot disable")?;
+        }
+        Command::User(UserCommand::Quota { name, change }) => {
+            users::set_quota(&pool, &name, change).await.context("cannot set the quota")?;
         }
     }
     Ok(())

@@ -1,9 +1,9 @@
 //! Registered users, in the table `auth.users`.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use deadpool_postgres::Pool;
-use dermflow_schemas::id::ClientId;
+use dermflow_schemas::{id::ClientId, limits};
 use secrecy::SecretString;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -109,16 +109,94 @@ pub async fn disable(pool: &Pool, name: &str) -> Result<(), UserError> {
     }
 }
 
-/// The users that are shut out, whatever tokens they hold.
+/// What a client may have open at once, and its share of the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quota {
+    /// Jobs that have not ended.
+    pub jobs: i64,
+    /// Bytes of the images of these jobs.
+    pub bytes: i64,
+    /// Bulk jobs that workers have in hand.
+    pub running: i64,
+    /// Share of the workers against other clients with bulk jobs, 1 to [`limits::MAX_WEIGHT`].
+    pub weight: i16,
+}
+
+impl Default for Quota {
+    fn default() -> Self {
+        Self {
+            jobs: limits::QUOTA_JOBS,
+            bytes: limits::QUOTA_BYTES,
+            running: limits::QUOTA_RUNNING,
+            weight: 1,
+        }
+    }
+}
+
+/// Changes of a [`Quota`]; what is `None` stays as it is.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub struct QuotaChange {
+    /// Jobs that have not ended.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
+    pub jobs: Option<i64>,
+    /// Bytes of the images of these jobs.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
+    pub bytes: Option<i64>,
+    /// Bulk jobs that workers have in hand.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
+    pub running: Option<i64>,
+    /// Share of the workers against other clients with bulk jobs.
+    #[arg(long, value_parser = clap::value_parser!(i16).range(1..=i64::from(limits::MAX_WEIGHT)))]
+    pub weight: Option<i16>,
+}
+
+/// Changes a user's quota; ingress knows it within a second, workers with the user's next jobs.
+///
+/// # Errors
+/// When there is no such user, or the database is away.
+pub async fn set_quota(pool: &Pool, name: &str, change: QuotaChange) -> Result<(), UserError> {
+    let update = "UPDATE auth.users SET quota_jobs = coalesce($2, quota_jobs), \
+                  quota_bytes = coalesce($3, quota_bytes), quota_running = coalesce($4, quota_running), \
+                  weight = coalesce($5, weight) WHERE username = $1";
+    let QuotaChange { jobs, bytes, running, weight } = change;
+    match pool.get().await?.execute(update, &[&name, &jobs, &bytes, &running, &weight]).await? {
+        0 => Err(UserError::Unknown(name.into())),
+        _ => Ok(()),
+    }
+}
+
+/// How a user stands that is not like all the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Standing {
+    /// Shut out, whatever tokens it holds.
+    pub disabled: bool,
+    /// Its quota.
+    pub quota: Quota,
+}
+
+/// The users that are shut out or have a quota of their own.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn disabled(pool: &Pool) -> Result<HashSet<ClientId>, DbError> {
+pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbError> {
+    let select = "SELECT id, disabled, quota_jobs, quota_bytes, quota_running, weight FROM auth.users \
+                  WHERE disabled OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0";
     db::within(async {
-        let rows = pool.get().await?.query("SELECT id FROM auth.users WHERE disabled", &[]).await?;
-        Ok(rows.iter().map(|row| row.get::<_, Uuid>(0).into()).collect())
+        let rows = pool.get().await?.query(select, &[]).await?;
+        Ok(rows.iter().map(|row| (row.get::<_, Uuid>("id").into(), standing(row))).collect())
     })
     .await
+}
+
+fn standing(row: &tokio_postgres::Row) -> Standing {
+    let usual = Quota::default();
+    let quota = Quota {
+        jobs: row.get::<_, Option<_>>("quota_jobs").unwrap_or(usual.jobs),
+        bytes: row.get::<_, Option<_>>("quota_bytes").unwrap_or(usual.bytes),
+        running: row.get::<_, Option<_>>("quota_running").unwrap_or(usual.running),
+        weight: row.get::<_, Option<_>>("weight").unwrap_or(usual.weight),
+    };
+    Standing { disabled: row.get("disabled"), quota }
 }
 
 fn valid_name(name: &str) -> bool {

@@ -5,34 +5,44 @@
 //! promises, and nobody new can be shut out either.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     sync::{Arc, PoisonError, RwLock},
 };
 
-use dermflow_auth::users;
+use dermflow_auth::users::{self, Quota, Standing};
 use dermflow_schemas::{id::ClientId, limits::ACCESS_INTERVAL};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
 
-/// This replica's view of the users that are shut out.
+/// This replica's view of the users that are not like all the others.
 #[derive(Debug, Default)]
 pub(crate) struct Access {
-    disabled: RwLock<HashSet<ClientId>>,
+    exceptions: RwLock<HashMap<ClientId, Standing>>,
 }
 
 impl Access {
     /// Whether a client with a valid token may call.
     pub(crate) fn permits(&self, client: ClientId) -> bool {
-        !self.disabled.read().unwrap_or_else(PoisonError::into_inner).contains(&client)
+        !self.standing(client).disabled
+    }
+
+    /// What a client may have open at once.
+    pub(crate) fn quota(&self, client: ClientId) -> Quota {
+        self.standing(client).quota
+    }
+
+    fn standing(&self, client: ClientId) -> Standing {
+        let exceptions = self.exceptions.read().unwrap_or_else(PoisonError::into_inner);
+        exceptions.get(&client).copied().unwrap_or_default()
     }
 
     /// Looks at the database.
     pub(crate) async fn refresh(&self, app: &App) {
-        match users::disabled(app.store.pool()).await {
-            Ok(disabled) => *self.disabled.write().unwrap_or_else(PoisonError::into_inner) = disabled,
-            Err(error) => tracing::debug!(%error, "the last view of disabled users holds"),
+        match users::exceptions(app.store.pool()).await {
+            Ok(fresh) => *self.exceptions.write().unwrap_or_else(PoisonError::into_inner) = fresh,
+            Err(error) => tracing::debug!(%error, "the last view of the users holds"),
         }
     }
 }

@@ -10,7 +10,7 @@ use axum::{
 };
 use dermflow_auth::db::DbError;
 use dermflow_schemas::{
-    error::{ApiError, Code, Fault},
+    error::{ApiError, CODES, Code, Fault, Retry},
     fhir::{CANONICAL, CodeableConcept, Coding, Issue, OperationOutcome, Resource, coding},
 };
 use serde_json::json;
@@ -29,6 +29,26 @@ impl Problem {
     /// Whether the answer is this error.
     pub(crate) fn is(&self, code: Code) -> bool {
         self.error.kind().code == code.kind().code
+    }
+
+    /// Whether a repeat is safe.
+    pub(crate) fn retry(&self) -> Retry {
+        self.error.kind().retry
+    }
+
+    /// As a member of a larger answer.
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        error_json(&self.error)
+    }
+
+    /// As the outcome of an entry of a FHIR batch.
+    pub(crate) fn outcome(&self) -> OperationOutcome {
+        outcome(&self.error)
+    }
+
+    /// The HTTP status.
+    pub(crate) fn status(&self) -> u16 {
+        self.error.kind().status
     }
 
     /// Adds a header, such as the URL to poll.
@@ -93,6 +113,16 @@ pub(crate) async fn render(request: Request, next: Next) -> Response {
 /// RFC 9457, with the members `code`, `retry` and `errors` (one a fault) as extensions.
 fn problem(error: &ApiError, instance: &str) -> serde_json::Value {
     let kind = error.kind();
+    let mut problem = error_json(error);
+    problem["type"] = json!(format!("{CANONICAL}/errors/{}", kind.code));
+    problem["instance"] = json!(instance);
+    problem
+}
+
+/// An error in plain JSON: code, sentence, status, whether a repeat is safe and after how many seconds, and one
+/// entry a fault.
+pub(crate) fn error_json(error: &ApiError) -> serde_json::Value {
+    let kind = error.kind();
     let fault = |fault: &Fault| {
         let mut entry = json!({"code": fault.code.kind().code, "detail": fault.code.kind().text});
         if let Some(field) = &fault.field {
@@ -104,12 +134,11 @@ fn problem(error: &ApiError, instance: &str) -> serde_json::Value {
         entry
     };
     json!({
-        "type": format!("{CANONICAL}/errors/{}", kind.code),
         "title": kind.text,
         "status": kind.status,
-        "instance": instance,
         "code": kind.code,
         "retry": kind.retry.as_str(),
+        "retry_after": error.retry_after.map(|pause| pause.as_secs().max(1)),
         "errors": error.faults.iter().map(fault).collect::<Vec<_>>(),
     })
 }
@@ -132,6 +161,25 @@ fn outcome(error: &ApiError) -> OperationOutcome {
 
 fn error_coding(code: &str) -> Coding {
     Coding { display: None, ..coding(&format!("{CANONICAL}/CodeSystem/error"), code, "") }
+}
+
+/// The outcome of a line of a batch, from the error as [`error_json`] gives it.
+pub(crate) fn line_outcome(error: &serde_json::Value, place: &str) -> Vec<u8> {
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let code = CODES.iter().find(|code| code.kind().code == error["code"]).copied().unwrap_or(Code::Internal);
+    let mut api_error = ApiError::from(code);
+    let faults = error["errors"].as_array().map(Vec::as_slice).unwrap_or_default();
+    api_error.faults = faults
+        .iter()
+        .map(|fault| Fault {
+            code: CODES.iter().find(|code| code.kind().code == fault["code"]).copied().unwrap_or(code),
+            field: fault.get("field").map(text),
+            detail: Some(
+                fault.get("hint").map_or_else(|| place.to_owned(), |hint| format!("{place}: {}", text(hint))),
+            ),
+        })
+        .collect();
+    Resource::OperationOutcome(outcome(&api_error)).to_json()
 }
 
 /// An outcome that is no error: the job goes on, or was withdrawn.

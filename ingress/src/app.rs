@@ -6,8 +6,9 @@ use dermflow_auth::{password::Hasher, token::Tokens};
 use dermflow_schemas::{id::ClientId, limits, queue::Publisher, seal::Keyring};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
-use crate::{access::Access, metrics::Metrics, store::Store};
+use crate::{access::Access, commit::Commits, drain::Drain, metrics::Metrics, store::Store};
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.
 #[derive(Debug)]
@@ -21,6 +22,10 @@ pub(crate) struct App {
     pub(crate) keyring: Keyring,
     pub(crate) nats: async_nats::Client,
     pub(crate) publisher: Publisher,
+    pub(crate) commits: Commits,
+    pub(crate) drain: Drain,
+    /// Cancelled when the process is told to stop: what could go on for long ends.
+    pub(crate) draining: CancellationToken,
     pub(crate) metrics: Metrics,
     pub(crate) bounds: Bounds,
 }
@@ -32,6 +37,8 @@ pub(crate) struct Bounds {
     pub(crate) body_kib: Arc<Semaphore>,
     /// A permit a caller who waits.
     pub(crate) waiters: Arc<Semaphore>,
+    /// A permit an upload to a batch.
+    pub(crate) uploads: Arc<Semaphore>,
     /// Status polls by client.
     pub(crate) polls: DefaultKeyedRateLimiter<ClientId>,
 }
@@ -43,6 +50,7 @@ impl Bounds {
         Self {
             body_kib: Arc::new(Semaphore::new(limits::BODY_MEMORY_BYTES / 1024)),
             waiters: Arc::new(Semaphore::new(limits::MAX_WAITERS)),
+            uploads: Arc::new(Semaphore::new(limits::MAX_UPLOADS)),
             polls: RateLimiter::keyed(Quota::per_second(polls)),
         }
     }

@@ -96,6 +96,11 @@ pub(crate) struct Held {
 }
 
 impl Body {
+    /// The body, for a handler that reads it bit by bit.
+    pub(crate) fn into_inner(self) -> AxumBody {
+        self.body
+    }
+
     /// Reads the body: `limit` bytes, within [`BODY_TIMEOUT`], and only while there is memory for it.
     pub(crate) async fn read(self, bounds: &Bounds, limit: usize) -> Result<Held, Problem> {
         let too_large = || ApiError::from(Code::BodyTooLarge).detail(format!("limit {limit} bytes"));

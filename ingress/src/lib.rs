@@ -9,11 +9,17 @@
 mod access;
 mod answer;
 mod app;
+mod batches;
+mod commit;
 mod config;
+mod drain;
+mod element;
 mod extract;
 mod json;
+mod lines;
 mod linger;
 mod metrics;
+mod ndjson;
 mod parameters;
 mod prefer;
 mod recorder;
@@ -23,6 +29,7 @@ mod snomed;
 mod store;
 mod submit;
 mod sweeper;
+mod upload;
 
 pub use config::Options;
 pub use serve::{TlsError, tls_config};
@@ -42,6 +49,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::Access,
     app::{App, Bounds},
+    commit::Commits,
+    drain::Drain,
     metrics::Metrics,
     store::Store,
 };
@@ -61,6 +70,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let context = queue::context(nats.clone());
     let ensured = queue::ensure(&context, options.ack_wait()).await;
     ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
+    let (commits, entries) = Commits::new();
     let app = Arc::new(App {
         public_url: options.public_url.as_str().into(),
         store,
@@ -70,20 +80,26 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         keyring,
         nats,
         publisher: Publisher::new(context),
+        commits,
+        drain: Drain::default(),
+        draining: CancellationToken::new(),
         metrics: Metrics::new()?,
         bounds: Bounds::new(),
     });
     // Before the first request: a restart forgets nobody who was shut out.
     app.access.refresh(&app).await;
+    let stop = app.draining.clone();
+    tokio::spawn(commit::run(app.clone(), entries));
     let public = serve::bind("listen", options.listen).await?;
     let plain = serve::bind("plain-listen", options.plain_listen).await?;
     let internal = serve::bind("internal-listen", options.internal_listen.into()).await?;
-    let (stop, stop_recording) = (CancellationToken::new(), CancellationToken::new());
+    let stop_recording = CancellationToken::new();
     let recorders = [
         tokio::spawn(recorder::run(app.clone(), stop_recording.clone())),
         tokio::spawn(recorder::run_progress(app.clone(), stop_recording.clone())),
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
     ];
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),

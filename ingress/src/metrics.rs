@@ -9,6 +9,8 @@ use prometheus::{
 const SECONDS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
+const GROUP_SIZES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
+
 /// The metrics of an ingress process.
 #[derive(Debug, Clone)]
 pub(crate) struct Metrics {
@@ -27,6 +29,8 @@ pub(crate) struct Metrics {
     pub(crate) late_results: IntCounterVec,
     /// Jobs that the sweeper settled, by lane.
     pub(crate) swept: IntCounterVec,
+    /// Jobs that were committed together.
+    pub(crate) group_jobs: HistogramVec,
     /// Callers waiting for a result.
     pub(crate) waiters: IntGauge,
 }
@@ -62,6 +66,14 @@ impl Metrics {
                 &[],
             )?,
             swept: counter("dermflow_swept_jobs_total", "Jobs that the sweeper settled.", &["lane"])?,
+            group_jobs: add(
+                &registry,
+                HistogramVec::new(
+                    HistogramOpts::new("dermflow_group_jobs", "Jobs that were committed together.")
+                        .buckets(GROUP_SIZES.to_vec()),
+                    &[],
+                )?,
+            )?,
             waiters: add(&registry, IntGauge::new("dermflow_waiters", "Callers waiting for a result.")?)?,
             registry: registry.clone(),
         })

@@ -4,164 +4,45 @@
 //! name that FHIR R4 does not know is refused; an element that it knows and we do not use is let be; a
 //! `modifierExtension` and `implicitRules` may turn the meaning round and are refused.
 
-use std::borrow::Cow;
-
 use dermflow_schemas::{
     envelope::{ImageEntry, Manifest, Payload},
-    error::{ApiError, Code, Fault},
+    error::{ApiError, Code},
     fhir::{CodeableConcept, Coding, Identifier, Reference, SNOMED},
     image::{self, ImageBytes, ImageFault},
-    limits::{MAX_FAULTS, MAX_IMAGES, MAX_TEXT_CHARS},
+    limits::MAX_IMAGES,
 };
 
-use crate::{json::Json, snomed::is_concept_id};
+use crate::{
+    element::{Element, Faults, Node},
+    json::Json,
+    snomed::is_concept_id,
+};
 
 /// Reads a request body.
 pub(crate) fn parse(body: &[u8]) -> Result<Payload, ApiError> {
     let json = Json::parse(body)?;
+    read(&Node { json: &json, path: "Parameters".into() })
+}
+
+/// Reads Parameters that stand in something larger.
+pub(crate) fn read(node: &Node<'_, '_>) -> Result<Payload, ApiError> {
     let mut faults = Faults::default();
-    let payload = parameters(&Node { json: &json, path: "Parameters".into() }, &mut faults);
+    let payload = parameters(node, &mut faults);
     match payload {
         Some(payload) if faults.0.is_empty() => Ok(payload),
         _ => Err(faults.0.into()),
     }
 }
 
-#[derive(Default)]
-struct Faults(Vec<Fault>);
-
-impl Faults {
-    fn add(&mut self, code: Code, path: impl Into<String>, detail: Option<String>) {
-        if self.0.len() < MAX_FAULTS {
-            self.0.push(Fault { code, field: Some(path.into()), detail });
-        }
-    }
-}
-
-/// A value and where it stands, as FHIRPath.
-struct Node<'n, 'a> {
-    json: &'n Json<'a>,
-    path: String,
-}
-
-/// An object whose member names have been checked.
-struct Element<'n, 'a> {
-    members: &'n [(Cow<'a, str>, Json<'a>)],
-    path: String,
-}
-
-impl<'n, 'a> Node<'n, 'a> {
-    /// The object, if every member is one of `names` or an element of any type.
-    fn element(&self, names: &[&str], faults: &mut Faults) -> Option<Element<'n, 'a>> {
-        let Json::Object(members) = self.json else {
-            faults.add(
-                Code::ElementType,
-                &self.path,
-                Some(format!("expected object, found {}", self.json.kind())),
-            );
-            return None;
-        };
-        for (name, value) in members {
-            let path = format!("{}.{name}", self.path);
-            match name.as_ref() {
-                "modifierExtension" | "implicitRules" => faults.add(Code::ExtensionModifier, path, None),
-                "id" | "extension" => {}
-                known if names.contains(&known.strip_prefix('_').unwrap_or(known)) => {
-                    if matches!(value, Json::Null) {
-                        faults.add(Code::ElementType, path, Some("null is not FHIR JSON".into()));
-                    }
-                }
-                _ => faults.add(Code::ElementUnknown, printable(&path), None),
-            }
-        }
-        Some(Element { members, path: self.path.clone() })
-    }
-
-    fn items(&self, faults: &mut Faults) -> Vec<Node<'n, 'a>> {
-        let Json::Array(items) = self.json else {
-            faults.add(
-                Code::ElementType,
-                &self.path,
-                Some(format!("expected array, found {}", self.json.kind())),
-            );
-            return Vec::new();
-        };
-        if items.is_empty() {
-            faults.add(Code::ElementMissing, &self.path, Some("an array may not be empty".into()));
-        }
-        let node = |(i, json)| Node { json, path: format!("{}[{i}]", self.path) };
-        items.iter().enumerate().map(node).collect()
-    }
-
-    fn string(&self, faults: &mut Faults) -> Option<&'n str> {
-        match self.json {
-            Json::String(text) if text.is_empty() => {
-                faults.add(Code::ValueInvalid, &self.path, Some("a string may not be empty".into()));
-                None
-            }
-            Json::String(text) => Some(text),
-            other => {
-                faults.add(
-                    Code::ElementType,
-                    &self.path,
-                    Some(format!("expected string, found {}", other.kind())),
-                );
-                None
-            }
-        }
-    }
-}
-
-impl<'n, 'a> Element<'n, 'a> {
-    fn get(&self, name: &str) -> Option<Node<'n, 'a>> {
-        let (_, json) = self.members.iter().find(|(member, _)| member == name)?;
-        Some(Node { json, path: format!("{}.{name}", self.path) })
-    }
-
-    /// A string that is copied into the report.
-    fn text(&self, name: &str, faults: &mut Faults) -> Option<String> {
-        let node = self.get(name)?;
-        let text = node.string(faults)?;
-        if text.chars().count() > MAX_TEXT_CHARS
-            || text.chars().any(char::is_control)
-            || text.trim().is_empty()
-        {
-            let rule = format!("1 to {MAX_TEXT_CHARS} characters, none of them a control character");
-            faults.add(Code::ValueInvalid, node.path, Some(rule));
-            return None;
-        }
-        Some(text.to_owned())
-    }
-
-    /// A text without any white space: a code or a URI.
-    fn token(&self, name: &str, faults: &mut Faults) -> Option<String> {
-        let text = self.text(name, faults)?;
-        if text.chars().any(char::is_whitespace) {
-            faults.add(Code::ValueInvalid, format!("{}.{name}", self.path), Some("no white space".into()));
-            return None;
-        }
-        Some(text)
-    }
-
-    fn required(&self, name: &str, faults: &mut Faults) -> Option<Node<'n, 'a>> {
-        let node = self.get(name);
-        if node.is_none() {
-            faults.add(Code::ElementMissing, format!("{}.{name}", self.path), None);
-        }
-        node
-    }
-}
-
-/// A name from outside, cut to what an error message may hold.
-fn printable(path: &str) -> String {
-    path.chars().filter(|c| !c.is_control()).take(MAX_TEXT_CHARS).collect()
-}
-
 fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
     let root = node.element(&["resourceType", "meta", "language", "parameter"], faults)?;
     let kind = root.required("resourceType", faults)?;
     if kind.string(faults) != Some("Parameters") {
-        faults.add(Code::ValueInvalid, "Parameters.resourceType", Some("expected Parameters".into()));
+        faults.add(
+            Code::ValueInvalid,
+            format!("{}.resourceType", root.path),
+            Some("expected Parameters".into()),
+        );
         return None;
     }
     let (mut entries, mut files, mut images) = (Vec::new(), Vec::new(), 0);
@@ -193,7 +74,7 @@ fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
         }
     }
     if !(1..=MAX_IMAGES).contains(&images) {
-        faults.add(Code::ImageCount, "Parameters.parameter", Some(format!("found {images}")));
+        faults.add(Code::ImageCount, format!("{}.parameter", root.path), Some(format!("found {images}")));
     }
     Some(Payload { manifest: Manifest::new(entries, subject, identifier), images: files })
 }
@@ -265,7 +146,7 @@ fn attachment(
     }
 }
 
-fn image_code(fault: ImageFault) -> Code {
+pub(crate) fn image_code(fault: ImageFault) -> Code {
     match fault {
         ImageFault::NotBase64(_) => Code::ImageNotBase64,
         ImageFault::TooManyBytes(_) => Code::ImageTooManyBytes,

@@ -3,12 +3,14 @@
 //! A job changes state only by a statement whose condition comes from [`job::sources`], so the database and
 //! [`job::step`] cannot disagree, and of two racing transitions one finds nothing to do.
 
+use std::collections::BTreeMap;
+
 use deadpool_postgres::{Pool, Transaction};
 use dermflow_auth::db::{self, DbError, within};
 use dermflow_schemas::{
     envelope::{Failure, Outcome, Progress, ResultHeader},
     error::Code,
-    id::{ClientId, IdempotencyKey, JobId},
+    id::{ClientId, JobId},
     job::{self, Event, Lane, State},
     limits::{ACCEPTED_GRACE, MAX_ATTEMPTS, RETENTION, SWEEP_BATCH},
     seal::Sealed,
@@ -16,6 +18,10 @@ use dermflow_schemas::{
 use time::OffsetDateTime;
 use tokio_postgres::{Row, types::Json};
 use uuid::Uuid;
+
+pub(crate) mod batches;
+pub(crate) mod claim;
+pub(crate) mod drain;
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -39,10 +45,14 @@ pub(crate) struct Record {
     pub(crate) model_us: Option<i64>,
     pub(crate) failure: Option<Failure>,
     pub(crate) deleted: bool,
+    pub(crate) ticket: i64,
+    pub(crate) batch: Option<Uuid>,
+    pub(crate) line: Option<i32>,
+    pub(crate) custom_id: Option<String>,
 }
 
 const RECORD: &str = "id, lane, state, images, attempts, accepted_at, queued_at, started_at, finished_at, \
-                      deadline, stream_seq, claim_check, model_us, failure, deleted_at";
+                      deadline, stream_seq, claim_check, model_us, failure, deleted_at, ticket, batch, line, custom_id";
 
 impl TryFrom<&Row> for Record {
     type Error = tokio_postgres::Error;
@@ -64,31 +74,21 @@ impl TryFrom<&Row> for Record {
             model_us: row.try_get("model_us")?,
             failure: row.try_get::<_, Option<Json<Failure>>>("failure")?.map(|Json(failure)| failure),
             deleted: row.try_get::<_, Option<OffsetDateTime>>("deleted_at")?.is_some(),
+            ticket: row.try_get("ticket")?,
+            batch: row.try_get("batch")?,
+            line: row.try_get("line")?,
+            custom_id: row.try_get("custom_id")?,
         })
     }
 }
 
-/// A job about to be recorded.
+/// A job whose payload is in the queue.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct NewJob {
-    pub(crate) id: JobId,
-    pub(crate) client: ClientId,
-    pub(crate) lane: Lane,
-    pub(crate) images: usize,
-    pub(crate) accepted_at: OffsetDateTime,
+pub(crate) struct Queued {
+    pub(crate) job: JobId,
+    /// In JOBS.
+    pub(crate) sequence: u64,
     pub(crate) deadline: OffsetDateTime,
-    pub(crate) claim_check: bool,
-}
-
-/// What came of recording a job.
-#[derive(Debug)]
-pub(crate) enum Claim {
-    /// Recorded as new.
-    New,
-    /// The key stands for this job already, with the same request.
-    Known(Box<Record>),
-    /// The key stands for another request.
-    Conflict,
 }
 
 /// A result that was the first one of its job.
@@ -136,50 +136,42 @@ impl Store {
         .await
     }
 
-    /// Step 2 of a job's life: claims the key and inserts the job, both or neither.
-    pub(crate) async fn claim(
-        &self,
-        job: &NewJob,
-        key: Option<&IdempotencyKey>,
-        digest: &[u8],
-    ) -> Result<Claim> {
+    /// The queue acknowledged payloads, whose headers have these deadlines. Returns the jobs that are on record.
+    pub(crate) async fn queued(&self, marks: &[Queued], now: OffsetDateTime) -> Result<Vec<JobId>> {
         within(async {
-        let mut connection = self.pool.get().await?;
-        let transaction = connection.transaction().await?;
-        if let Some(key) = key {
-            let insert = "INSERT INTO idempotency_keys (client, key, digest, job) VALUES ($1, $2, $3, $4) \
-                          ON CONFLICT DO NOTHING";
-            let insert = transaction.prepare_cached(insert).await?;
-            let client = job.client.uuid();
-            let claimed =
-                transaction.execute(&insert, &[&client, &key.as_str(), &digest, &job.id.uuid()]).await?;
-            if claimed == 0 {
-                return known(&transaction, job.client, key, digest).await;
-            }
-        }
-        insert_job(&transaction, job).await?;
-        transaction.commit().await?;
-        Ok(Claim::New)
+            let connection = self.pool.get().await?;
+            let update = "WITH mark AS (SELECT m.* FROM unnest($1::uuid[], $2::bigint[], $3::timestamptz[]) \
+                      AS m (id, sequence, deadline) JOIN jobs ON jobs.id = m.id ORDER BY m.id FOR UPDATE OF jobs) \
+                      UPDATE jobs SET stream_seq = mark.sequence, queued_at = coalesce(queued_at, $4), \
+                      deadline = CASE WHEN state = ANY($5) THEN mark.deadline ELSE jobs.deadline END, \
+                      state = CASE WHEN state = ANY($5) THEN 'queued' ELSE state END \
+                      FROM mark WHERE jobs.id = mark.id RETURNING jobs.id";
+            let update = connection.prepare_cached(update).await?;
+            let ids: Vec<Uuid> = marks.iter().map(|mark| mark.job.uuid()).collect();
+            let sequences: Vec<i64> = marks.iter().map(|mark| mark.sequence as i64).collect();
+            let deadlines: Vec<OffsetDateTime> = marks.iter().map(|mark| mark.deadline).collect();
+            let open = open_states(Event::Queued);
+            let rows = connection.query(&update, &[&ids, &sequences, &deadlines, &now, &open]).await?;
+            Ok(rows.iter().map(|row| row.get::<_, Uuid>(0).into()).collect())
         })
         .await
     }
 
-    /// The queue acknowledged the payload, whose header has this deadline.
-    pub(crate) async fn queued(
-        &self,
-        job: JobId,
-        sequence: u64,
-        now: OffsetDateTime,
-        deadline: OffsetDateTime,
-    ) -> Result<()> {
+    /// The queue refused payloads for certain: nothing was accepted, and nothing is left of the jobs.
+    pub(crate) async fn forget(&self, ids: &[JobId]) -> Result<()> {
         within(async {
-            let connection = self.pool.get().await?;
-            let update = "UPDATE jobs SET stream_seq = $2, queued_at = coalesce(queued_at, $3), \
-                      deadline = CASE WHEN state = ANY($4) THEN $5 ELSE deadline END, \
-                      state = CASE WHEN state = ANY($4) THEN 'queued' ELSE state END WHERE id = $1";
-            let update = connection.prepare_cached(update).await?;
-            let open = open_states(Event::Queued);
-            connection.execute(&update, &[&job.uuid(), &(sequence as i64), &now, &open, &deadline]).await?;
+            let ids: Vec<Uuid> = ids.iter().map(|id| id.uuid()).collect();
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let lock = format!(
+                "SELECT {OPEN} FROM jobs WHERE id = ANY($1) AND state = 'accepted' ORDER BY id FOR UPDATE"
+            );
+            let rows = transaction.query(&lock, &[&ids]).await?;
+            let locked: Vec<Open> = rows.iter().map(Open::from).collect();
+            release(&transaction, &locked).await?;
+            let locked: Vec<Uuid> = locked.iter().map(|open| open.id).collect();
+            transaction.execute("DELETE FROM jobs WHERE id = ANY($1)", &[&locked]).await?;
+            transaction.commit().await?;
             Ok(())
         })
         .await
@@ -273,15 +265,18 @@ impl Store {
         within(async {
             let mut connection = self.pool.get().await?;
             let transaction = connection.transaction().await?;
-            let select = format!("SELECT {RECORD} FROM jobs WHERE id = $1 AND client = $2 FOR UPDATE");
+            let select =
+                format!("SELECT {RECORD}, client, bytes FROM jobs WHERE id = $1 AND client = $2 FOR UPDATE");
             let row = transaction.query_opt(&select, &[&job.uuid(), &client.uuid()]).await?;
-            let Some(record) = row.as_ref().map(Record::try_from).transpose()? else { return Ok(None) };
+            let Some(row) = row else { return Ok(None) };
+            let record = Record::try_from(&row)?;
             if record.deleted || record.state == State::Cancelled {
                 return Ok(None);
             }
             if let Some(state) = job::step(record.state, Event::Cancelled) {
-                let update = "UPDATE jobs SET state = $2, finished_at = $3 WHERE id = $1";
-                transaction.execute(update, &[&job.uuid(), &state.as_str(), &now]).await?;
+                let event = release(&transaction, &[Open::from(&row)]).await?[0];
+                let update = "UPDATE jobs SET state = $2, finished_at = $3, event = $4 WHERE id = $1";
+                transaction.execute(update, &[&job.uuid(), &state.as_str(), &now, &event]).await?;
             } else {
                 transaction.execute("DELETE FROM reports WHERE job = $1", &[&job.uuid()]).await?;
                 transaction
@@ -322,36 +317,6 @@ impl Store {
     }
 }
 
-async fn known(
-    transaction: &Transaction<'_>,
-    client: ClientId,
-    key: &IdempotencyKey,
-    digest: &[u8],
-) -> Result<Claim> {
-    let select = format!(
-        "SELECT k.digest, j.* FROM idempotency_keys k JOIN (SELECT {RECORD} FROM jobs) j ON j.id = k.job \
-         WHERE k.client = $1 AND k.key = $2"
-    );
-    let row = transaction.query_one(&select, &[&client.uuid(), &key.as_str()]).await?;
-    if row.get::<_, &[u8]>("digest") == digest {
-        Ok(Claim::Known(Box::new(Record::try_from(&row)?)))
-    } else {
-        Ok(Claim::Conflict)
-    }
-}
-
-async fn insert_job(transaction: &Transaction<'_>, job: &NewJob) -> Result<()> {
-    let insert = "INSERT INTO jobs (id, client, lane, state, images, accepted_at, deadline, claim_check) \
-                  VALUES ($1, $2, $3, 'accepted', $4, $5, $6, $7)";
-    let insert = transaction.prepare_cached(insert).await?;
-    let (id, client, images) = (job.id.uuid(), job.client.uuid(), job.images as i16);
-    let (lane, claim_check) = (job.lane.as_str(), job.claim_check);
-    transaction
-        .execute(&insert, &[&id, &client, &lane, &images, &job.accepted_at, &job.deadline, &claim_check])
-        .await?;
-    Ok(())
-}
-
 /// Locks the jobs in order of their ids, so that overlapping batches cannot deadlock, then ends those that
 /// are open.
 async fn settle_jobs(
@@ -360,14 +325,19 @@ async fn settle_jobs(
 ) -> Result<Vec<Settled>> {
     let ids: Vec<Uuid> = results.iter().map(|(header, _)| header.job.uuid()).collect();
     let lock = transaction
-        .prepare_cached(
-            "SELECT id FROM jobs WHERE id = ANY($1) AND finished_at IS NULL ORDER BY id FOR UPDATE",
-        )
+        .prepare_cached(&format!(
+            "SELECT {OPEN} FROM jobs WHERE id = ANY($1) AND finished_at IS NULL ORDER BY id FOR UPDATE"
+        ))
         .await?;
+    let rows = transaction.query(&lock, &[&ids]).await?;
     // Most results reach us twice: a waiter has recorded them when the recorder comes.
-    if transaction.execute(&lock, &[&ids]).await? == 0 {
+    if rows.is_empty() {
         return Ok(Vec::new());
     }
+    let open: Vec<Open> = rows.iter().map(Open::from).collect();
+    let events = release(transaction, &open).await?;
+    let event = |id: Uuid| open.iter().zip(&events).find(|(open, _)| open.id == id).map(|(_, event)| *event);
+    let events: Vec<Option<i64>> = ids.iter().map(|id| event(*id)).collect();
     let headers = results.iter().map(|(header, _)| header);
     let ended: Vec<(&str, Option<Json<&Failure>>)> = headers
         .clone()
@@ -385,16 +355,16 @@ async fn settle_jobs(
     // A batch may hold two results of one job: DISTINCT ON takes the earlier one.
     let update = format!(
         "UPDATE jobs SET state = r.state, failure = r.failure, attempts = r.attempts, started_at = r.started, \
-                         finished_at = r.finished, model_us = r.model \
+                         finished_at = r.finished, model_us = r.model, event = r.event \
          FROM (SELECT DISTINCT ON (id) * FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::int[], \
-               $5::timestamptz[], $6::timestamptz[], $7::bigint[]) WITH ORDINALITY \
-               AS r (id, state, failure, attempts, started, finished, model, n) ORDER BY id, n) r \
-         WHERE jobs.id = r.id AND jobs.state = ANY($8) RETURNING {SETTLED}"
+               $5::timestamptz[], $6::timestamptz[], $7::bigint[], $8::bigint[]) WITH ORDINALITY \
+               AS r (id, state, failure, attempts, started, finished, model, event, n) ORDER BY id, n) r \
+         WHERE jobs.id = r.id AND jobs.state = ANY($9) RETURNING {SETTLED}"
     );
     let update = transaction.prepare_cached(&update).await?;
     let open = open_states(Event::Succeeded);
     let rows = transaction
-        .query(&update, &[&ids, &states, &failures, &attempts, &started, &finished, &model, &open])
+        .query(&update, &[&ids, &states, &failures, &attempts, &started, &finished, &model, &events, &open])
         .await?;
     Ok(rows.iter().map(settled).collect())
 }
@@ -423,13 +393,80 @@ async fn give_up(
     now: OffsetDateTime,
     code: Code,
 ) -> Result<Vec<Settled>> {
+    // Numbered as in every statement that has a condition of this kind: $1 now, $3 the bound.
+    let lock = format!(
+        "SELECT {OPEN} FROM jobs WHERE finished_at IS NULL AND {condition} AND $1::timestamptz IS NOT NULL \
+         ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED"
+    );
+    let rows = transaction.query(&lock, &[&now, &SWEEP_BATCH, &before]).await?;
+    let open: Vec<Open> = rows.iter().map(Open::from).collect();
+    fail(transaction, &open, now, code).await
+}
+
+/// Fails open jobs that are locked.
+pub(crate) async fn fail(
+    transaction: &Transaction<'_>,
+    open: &[Open],
+    now: OffsetDateTime,
+    code: Code,
+) -> Result<Vec<Settled>> {
+    let events = release(transaction, open).await?;
+    let ids: Vec<Uuid> = open.iter().map(|open| open.id).collect();
     let update = format!(
-        "UPDATE jobs SET state = 'failed', finished_at = $1, failure = $2 WHERE id IN (SELECT id FROM jobs \
-         WHERE finished_at IS NULL AND {condition} LIMIT $4 FOR UPDATE SKIP LOCKED) AND state = ANY($5) \
-         RETURNING {SETTLED}"
+        "UPDATE jobs SET state = 'failed', finished_at = $1, failure = $2, event = ended.event \
+         FROM unnest($3::uuid[], $4::bigint[]) AS ended (id, event) \
+         WHERE jobs.id = ended.id AND state = ANY($5) RETURNING {SETTLED}"
     );
     let failure = Json(Failure { code, image: None });
-    let open = open_states(Event::Failed);
-    let rows = transaction.query(&update, &[&now, &failure, &before, &SWEEP_BATCH, &open]).await?;
+    let sources = open_states(Event::Failed);
+    let rows = transaction.query(&update, &[&now, &failure, &ids, &events, &sources]).await?;
     Ok(rows.iter().map(settled).collect())
+}
+
+/// What is needed of an open job, locked, to end it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Open {
+    pub(crate) id: Uuid,
+    client: Uuid,
+    bytes: i64,
+}
+
+/// The columns of [`Open`].
+pub(crate) const OPEN: &str = "id, client, bytes";
+
+impl From<&Row> for Open {
+    fn from(row: &Row) -> Self {
+        Self { id: row.get("id"), client: row.get("client"), bytes: row.get("bytes") }
+    }
+}
+
+/// Takes jobs that end off their clients' loads, and numbers them among all that the client saw end: one number
+/// a job, in order. The loads stay locked until the end is on disk, so the numbers become visible in order.
+pub(crate) async fn release(transaction: &Transaction<'_>, open: &[Open]) -> Result<Vec<i64>> {
+    let mut loads: BTreeMap<Uuid, (i64, i64)> = BTreeMap::new();
+    for job in open {
+        let (jobs, bytes) = loads.entry(job.client).or_default();
+        *jobs += 1;
+        *bytes += job.bytes;
+    }
+    let clients: Vec<Uuid> = loads.keys().copied().collect();
+    if clients.len() > 1 {
+        let lock = "SELECT FROM loads WHERE client = ANY($1) ORDER BY client FOR UPDATE";
+        let lock = transaction.prepare_cached(lock).await?;
+        transaction.execute(&lock, &[&clients]).await?;
+    }
+    let (jobs, bytes): (Vec<i64>, Vec<i64>) = loads.values().copied().unzip();
+    let update = "UPDATE loads SET jobs = loads.jobs - l.jobs, bytes = loads.bytes - l.bytes, \
+                  events = events + l.jobs \
+                  FROM unnest($1::uuid[], $2::bigint[], $3::bigint[]) AS l (client, jobs, bytes) \
+                  WHERE loads.client = l.client RETURNING loads.client, events - l.jobs";
+    let update = transaction.prepare_cached(update).await?;
+    let rows = transaction.query(&update, &[&clients, &jobs, &bytes]).await?;
+    let mut next: BTreeMap<Uuid, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let number = |job: &Open| {
+        let last = next.entry(job.client).or_default();
+        *last += 1;
+        *last
+    };
+    Ok(open.iter().map(number).collect())
 }

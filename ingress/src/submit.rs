@@ -8,24 +8,27 @@ use axum::http::header::CONTENT_LOCATION;
 use dermflow_schemas::{
     clock,
     envelope::{Carrier, JobHeader, Payload, ResultHeader},
-    error::{ApiError, Code},
-    id::{ClientId, IdempotencyKey, JobId},
+    error::{Code, Retry},
+    id::{ClientId, JobId},
     job::{Lane, State},
-    limits,
-    queue::{self, Message, PublishError},
-    seal::{Purpose, Sealed},
+    limits, queue,
+    seal::{Purpose, SealError, Sealed},
 };
 use futures_util::StreamExt;
 use tokio::{
     sync::OwnedSemaphorePermit,
-    time::{Instant, MissedTickBehavior, interval_at, timeout},
+    time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
 };
 
 use crate::{
     answer::Problem,
     app::App,
+    commit::{Committed, Entry, publish_one},
     recorder,
-    store::{Claim, NewJob, Record},
+    store::{
+        Record,
+        claim::{Member, NewJob},
+    },
 };
 
 /// A checked request on its way into the queue.
@@ -33,8 +36,14 @@ use crate::{
 pub(crate) struct Submission {
     pub(crate) client: ClientId,
     pub(crate) lane: Lane,
-    pub(crate) key: Option<IdempotencyKey>,
+    /// What repeats of the request are known by.
+    pub(crate) key: Option<String>,
     pub(crate) payload: Payload,
+    /// From acceptance to the end, if the caller wants it shorter than the lane's.
+    pub(crate) cancel_after: Option<Duration>,
+    pub(crate) member: Option<Member>,
+    /// How long to wait when the client's quota or the queue is full, rather than to refuse.
+    pub(crate) patience: Duration,
     /// Accounts for the payload's memory until it is in the queue.
     pub(crate) memory: OwnedSemaphorePermit,
 }
@@ -56,34 +65,37 @@ pub(crate) async fn submit(app: Arc<App>, submission: Submission) -> Result<Subm
 }
 
 async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Submitted, Problem> {
-    let Submission { client, lane, key, payload, memory: _memory } = submission;
-    let images = payload.images.len();
-    let (plain, digest) = blocking(move || {
-        let plain = payload.encode();
-        let digest = digest(&SHA256, &plain);
-        (plain, digest)
-    })
-    .await?;
+    let Submission { client, lane, key, payload, cancel_after, member, patience, memory: _memory } =
+        submission;
     let now = clock::now();
-    let claim_check = plain.len() > limits::MAX_INLINE_BYTES;
-    let header = JobHeader::new(JobId::new(now), client, lane, now, String::new());
+    let mut header = JobHeader::new(JobId::new(now), client, lane, now, cancel_after);
+    let images = payload.images.len();
+    let Packed { sealed, bytes, digest } = pack(&app, header.job, payload).await?;
+    header.key.clone_from(&sealed.key_id);
+    let claim_check = bytes > limits::MAX_INLINE_BYTES;
     let job = NewJob {
         id: header.job,
         client,
         lane,
         images,
+        bytes,
         accepted_at: now,
         deadline: header.deadline,
         claim_check,
+        key,
+        digest,
+        quota: app.access.quota(client),
+        member,
     };
-    match app.store.claim(&job, key.as_ref(), digest.as_ref()).await? {
-        Claim::Conflict => Err(ApiError::from(Code::IdempotencyConflict).at("Idempotency-Key").into()),
-        Claim::New => {
-            let wake_up = listen(&app, header.job, lane).await;
-            publish(&app, header, plain, claim_check).await?;
-            Ok(Submitted { job: job.id, ended: false, wake_up })
+    let wake_up = listen(&app, job.id, lane).await;
+    let body = (!claim_check).then(|| header.encode(&sealed.bytes));
+    match patiently(&app, Entry { job, header: header.clone(), body }, patience).await? {
+        Committed::Queued => Ok(Submitted { job: header.job, ended: false, wake_up }),
+        Committed::Recorded => {
+            check_in(&app, &mut header, &sealed).await?;
+            Ok(Submitted { job: header.job, ended: false, wake_up })
         }
-        Claim::Known(first) => {
+        Committed::Known(first) => {
             let wake_up = listen(&app, first.id, lane).await;
             if first.state == State::Accepted {
                 // The first try died between record and queue, or never heard from the queue: go on with it. A
@@ -91,8 +103,8 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
                 if claim_check && now - first.accepted_at < 2 * limits::OBJECT_PUT_DEADLINE {
                     return Err(Code::QueueUnavailable.into());
                 }
-                let header = JobHeader::new(first.id, client, first.lane, now, String::new());
-                publish(&app, header, plain, claim_check).await?;
+                let again = JobHeader::new(first.id, client, first.lane, now, cancel_after);
+                revive(&app, again, header.job, sealed, claim_check).await?;
             }
             // What happened before anybody listened is in the record.
             let ended =
@@ -100,6 +112,40 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             Ok(Submitted { job: first.id, ended, wake_up })
         }
     }
+}
+
+/// Commits; what is refused for want of room is tried again while patience lasts.
+async fn patiently(app: &App, entry: Entry, patience: Duration) -> Result<Committed, Problem> {
+    let end = Instant::now() + patience;
+    loop {
+        let problem = match app.commits.commit(entry.clone()).await {
+            Err(problem) if problem.retry() == Retry::Safe => problem,
+            done => return done,
+        };
+        let pause = limits::POLL_INTERVAL.min(end.saturating_duration_since(Instant::now()));
+        if pause.is_zero() || app.draining.is_cancelled() {
+            return Err(problem);
+        }
+        sleep(pause).await;
+    }
+}
+
+/// A payload as it travels, and what is known of it.
+struct Packed {
+    sealed: Sealed,
+    bytes: usize,
+    digest: Vec<u8>,
+}
+
+async fn pack(app: &Arc<App>, job: JobId, payload: Payload) -> Result<Packed, Problem> {
+    let app = app.clone();
+    let packed = blocking(move || {
+        let plain = payload.encode();
+        let (bytes, digest) = (plain.len(), digest(&SHA256, &plain).as_ref().to_vec());
+        let sealed = app.keyring.seal(Purpose::Payload, job, plain)?;
+        Ok::<_, SealError>(Packed { sealed, bytes, digest })
+    });
+    packed.await?.map_err(|error| internal(&error))
 }
 
 /// Listens for a job's result on behalf of a caller who waits. Must begin before the job is published, or the
@@ -114,34 +160,32 @@ async fn listen(app: &App, job: JobId, lane: Lane) -> Option<Subscriber> {
     }
 }
 
-/// Step 3: seals the payload and hands it to the broker, within the deadline.
-async fn publish(
+/// Publishes a job that is on record already, with a payload that was sealed for the id `packed_for`.
+async fn revive(
     app: &Arc<App>,
     mut header: JobHeader,
-    plain: Vec<u8>,
+    packed_for: JobId,
+    sealed: Sealed,
     claim_check: bool,
 ) -> Result<(), Problem> {
     let (sealing, job) = (app.clone(), header.job);
-    let sealed = blocking(move || sealing.keyring.seal(Purpose::Payload, job, plain)).await?;
-    let sealed = sealed.map_err(|error| internal(&error))?;
-    header.key = sealed.key_id;
-    let body = if claim_check {
-        put_object(app, job, &sealed.bytes).await?;
-        header.carrier = Carrier::Object;
-        header.encode(&[])
-    } else {
-        header.encode(&sealed.bytes)
-    };
-    let message = Message::job(header.lane, header.client, job, header.attempt, body);
-    let sequence = app.publisher.publish(message, limits::PUBLISH_DEADLINE).await.map_err(|error| {
-        tracing::warn!(%job, %error, "job not queued");
-        Problem::from(match error {
-            PublishError::Unknown | PublishError::Refused(_) => Code::QueueUnavailable,
-            PublishError::Full => Code::QueueFull,
-        })
-    })?;
-    // Without this mark the sweeper would take the job for one that never was in the queue.
-    Ok(app.store.queued(job, sequence, clock::now(), header.deadline).await?)
+    let resealed = blocking(move || {
+        let plain = sealing.keyring.open(Purpose::Payload, packed_for, &sealed)?;
+        sealing.keyring.seal(Purpose::Payload, job, plain)
+    });
+    let sealed = resealed.await?.map_err(|error| internal(&error))?;
+    header.key.clone_from(&sealed.key_id);
+    if claim_check {
+        return check_in(app, &mut header, &sealed).await;
+    }
+    publish_one(app, &header, header.encode(&sealed.bytes)).await
+}
+
+/// Puts a large payload into the object store, and its claim check into the queue.
+async fn check_in(app: &App, header: &mut JobHeader, sealed: &Sealed) -> Result<(), Problem> {
+    put_object(app, header.job, &sealed.bytes).await?;
+    header.carrier = Carrier::Object;
+    publish_one(app, header, header.encode(&[])).await
 }
 
 async fn put_object(app: &App, job: JobId, sealed: &[u8]) -> Result<(), Problem> {

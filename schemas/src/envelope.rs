@@ -4,6 +4,8 @@
 //! version that a reader does not know is refused: a worker puts the job among the dead letters, a recorder
 //! leaves the result to one that knows it. Golden files in `schemas/golden` hold the form.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use time::OffsetDateTime;
@@ -66,14 +68,21 @@ pub struct JobHeader {
 }
 
 impl JobHeader {
-    /// The header of a first attempt.
-    pub fn new(job: JobId, client: ClientId, lane: Lane, accepted_at: OffsetDateTime, key: String) -> Self {
-        let deadline = accepted_at
-            + match lane {
-                Lane::Interactive => crate::limits::INTERACTIVE_DEADLINE,
-                Lane::Bulk => crate::limits::BULK_DEADLINE,
-            };
-        let carrier = Carrier::Inline;
+    /// The header of a first attempt, whose payload is not sealed yet. The deadline is the lane's, or
+    /// `cancel_after` acceptance if that is sooner.
+    pub fn new(
+        job: JobId,
+        client: ClientId,
+        lane: Lane,
+        accepted_at: OffsetDateTime,
+        cancel_after: Option<Duration>,
+    ) -> Self {
+        let within = match lane {
+            Lane::Interactive => crate::limits::INTERACTIVE_DEADLINE,
+            Lane::Bulk => crate::limits::BULK_DEADLINE,
+        };
+        let deadline = accepted_at + cancel_after.map_or(within, |after| after.min(within));
+        let (carrier, key) = (Carrier::Inline, String::new());
         Self { v: VERSION, job, client, lane, attempt: 1, accepted_at, deadline, key, carrier }
     }
 
@@ -321,7 +330,7 @@ mod tests {
     }
 
     fn job_header() -> JobHeader {
-        JobHeader::new(job(), client(), Lane::Interactive, at(0), "k2".into())
+        JobHeader { key: "k2".into(), ..JobHeader::new(job(), client(), Lane::Interactive, at(0), None) }
     }
 
     fn result_header() -> ResultHeader {

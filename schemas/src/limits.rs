@@ -37,6 +37,48 @@ pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
 pub const PUBLISH_MEMORY_BYTES: usize = 64 * 1024 * 1024;
 /// Open connections per listener.
 pub const MAX_CONNECTIONS: usize = 1_024;
+/// Jobs that are recorded in one transaction and published together: those that came in while the group before
+/// them was on its way.
+pub const GROUP_JOBS: usize = 64;
+/// Bytes of such a group, unless a single job has more.
+pub const GROUP_BYTES: usize = 12 * 1024 * 1024;
+/// Groups on their way at once, per ingress process.
+pub const GROUPS: usize = 4;
+/// Jobs that wait for a group, per ingress process; the next one waits for a place.
+pub const GROUP_QUEUE: usize = 1_024;
+
+/// Jobs of one client that may be open at once, unless staff gave it another quota; the next one gets a 429.
+pub const QUOTA_JOBS: i64 = 100_000;
+/// Bytes of the images of one client's open jobs: half of what the queue holds.
+pub const QUOTA_BYTES: i64 = 8 * 1024 * 1024 * 1024;
+/// Bulk jobs of one client that workers have in hand at once.
+pub const QUOTA_RUNNING: i64 = 1_000;
+/// The largest share of the workers that staff can give a client, against 1 of the others.
+pub const MAX_WEIGHT: i16 = 100;
+
+/// Lines of one upload to a batch.
+pub const MAX_BATCH_LINES: usize = 50_000;
+/// Characters of a line's `custom_id`, which may be a file's path.
+pub const MAX_CUSTOM_ID_CHARS: usize = 255;
+/// Uploads to batches at once, per ingress process; the next one gets a 503.
+pub const MAX_UPLOADS: usize = 64;
+/// Bytes of lines that one upload has in hand; beyond it, the client's socket waits. One line may have more.
+pub const UPLOAD_BYTES: usize = 8 * 1024 * 1024;
+/// Lines that one upload has in hand.
+pub const UPLOAD_LINES: usize = 64;
+/// How long a line of an upload waits for the client's quota, or for the queue, to have room again.
+pub const UPLOAD_PATIENCE: Duration = Duration::from_mins(1);
+/// How long an upload may stay silent, in either direction.
+pub const UPLOAD_SILENCE: Duration = Duration::from_secs(30);
+/// Entries in one FHIR batch: it is answered when all of them are, within one body.
+pub const MAX_BUNDLE_ENTRIES: usize = 32;
+/// Records in one page of a list.
+pub const MAX_PAGE: usize = 1_000;
+/// Records in one page when the caller names no number.
+pub const DEFAULT_PAGE: usize = 50;
+/// Reports that are read from the database at once while a batch's results are streamed.
+pub const RESULTS_CHUNK: usize = 32;
+
 /// Callers waiting for a result at once, per ingress process.
 pub const MAX_WAITERS: usize = 512;
 /// The longest synchronous wait.
@@ -65,6 +107,13 @@ pub const INGRESS_DRAIN: Duration = Duration::from_secs(70);
 
 /// The whole hand-over of a payload to the broker; after it the outcome is unknown and the answer 503.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(2);
+/// Messages that go to the broker as one atomic batch. A batch costs the broker about as much as 20 single
+/// messages, however many it holds (`bench publish`).
+pub const ATOMIC_FROM: usize = 24;
+/// The most messages of a batch; the broker's own limit is 1,000.
+pub const ATOMIC_MESSAGES: usize = 500;
+/// The most bytes of a batch, which the broker holds until it is complete.
+pub const ATOMIC_BYTES: usize = 16 * 1024 * 1024;
 /// Commands that wait for a connection to the broker that is away: at the largest message, 256 MiB.
 pub const BROKER_COMMANDS: usize = 32;
 /// A connection from the pool to PostgreSQL, and each statement on it.
@@ -93,10 +142,22 @@ pub const BULK_DEADLINE: Duration = Duration::from_hours(24);
 pub const ACCEPTED_GRACE: Duration = Duration::from_mins(10);
 /// Between two looks at which users are shut out: less than half of the second within which it must show.
 pub const ACCESS_INTERVAL: Duration = Duration::from_millis(400);
+/// Between two looks at how fast the queue drains.
+pub const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
+/// Over how long the rate is measured.
+pub const DRAIN_WINDOW: Duration = Duration::from_secs(10);
+/// What a refused caller is told to wait when nothing drains.
+pub const DRAIN_UNKNOWN: Duration = Duration::from_secs(30);
+/// The most that a refused caller is told to wait.
+pub const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
+/// The shortest deadline that a caller may set with `Cancel-After`.
+pub const MIN_CANCEL_AFTER: Duration = Duration::from_secs(5);
 /// Between two rounds of the sweeper.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Records settled or erased in one statement of the sweeper.
 pub const SWEEP_BATCH: i64 = 500;
+/// Jobs of a deleted batch that are taken out of the queue at once.
+pub const WITHDRAWALS: usize = 16;
 /// How long reports, records and idempotency keys are kept after the job's end.
 pub const RETENTION: Duration = Duration::from_hours(24 * 7);
 /// Results recorded in one transaction.

@@ -21,10 +21,13 @@ use async_nats::{
         consumer::{AckPolicy, PullConsumer, pull},
         context::PublishErrorKind,
         object_store,
+        publish::PublishAck,
+        response::Response,
         stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
     },
 };
 use bytes::Bytes;
+use futures_util::future::join_all;
 use secrecy::{ExposeSecret, SecretString};
 use time::OffsetDateTime;
 use tokio::{sync::Semaphore, time::timeout};
@@ -56,6 +59,8 @@ pub const RECORDER: &str = "recorder";
 /// Header of a dead letter: the stable error code.
 pub const REASON: &str = "Dermflow-Reason";
 
+/// When the client library gives up on the broker's answer to a publication, long after its caller did.
+const ACK_TIMEOUT: Duration = Duration::from_secs(10);
 const DEDUPE_WINDOW: Duration = Duration::from_mins(10);
 const DEAD_AGE: Duration = Duration::from_hours(24 * 14);
 const GIB: i64 = 1024 * 1024 * 1024;
@@ -109,7 +114,7 @@ fn stream(name: &str, subjects: &[&str]) -> Config {
 /// Every stream.
 pub fn streams() -> [Config; 4] {
     [
-        Config { max_bytes: 16 * GIB, ..stream(JOBS, &["jobs.>"]) },
+        Config { max_bytes: 16 * GIB, allow_atomic_publish: true, ..stream(JOBS, &["jobs.>"]) },
         // No limit of its own, which would discard the oldest: what is here was within the limit of JOBS, and
         // the broker's limit on storage refuses what is too much.
         Config {
@@ -237,7 +242,7 @@ impl NatsOptions {
 /// JetStream on `client`, with a time-out that leaves a slow broker to the publisher's own deadline.
 pub fn context(client: Client) -> Context {
     let mut context = jetstream::new(client);
-    context.set_timeout(Duration::from_secs(10));
+    context.set_timeout(ACK_TIMEOUT);
     context
 }
 
@@ -338,6 +343,86 @@ impl Publisher {
         };
         timeout(deadline, hand_over).await.unwrap_or(Err(PublishError::Unknown))
     }
+
+    /// Publishes messages to one stream, and says of each what [`Self::publish`] would.
+    ///
+    /// From [`limits::ATOMIC_FROM`] messages on, and within [`limits::ATOMIC_BYTES`], they go as one atomic batch
+    /// (ADR-50), which the broker syncs to disk once. What a batch is refused for, such as one message that is
+    /// stored already or one too many for the stream, concerns single messages: then each goes by itself.
+    pub async fn publish_all(
+        &self,
+        messages: Vec<Message>,
+        deadline: Duration,
+    ) -> Vec<Result<u64, PublishError>> {
+        let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
+        if (limits::ATOMIC_FROM..=limits::ATOMIC_MESSAGES).contains(&messages.len())
+            && bytes <= limits::ATOMIC_BYTES
+        {
+            let count = messages.len() as u64;
+            match self.publish_batch(messages.clone(), bytes, deadline).await {
+                Ok(last) => return (last + 1 - count..=last).map(Ok).collect(),
+                Err(PublishError::Unknown) => return vec![Err(PublishError::Unknown); messages.len()],
+                Err(PublishError::Full | PublishError::Refused(_)) => {}
+            }
+        }
+        join_all(messages.into_iter().map(|message| self.publish(message, deadline))).await
+    }
+
+    /// The sequence of the last message; the others stand before it without a gap.
+    async fn publish_batch(
+        &self,
+        messages: Vec<Message>,
+        bytes: usize,
+        deadline: Duration,
+    ) -> Result<u64, PublishError> {
+        let this = self.clone();
+        let hand_over = async move {
+            let permit = this.memory.clone().acquire_many_owned(bytes as u32).await;
+            let permit = permit.map_err(|_| PublishError::Unknown)?;
+            let publish = tokio::spawn(async move {
+                let outcome = send_batch(this.context.client(), messages).await;
+                drop(permit);
+                outcome
+            });
+            publish.await.map_err(|_| PublishError::Unknown)?
+        };
+        timeout(deadline, hand_over).await.unwrap_or(Err(PublishError::Unknown))
+    }
+}
+
+/// ADR-50: the messages carry the batch's id and their number; the last one commits and is answered.
+async fn send_batch(client: Client, messages: Vec<Message>) -> Result<u64, PublishError> {
+    if client.connection_state() != async_nats::connection::State::Connected {
+        return Err(PublishError::Unknown);
+    }
+    let (batch, count) = (client.new_inbox(), messages.len());
+    let batch = batch.rsplit('.').next().unwrap_or(&batch);
+    for (number, message) in (1..).zip(messages) {
+        let Message { subject, id, mut headers, body } = message;
+        headers.insert("Nats-Batch-Id", batch);
+        headers.insert("Nats-Batch-Sequence", number.to_string());
+        if let Some(id) = id {
+            headers.insert(async_nats::header::NATS_MESSAGE_ID, id);
+        }
+        if number < count {
+            let sent = client.publish_with_headers(subject, headers, body).await;
+            sent.map_err(|_| PublishError::Unknown)?;
+            continue;
+        }
+        headers.insert("Nats-Batch-Commit", "1");
+        let request = async_nats::Request::new().headers(headers).payload(body).timeout(Some(ACK_TIMEOUT));
+        let answer = client.send_request(subject, request).await.map_err(|_| PublishError::Unknown)?;
+        let answer = serde_json::from_slice(&answer.payload).map_err(|_| PublishError::Unknown)?;
+        return match answer {
+            Response::Ok(PublishAck { sequence, batch_size: Some(size), .. }) if size == count as u64 => {
+                Ok(sequence)
+            }
+            Response::Ok(_) => Err(PublishError::Unknown),
+            Response::Err { error } if error.error_code().0 == STREAM_STORE_FAILED => Err(PublishError::Full),
+            Response::Err { error } => Err(PublishError::Refused(error.to_string())),
+        };
+    }
+    Err(PublishError::Refused("a batch without messages".into()))
 }
 
 async fn send(context: &Context, message: Message) -> Result<u64, PublishError> {

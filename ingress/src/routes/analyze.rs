@@ -1,6 +1,6 @@
 //! `POST /fhir/DiagnosticReport/$analyze`: one to three images in, a report or a job out.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     extract::State,
@@ -12,7 +12,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     id::IdempotencyKey,
     job::Lane,
-    limits::MAX_BODY_BYTES,
+    limits::{MAX_BODY_BYTES, MIN_CANCEL_AFTER},
 };
 use prometheus::IntGauge;
 use tokio::sync::OwnedSemaphorePermit;
@@ -28,6 +28,7 @@ use crate::{
 };
 
 static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+static CANCEL_AFTER: HeaderName = HeaderName::from_static("cancel-after");
 static PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 
 pub(crate) async fn post(
@@ -44,6 +45,7 @@ pub(crate) async fn post(
         return Err(ApiError::from(Code::MediaType).at("Content-Type").into());
     }
     let key = idempotency_key(&headers)?;
+    let cancel_after = cancel_after(&headers)?;
     let prefer = Prefer::from_headers(&headers);
     let _waiter = match prefer.lane() {
         Lane::Interactive => Some(Waiter::new(&app)?),
@@ -51,7 +53,10 @@ pub(crate) async fn post(
     };
     let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
     let payload = blocking(move || parameters::parse(&bytes)).await??;
-    let submission = Submission { client, lane: prefer.lane(), key, payload, memory };
+    let key = key.map(|key| key.as_str().to_owned());
+    let (lane, member) = (prefer.lane(), None);
+    let patience = Duration::ZERO;
+    let submission = Submission { client, lane, key, payload, cancel_after, member, patience, memory };
     let submitted = submit(app.clone(), submission).await?;
     let job = submitted.job;
     match wait(&app, submitted, client, prefer.budget()).await.map_err(|p| with_status_url(p, &app, job))? {
@@ -72,13 +77,13 @@ pub(crate) async fn post(
 }
 
 /// A place among the callers who wait, taken before anything is recorded, given back however the call ends.
-struct Waiter {
+pub(super) struct Waiter {
     gauge: IntGauge,
     _place: OwnedSemaphorePermit,
 }
 
 impl Waiter {
-    fn new(app: &App) -> Result<Self, Problem> {
+    pub(super) fn new(app: &App) -> Result<Self, Problem> {
         let place = app.bounds.waiters.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
         let gauge = app.metrics.waiters.clone();
         gauge.inc();
@@ -92,7 +97,7 @@ impl Drop for Waiter {
     }
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ApiError> {
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ApiError> {
     let mut values = headers.get_all(&IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
     let invalid = || {
@@ -103,6 +108,28 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ApiErr
     }
     let key = value.to_str().map_err(|_| invalid())?.parse().map_err(|_| invalid())?;
     Ok(Some(key))
+}
+
+/// `Cancel-After`: a number of seconds, or of minutes, hours or days with the letter `m`, `h` or `d`.
+fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = headers.get(&CANCEL_AFTER) else { return Ok(None) };
+    let text = value.to_str().unwrap_or_default().trim();
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h', 'd']) {
+        Some(number) => (number, &text[number.len()..]),
+        None => (text, "s"),
+    };
+    let unit = match unit {
+        "d" => 86_400,
+        "h" => 3_600,
+        "m" => 60,
+        _ => 1,
+    };
+    let seconds = number.parse::<u32>().ok().map(|number| u64::from(number) * unit);
+    let after = seconds.map(Duration::from_secs).filter(|after| *after >= MIN_CANCEL_AFTER);
+    after.map(Some).ok_or_else(|| {
+        let rule = "at least 5 seconds, such as 90, 90s, 15m or 12h";
+        ApiError::from(Code::HeaderInvalid).at("Cancel-After").detail(rule)
+    })
 }
 
 fn applied(response: &mut Response, preference: &str) {

@@ -21,6 +21,7 @@ use crate::{
 };
 
 mod analyze;
+mod batches;
 mod health;
 mod jobs;
 mod login;
@@ -33,6 +34,12 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
         .route("/fhir/DiagnosticReport/{id}", get(status::report))
         .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
+        .route("/fhir/_bulk/{id}", get(batches::manifest))
+        .route("/batches", post(batches::create))
+        .route("/batches/{id}", get(batches::get).post(batches::resume).delete(batches::delete))
+        .route("/batches/{id}/results", get(batches::results))
+        .route("/batches/{id}/errors", get(batches::errors))
+        .route("/jobs", get(jobs::list))
         .route("/jobs/{id}", get(jobs::get));
     dressed(routes, app)
 }

@@ -10,6 +10,7 @@ use axum::{
 use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     clock,
+    envelope::Failure,
     error::{ApiError, Code},
     id::JobId,
     job::State as JobState,
@@ -20,13 +21,14 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
+    drain::{Place, place},
     extract::{Caller, JobPath},
     recorder,
     store::Record,
     submit::{Ended, ended, status_url},
 };
 
-static PROGRESS: HeaderName = HeaderName::from_static("x-progress");
+pub(super) static PROGRESS: HeaderName = HeaderName::from_static("x-progress");
 static SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// The state of a job: 202 while it goes on, then exactly what the synchronous call would have answered.
@@ -46,7 +48,8 @@ pub(crate) async fn get(
     let record = app.store.find(id, client).await?.filter(|record| !gone(record)).ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         let mut response = accepted(&app, id);
-        insert(response.headers_mut(), &PROGRESS, &progress(&record));
+        let place = place(&app, client, &record).await;
+        insert(response.headers_mut(), &PROGRESS, &progress(&record, place));
         return Ok(response);
     }
     let ended = ended(&app, id, client).await?.ok_or(Code::NotFound)?;
@@ -115,15 +118,18 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
     Ok(response)
 }
 
+/// What a failed job answers.
+pub(super) fn failed_with(failure: &Failure) -> ApiError {
+    let error = ApiError::from(failure.code);
+    match failure.image {
+        Some(image) => error.detail(format!("image {} of the request", image + 1)),
+        None => error,
+    }
+}
+
 fn failed(record: &Record) -> ApiError {
     match (&record.failure, record.state) {
-        (Some(failure), _) => {
-            let error = ApiError::from(failure.code);
-            match failure.image {
-                Some(image) => error.detail(format!("image {} of the request", image + 1)),
-                None => error,
-            }
-        }
+        (Some(failure), _) => failed_with(failure),
         (None, JobState::Cancelled) => Code::JobCancelled.into(),
         (None, _) => Code::Internal.into(),
     }
@@ -141,10 +147,15 @@ fn server_timing(record: &Record) -> String {
     )
 }
 
-fn progress(record: &Record) -> String {
-    match record.state {
-        JobState::Running => format!("running, attempt {}", record.attempts),
-        _ => "queued".into(),
+/// Below 100 characters, as FHIR's asynchronous pattern wants it.
+fn progress(record: &Record, place: Option<Place>) -> String {
+    match (record.state, place) {
+        (JobState::Running, _) => format!("running, attempt {}", record.attempts),
+        (_, Some(Place { position, starts_in: Some(wait) })) => {
+            format!("queued, position {position}, starts in about {} s", wait.as_secs())
+        }
+        (_, Some(Place { position, starts_in: None })) => format!("queued, position {position}"),
+        (_, None) => "queued".into(),
     }
 }
 

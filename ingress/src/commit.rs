@@ -1,0 +1,224 @@
+//! Group commit: jobs of concurrent requests are recorded in one transaction and published together.
+//!
+//! Nobody waits for a group to fill: a group is what came in while the groups before it were on their way, at low
+//! load a single job. Under load one commit, one sync of the broker's disk and one mark serve up to
+//! [`GROUP_JOBS`] jobs.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use dermflow_schemas::{
+    clock,
+    envelope::JobHeader,
+    error::{ApiError, Code},
+    id::JobId,
+    limits::{GROUP_BYTES, GROUP_JOBS, GROUP_QUEUE, GROUPS, PUBLISH_DEADLINE},
+    queue::{Message, PublishError},
+};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::{
+    answer::Problem,
+    app::App,
+    store::{
+        Queued, Record,
+        claim::{Claim, NewJob},
+    },
+};
+
+/// A job with its sealed payload.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) job: NewJob,
+    pub(crate) header: JobHeader,
+    /// The message's body; `None` when the payload goes to the object store once the job is on record.
+    pub(crate) body: Option<Bytes>,
+}
+
+/// What came of an entry.
+#[derive(Debug)]
+pub(crate) enum Committed {
+    /// Record and payload are on disk.
+    Queued,
+    /// The record is on disk; the payload has to be stored by the caller.
+    Recorded,
+    /// The key stands for this job already.
+    Known(Box<Record>),
+}
+
+type Reply = oneshot::Sender<Result<Committed, Problem>>;
+
+/// The way into a group.
+#[derive(Debug, Clone)]
+pub(crate) struct Commits {
+    entries: mpsc::Sender<(Entry, Reply)>,
+}
+
+/// The entries on their way to [`run`].
+pub(crate) type Entries = mpsc::Receiver<(Entry, Reply)>;
+
+impl Commits {
+    /// The way in, and its other end.
+    pub(crate) fn new() -> (Self, Entries) {
+        let (entries, received) = mpsc::channel(GROUP_QUEUE);
+        (Self { entries }, received)
+    }
+
+    /// Commits an entry with the next group.
+    pub(crate) async fn commit(&self, entry: Entry) -> Result<Committed, Problem> {
+        let (reply, answer) = oneshot::channel();
+        self.entries.send((entry, reply)).await.map_err(|_| Code::Overloaded)?;
+        answer.await.unwrap_or_else(|_| Err(Code::Internal.into()))
+    }
+}
+
+/// Forms groups and commits them, [`GROUPS`] at once, until every [`Commits`] is gone.
+pub(crate) async fn run(app: Arc<App>, mut entries: Entries) {
+    let groups = Arc::new(Semaphore::new(GROUPS));
+    while let Some(first) = entries.recv().await {
+        let Ok(permit) = groups.clone().acquire_owned().await else { return };
+        let (mut bytes, mut group) = (size(&first), vec![first]);
+        while group.len() < GROUP_JOBS
+            && bytes < GROUP_BYTES
+            && let Ok(next) = entries.try_recv()
+        {
+            bytes += size(&next);
+            group.push(next);
+        }
+        let app = app.clone();
+        tokio::spawn(async move {
+            commit(&app, group).await;
+            drop(permit);
+        });
+    }
+}
+
+fn size((entry, _): &(Entry, Reply)) -> usize {
+    entry.body.as_ref().map_or(0, Bytes::len)
+}
+
+async fn commit(app: &App, group: Vec<(Entry, Reply)>) {
+    app.metrics.group_jobs.with_label_values::<&str>(&[]).observe(group.len() as f64);
+    let (entries, replies): (Vec<Entry>, Vec<Reply>) = group.into_iter().unzip();
+    let outcomes = match record_and_publish(app, entries).await {
+        Ok(outcomes) => outcomes,
+        Err(problem) => replies.iter().map(|_| Err(problem.clone())).collect(),
+    };
+    for (reply, outcome) in replies.into_iter().zip(outcomes) {
+        // Nobody is there to be answered when a caller hung up: its job goes on.
+        let _ = reply.send(outcome);
+    }
+}
+
+async fn record_and_publish(
+    app: &App,
+    entries: Vec<Entry>,
+) -> Result<Vec<Result<Committed, Problem>>, Problem> {
+    let jobs: Vec<NewJob> = entries.iter().map(|entry| entry.job.clone()).collect();
+    let claims = app.store.claim(&jobs).await?;
+    let (mut outcomes, mut fresh, mut messages) = (Vec::new(), Vec::new(), Vec::new());
+    for (entry, claim) in entries.into_iter().zip(claims) {
+        let job = &entry.job;
+        outcomes.push(match (claim, entry.body) {
+            (Claim::New, Some(body)) => {
+                fresh.push(Fresh { place: outcomes.len(), header: entry.header.clone() });
+                messages.push(message(&entry.header, body));
+                // Until the queue has acknowledged it.
+                Err(Code::QueueUnavailable.into())
+            }
+            (Claim::New, None) => Ok(Committed::Recorded),
+            (Claim::Known(first), _) => Ok(Committed::Known(first)),
+            (Claim::Conflict, _) => {
+                Err(ApiError::from(Code::IdempotencyConflict).at("Idempotency-Key").into())
+            }
+            (Claim::OverQuota, _) => Err(over_quota(app, job).into()),
+        });
+    }
+    for (fresh, outcome) in fresh.iter().zip(publish(app, &fresh, messages).await) {
+        outcomes[fresh.place] = outcome.map(|()| Committed::Queued);
+    }
+    Ok(outcomes)
+}
+
+/// A recorded job on its way to the queue, and its place in the group.
+struct Fresh {
+    place: usize,
+    header: JobHeader,
+}
+
+fn message(header: &JobHeader, body: Bytes) -> Message {
+    Message::job(header.lane, header.client, header.job, header.attempt, body)
+}
+
+async fn publish(app: &App, fresh: &[Fresh], messages: Vec<Message>) -> Vec<Result<(), Problem>> {
+    if fresh.is_empty() {
+        return Vec::new();
+    }
+    let published = app.publisher.publish_all(messages, PUBLISH_DEADLINE).await;
+    let headers = || fresh.iter().map(|fresh| &fresh.header);
+    let marks: Vec<Queued> = headers()
+        .zip(&published)
+        .filter_map(|(header, published)| {
+            let sequence = *published.as_ref().ok()?;
+            Some(Queued { job: header.job, sequence, deadline: header.deadline })
+        })
+        .collect();
+    let refused: Vec<JobId> = headers()
+        .zip(&published)
+        .filter(|(_, published)| matches!(published, Err(PublishError::Full | PublishError::Refused(_))))
+        .map(|(header, _)| header.job)
+        .collect();
+    let marked = mark(app, &marks).await;
+    if !refused.is_empty()
+        && let Err(error) = app.store.forget(&refused).await
+    {
+        tracing::warn!(%error, jobs = refused.len(), "refused jobs are left to the sweeper");
+    }
+    let outcome = |(header, published): (&JobHeader, Result<u64, PublishError>)| match published {
+        Ok(_) => match &marked {
+            Ok(marked) if marked.contains(&header.job) => Ok(()),
+            Ok(_) => Err(Code::QueueUnavailable.into()),
+            Err(problem) => Err(problem.clone()),
+        },
+        Err(error) => Err(not_queued(app, header.job, &error)),
+    };
+    headers().zip(published).map(outcome).collect()
+}
+
+/// Without this mark the sweeper would take the jobs for ones that never were in the queue.
+async fn mark(app: &App, marks: &[Queued]) -> Result<Vec<JobId>, Problem> {
+    if marks.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(app.store.queued(marks, clock::now()).await?)
+}
+
+/// Publishes one job by itself.
+pub(crate) async fn publish_one(app: &App, header: &JobHeader, body: Bytes) -> Result<(), Problem> {
+    let message = message(header, body);
+    let published = app.publisher.publish(message, PUBLISH_DEADLINE).await;
+    let sequence = published.map_err(|error| not_queued(app, header.job, &error))?;
+    let mark = Queued { job: header.job, sequence, deadline: header.deadline };
+    let marked = self::mark(app, &[mark]).await?;
+    if marked.is_empty() { Err(Code::QueueUnavailable.into()) } else { Ok(()) }
+}
+
+fn not_queued(app: &App, job: JobId, error: &PublishError) -> Problem {
+    tracing::warn!(%job, %error, "job not queued");
+    match error {
+        PublishError::Unknown | PublishError::Refused(_) => Code::QueueUnavailable.into(),
+        PublishError::Full => {
+            let mut error = ApiError::from(Code::QueueFull);
+            error.retry_after = Some(app.drain.retry_after_full());
+            error.into()
+        }
+    }
+}
+
+fn over_quota(app: &App, job: &NewJob) -> ApiError {
+    let quota = job.quota;
+    let mut error = ApiError::from(Code::QuotaExceeded)
+        .detail(format!("at most {} open jobs with {} bytes of images", quota.jobs, quota.bytes));
+    error.retry_after = Some(app.drain.retry_after_quota(job.client, quota));
+    error
+}

@@ -1,0 +1,206 @@
+//! Lines of a request body, one after the other, within bounds of memory and time.
+
+use std::sync::Arc;
+
+use axum::body::{Body, BodyDataStream};
+use bytes::{Bytes, BytesMut};
+use dermflow_schemas::limits::UPLOAD_SILENCE;
+use futures_util::StreamExt;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+
+/// Splits a body at line feeds. Empty lines are passed over; a carriage return before the line feed is taken off.
+pub(crate) struct Lines {
+    body: BodyDataStream,
+    /// A permit a KiB of memory.
+    kib: Arc<Semaphore>,
+    /// The longest line.
+    limit: usize,
+    buffer: BytesMut,
+    /// How much of the buffer holds no line feed.
+    searched: usize,
+    /// What accounts for the buffer.
+    memory: Option<OwnedSemaphorePermit>,
+    /// Lines before the present one.
+    count: usize,
+    /// The present line is too long: the rest of it is thrown away.
+    skipping: bool,
+    ended: bool,
+}
+
+/// What came next.
+#[derive(Debug)]
+pub(crate) enum Next {
+    /// A line and its number, from 1.
+    Line { number: usize, bytes: Bytes, memory: OwnedSemaphorePermit },
+    /// The line of this number is longer than the limit.
+    TooLong { number: usize },
+    /// The body ended.
+    End,
+}
+
+/// The body was cut, or its sender, or the memory for it, took too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cut;
+
+impl Lines {
+    pub(crate) fn new(body: Body, kib: Arc<Semaphore>, limit: usize) -> Self {
+        Self {
+            body: body.into_data_stream(),
+            kib,
+            limit,
+            buffer: BytesMut::new(),
+            searched: 0,
+            memory: None,
+            count: 0,
+            skipping: false,
+            ended: false,
+        }
+    }
+
+    /// The next line. Cancel safe: what was received stays in the buffer.
+    pub(crate) async fn next(&mut self) -> Result<Next, Cut> {
+        loop {
+            if let Some(next) = self.take() {
+                return Ok(next);
+            }
+            if self.ended {
+                return Ok(Next::End);
+            }
+            // Memory first: a chunk that was taken off the socket has a place to be.
+            let more = async {
+                let chunk = self.body.next().await.transpose().map_err(|_| Cut)?;
+                Ok(chunk)
+            };
+            let chunk = timeout(UPLOAD_SILENCE, more).await.map_err(|_| Cut)??;
+            match chunk {
+                None => self.ended = true,
+                Some(chunk) => {
+                    self.buffer.extend_from_slice(&chunk);
+                    self.account().await?;
+                }
+            }
+        }
+    }
+
+    /// What is in the buffer is accounted for, or waited for. A body is not read any further meanwhile.
+    async fn account(&mut self) -> Result<(), Cut> {
+        let needed = kib(self.buffer.len());
+        let held = self.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        if needed > held {
+            let more = self.kib.clone().acquire_many_owned((needed - held) as u32);
+            let more = timeout(UPLOAD_SILENCE, more).await.map_err(|_| Cut)?.map_err(|_| Cut)?;
+            match &mut self.memory {
+                Some(memory) => memory.merge(more),
+                None => self.memory = Some(more),
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole line from the buffer, if there is one.
+    fn take(&mut self) -> Option<Next> {
+        loop {
+            let feed = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n');
+            let end = match feed {
+                Some(position) => self.searched + position,
+                None if self.ended && !self.buffer.is_empty() => self.buffer.len(),
+                None => {
+                    self.searched = self.buffer.len();
+                    return self.skip_long();
+                }
+            };
+            let mut line = self.buffer.split_to(end);
+            if feed.is_some() {
+                let _ = self.buffer.split_to(1);
+            }
+            self.searched = 0;
+            let memory = self
+                .memory
+                .as_mut()
+                .and_then(|memory| memory.split(kib(line.len()).min(memory.num_permits())));
+            if line.last() == Some(&b'\r') {
+                line.truncate(line.len() - 1);
+            }
+            if std::mem::take(&mut self.skipping) {
+                continue;
+            }
+            self.count += 1;
+            match memory {
+                _ if line.is_empty() => {}
+                Some(memory) if line.len() <= self.limit => {
+                    return Some(Next::Line { number: self.count, bytes: line.freeze(), memory });
+                }
+                _ => return Some(Next::TooLong { number: self.count }),
+            }
+        }
+    }
+
+    /// A line that is too long already is told of once, and thrown away as it comes.
+    fn skip_long(&mut self) -> Option<Next> {
+        if self.buffer.len() <= self.limit && !self.skipping {
+            return None;
+        }
+        self.buffer.clear();
+        (self.searched, self.memory) = (0, None);
+        if std::mem::replace(&mut self.skipping, true) {
+            return None;
+        }
+        self.count += 1;
+        Some(Next::TooLong { number: self.count })
+    }
+
+    /// What is left of the body.
+    pub(crate) fn into_rest(self) -> BodyDataStream {
+        self.body
+    }
+}
+
+fn kib(bytes: usize) -> usize {
+    bytes.div_ceil(1024).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use futures_util::stream;
+
+    use super::*;
+
+    /// The lines of a body that arrives in chunks of `size` bytes.
+    async fn lines(body: &str, size: usize) -> Vec<(usize, String)> {
+        let chunks: Vec<_> = body.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
+        let body = Body::from_stream(stream::iter(chunks.into_iter().map(Ok::<_, Infallible>)));
+        let memory = Arc::new(Semaphore::new(64));
+        let mut lines = Lines::new(body, memory.clone(), 10);
+        let mut found = Vec::new();
+        loop {
+            match lines.next().await.unwrap() {
+                Next::Line { number, bytes, .. } => {
+                    found.push((number, String::from_utf8(bytes.to_vec()).unwrap()));
+                }
+                Next::TooLong { number } => found.push((number, "too long".into())),
+                Next::End => break,
+            }
+        }
+        drop(lines);
+        assert_eq!(memory.available_permits(), 64, "memory is given back");
+        found
+    }
+
+    #[tokio::test]
+    async fn lines_are_the_same_however_they_arrive() {
+        for size in 1..30 {
+            let found = lines("one\r\n\ntwo\nmuch too long a line\nthree\n\nlast", size).await;
+            let expected = [(1, "one"), (3, "two"), (4, "too long"), (5, "three"), (7, "last")];
+            assert_eq!(found, expected.map(|(n, text)| (n, text.to_owned())), "in chunks of {size}");
+            assert_eq!(lines("", size).await, []);
+            assert_eq!(lines("0123456789ab\n", size).await, [(1, "too long".to_owned())]);
+            assert_eq!(lines("0123456789ab", size).await, [(1, "too long".to_owned())]);
+            assert_eq!(lines("0123456789\n1", size).await.len(), 2);
+        }
+    }
+}

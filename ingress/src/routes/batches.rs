@@ -1,0 +1,428 @@
+//! `/batches`: tens of thousands of images at a time. NDJSON in, NDJSON out, both while they grow.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    body::Body as AxumBody,
+    extract::{Path, Query, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use dermflow_auth::token::SCOPE_ANALYZE;
+use dermflow_schemas::{
+    clock,
+    error::{ApiError, Code},
+    fhir::instant,
+    id::ClientId,
+    job::{STATES, State as JobState},
+    limits::{DRAIN_WINDOW, MAX_WAIT, POLL_INTERVAL, WAITER_POLL},
+    seal::Purpose,
+};
+use futures_util::{StreamExt, stream};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use crate::{
+    answer::{self, Problem},
+    app::App,
+    batches::clear,
+    extract::{Body, Caller},
+    lines::Form,
+    routes::{
+        analyze::{Waiter, idempotency_key},
+        status::failed_with,
+    },
+    store::batches::{Batch, BatchError, BatchResult, Cause, Tally},
+    submit::internal,
+    upload::{self, NDJSON, Upload, batch_url},
+};
+
+const FHIR_NDJSON: &str = "application/fhir+ndjson";
+
+/// A new batch, or with a known `Idempotency-Key` the one that was made with it.
+pub(crate) async fn create(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    let (form, key) = (form(&headers)?, idempotency_key(&headers)?);
+    let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
+    let key = key.as_ref().map(dermflow_schemas::id::IdempotencyKey::as_str);
+    let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
+    let batch = batch.ok_or(Code::NotFound)?.id;
+    let upload = Upload { client, batch, form, mending: key.is_some(), place };
+    Ok(upload::start(app, upload, body.into_inner()))
+}
+
+/// More lines for a batch, or the same ones again after a cut.
+pub(crate) async fn resume(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    BatchPath(batch): BatchPath,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    let form = form(&headers)?;
+    let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
+    let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
+    let upload = Upload { client, batch, form, mending: true, place };
+    Ok(upload::start(app, upload, body.into_inner()))
+}
+
+fn form(headers: &HeaderMap) -> Result<Form, ApiError> {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    match kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase().as_str() {
+        FHIR_NDJSON => Ok(Form::Fhir),
+        NDJSON => Ok(Form::Plain),
+        _ => {
+            let rule = format!("{FHIR_NDJSON} or {NDJSON}");
+            Err(ApiError::from(Code::MediaType).at("Content-Type").detail(rule))
+        }
+    }
+}
+
+/// How a batch stands.
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    BatchPath(id): BatchPath,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    if app.bounds.polls.check_key(&client).is_err() {
+        return Err(Code::PollTooFast.into());
+    }
+    let batch = app.store.find_batch(id, client).await?.ok_or(Code::NotFound)?;
+    let now = clock::now();
+    let progress = Progress::new(batch, app.store.tally(id, now - DRAIN_WINDOW).await?, now);
+    Ok(answer::json(progress.to_json(&app)))
+}
+
+/// How far a batch is.
+struct Progress {
+    batch: Batch,
+    tally: Tally,
+    /// Jobs a second, over the last [`DRAIN_WINDOW`].
+    rate: f64,
+    now: OffsetDateTime,
+}
+
+impl Progress {
+    fn new(batch: Batch, tally: Tally, now: OffsetDateTime) -> Self {
+        let window = (now - batch.created_at).as_seconds_f64().clamp(1.0, DRAIN_WINDOW.as_secs_f64());
+        let rate = tally.ended_since as f64 / window;
+        Self { batch, tally, rate, now }
+    }
+
+    fn ended(&self) -> bool {
+        self.batch.closed_at.is_some() && self.tally.open() == 0
+    }
+
+    fn status(&self) -> &'static str {
+        let Tally { refused, .. } = self.tally;
+        let (total, of) = (self.tally.total(), |state| self.tally.of(state));
+        match (self.ended(), self.batch.closed_at) {
+            (false, None) => "uploading",
+            (false, Some(_)) => "in-progress",
+            _ if total > 0 && of(JobState::Cancelled) == total => "cancelled",
+            _ if of(JobState::Failed) + of(JobState::Cancelled) + refused > 0 => "completed-with-errors",
+            _ => "completed",
+        }
+    }
+
+    /// 100 exactly when everything has ended.
+    fn percent(&self) -> i64 {
+        let (total, open) = (self.tally.total(), self.tally.open());
+        if self.ended() { 100 } else { ((total - open) * 100 / total.max(1)).min(99) }
+    }
+
+    fn estimated_end(&self) -> Option<OffsetDateTime> {
+        let open = self.tally.open();
+        (open > 0 && self.rate > 0.0).then(|| self.now + Duration::from_secs_f64(open as f64 / self.rate))
+    }
+
+    fn to_json(&self, app: &App) -> Value {
+        let url = batch_url(app, self.batch.id);
+        let counts: serde_json::Map<String, Value> =
+            STATES.iter().map(|state| (state.to_string(), json!(self.tally.of(*state)))).collect();
+        json!({
+            "id": self.batch.id,
+            "status": self.status(),
+            "created_at": instant(self.batch.created_at),
+            "closed_at": self.batch.closed_at.map(instant),
+            "total": self.tally.total(),
+            "refused": self.tally.refused,
+            "counts": counts,
+            "percent": self.percent(),
+            "rate": (self.rate * 10.0).round() / 10.0,
+            "estimated_end": self.estimated_end().map(instant),
+            "links": {
+                "self": url,
+                "results": format!("{url}/results"),
+                "errors": format!("{url}/errors"),
+                "manifest": manifest_url(app, self.batch.id),
+            },
+        })
+    }
+}
+
+fn manifest_url(app: &App, batch: Uuid) -> String {
+    format!("{}/fhir/_bulk/{batch}", app.public_url)
+}
+
+/// The manifest of FHIR Bulk Data (STU 2, Response - Complete Status); 202 until everything has ended.
+pub(crate) async fn manifest(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    BatchPath(id): BatchPath,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    if app.bounds.polls.check_key(&client).is_err() {
+        return Err(Code::PollTooFast.into());
+    }
+    let batch = app.store.find_batch(id, client).await?.ok_or(Code::NotFound)?;
+    let now = clock::now();
+    let progress = Progress::new(batch, app.store.tally(id, now - DRAIN_WINDOW).await?, now);
+    if !progress.ended() {
+        let mut response = StatusCode::ACCEPTED.into_response();
+        let open = progress.tally.open();
+        let text = format!("{} %, {open} of {} open", progress.percent(), progress.tally.total());
+        let headers = response.headers_mut();
+        headers.extend(HeaderValue::from_str(&text).ok().map(|text| (super::status::PROGRESS.clone(), text)));
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(POLL_INTERVAL.as_secs()));
+        return Ok(response);
+    }
+    let url = batch_url(&app, id);
+    let failed = progress.tally.of(JobState::Failed) + progress.tally.of(JobState::Cancelled);
+    let file = |kind: &str, name: &str, count: i64| json!([{"type": kind, "url": format!("{url}/{name}?_format={FHIR_NDJSON}"), "count": count}]);
+    let ended = progress.tally.last_finished.or(batch.closed_at).unwrap_or(now);
+    Ok(answer::json(json!({
+        "transactionTime": instant(ended),
+        "request": url,
+        "requiresAccessToken": true,
+        "output": file("DiagnosticReport", "results", progress.tally.of(JobState::Succeeded)),
+        "error": file("OperationOutcome", "errors", failed + progress.tally.refused),
+    })))
+}
+
+/// How much of a file a caller wants.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Wanted {
+    /// Entries after this one.
+    #[serde(default)]
+    cursor: i64,
+    /// Seconds to wait when there is nothing yet.
+    #[serde(default)]
+    wait: u64,
+    /// Entries at most.
+    limit: Option<usize>,
+    /// The media type, for callers that cannot set `Accept` (FHIR R4, General Parameters).
+    _format: Option<String>,
+}
+
+/// Which of a batch's two files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum File {
+    Results,
+    Errors,
+}
+
+/// The reports of a batch, in the order in which its jobs ended.
+pub(crate) async fn results(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    BatchPath(batch): BatchPath,
+    headers: HeaderMap,
+    wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
+) -> Result<Response, Problem> {
+    file(app, &caller, batch, &headers, wanted, File::Results).await
+}
+
+/// The lines of a batch that have no report, and why.
+pub(crate) async fn errors(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    BatchPath(batch): BatchPath,
+    headers: HeaderMap,
+    wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
+) -> Result<Response, Problem> {
+    file(app, &caller, batch, &headers, wanted, File::Errors).await
+}
+
+async fn file(
+    app: Arc<App>,
+    caller: &Caller,
+    batch: Uuid,
+    headers: &HeaderMap,
+    wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
+    file: File,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    let Query(wanted) = wanted.map_err(|_| {
+        let rule = "cursor, wait and limit are whole numbers";
+        ApiError::from(Code::QueryInvalid).at("query").detail(rule)
+    })?;
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let form = match wanted._format.as_deref().unwrap_or(accept) {
+        format if format.contains("fhir+ndjson") => Form::Fhir,
+        _ => Form::Plain,
+    };
+    app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
+    if wanted.wait > 0 {
+        let _waiter = Waiter::new(&app)?;
+        wait(&app, client, batch, &wanted, file).await?;
+    }
+    let kind = if form == Form::Fhir { FHIR_NDJSON } else { NDJSON };
+    let entries =
+        Reader { app, batch, file, form, after: wanted.cursor, left: wanted.limit.unwrap_or(usize::MAX) };
+    // An error on the way cuts the answer off, so that nobody takes it for a whole one.
+    let chunks = stream::try_unfold(entries, |mut entries| async {
+        Ok::<_, std::io::Error>(entries.next().await?.map(|chunk| (chunk, entries)))
+    });
+    Ok(([(header::CONTENT_TYPE, kind)], AxumBody::from_stream(chunks)).into_response())
+}
+
+/// Waits until there is an entry, or none will come any more.
+async fn wait(app: &App, client: ClientId, batch: Uuid, wanted: &Wanted, file: File) -> Result<(), Problem> {
+    let end = Instant::now() + Duration::from_secs(wanted.wait).min(MAX_WAIT);
+    loop {
+        let more = match file {
+            File::Results => !app.store.batch_results(batch, wanted.cursor).await?.is_empty(),
+            File::Errors => !app.store.batch_errors(batch, wanted.cursor).await?.is_empty(),
+        };
+        let found = app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
+        let tally = app.store.tally(batch, clock::now()).await?;
+        let ended = found.closed_at.is_some() && tally.open() == 0;
+        if more || ended || Instant::now() + WAITER_POLL > end || app.draining.is_cancelled() {
+            return Ok(());
+        }
+        sleep(WAITER_POLL / 4).await;
+    }
+}
+
+/// Reads a file in chunks.
+struct Reader {
+    app: Arc<App>,
+    batch: Uuid,
+    file: File,
+    form: Form,
+    after: i64,
+    left: usize,
+}
+
+impl Reader {
+    async fn next(&mut self) -> std::io::Result<Option<Bytes>> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let chunk = match self.file {
+            File::Results => self.results().await,
+            File::Errors => self.errors().await,
+        };
+        chunk.map_err(|_| std::io::Error::other("the record cannot be reached"))
+    }
+
+    async fn results(&mut self) -> Result<Option<Bytes>, Problem> {
+        let mut results = self.app.store.batch_results(self.batch, self.after).await?;
+        results.truncate(self.left);
+        self.left -= results.len();
+        let Some(last) = results.last() else { return Ok(None) };
+        self.after = last.event;
+        let mut chunk = Vec::new();
+        for result in results {
+            let report = self.app.keyring.open(Purpose::Report, result.job, &result.sealed);
+            let report = report.map_err(|error| internal(&error))?;
+            write_result(&mut chunk, &result, &report, self.form);
+        }
+        Ok(Some(chunk.into()))
+    }
+
+    async fn errors(&mut self) -> Result<Option<Bytes>, Problem> {
+        let mut errors = self.app.store.batch_errors(self.batch, self.after).await?;
+        errors.truncate(self.left);
+        self.left -= errors.len();
+        let Some(last) = errors.last() else { return Ok(None) };
+        self.after = last.event;
+        let mut chunk = Vec::new();
+        for error in &errors {
+            write_error(&mut chunk, error, self.form);
+        }
+        Ok(Some(chunk.into()))
+    }
+}
+
+fn write_result(chunk: &mut Vec<u8>, result: &BatchResult, report: &[u8], form: Form) {
+    if form == Form::Plain {
+        let BatchResult { event, line, custom_id, job, .. } = result;
+        let entry = json!({"cursor": event, "line": line, "custom_id": custom_id, "job": job}).to_string();
+        chunk.extend_from_slice(entry.trim_end_matches('}').as_bytes());
+        chunk.extend_from_slice(b",\"report\":");
+        chunk.extend_from_slice(report);
+        chunk.push(b'}');
+    } else {
+        chunk.extend_from_slice(report);
+    }
+    chunk.push(b'\n');
+}
+
+fn write_error(chunk: &mut Vec<u8>, error: &BatchError, form: Form) {
+    let BatchError { event, line, custom_id, job, cause } = error;
+    let known = match cause {
+        Cause::Failed(failure) => Some(failed_with(failure)),
+        Cause::Cancelled => Some(Code::JobCancelled.into()),
+        Cause::Refused(_) => None,
+    };
+    let plain = match (&known, cause) {
+        (None, Cause::Refused(error)) => error.clone(),
+        (known, _) => known.as_ref().map_or(Value::Null, answer::error_json),
+    };
+    if form == Form::Plain {
+        let entry =
+            json!({"cursor": event, "line": line, "custom_id": custom_id, "job": job, "error": plain});
+        chunk.extend_from_slice(entry.to_string().as_bytes());
+    } else {
+        let place =
+            custom_id.as_ref().map_or_else(|| format!("line {line}"), |id| format!("line {line}, {id}"));
+        chunk.extend_from_slice(&answer::line_outcome(&plain, &place));
+    }
+    chunk.push(b'\n');
+}
+
+/// Cancels what has not ended, and removes the results.
+pub(crate) async fn delete(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    BatchPath(batch): BatchPath,
+) -> Result<Response, Problem> {
+    let client = caller.with_scope(SCOPE_ANALYZE)?;
+    if !app.store.delete_batch(batch, client, clock::now()).await? {
+        return Err(Code::NotFound.into());
+    }
+    // From here on it is gone for its client; the rest is done here, or by the sweeper.
+    tokio::spawn(async move { clear(&app).await });
+    Ok(StatusCode::ACCEPTED.into_response())
+}
+
+/// The batch that a path names, in the one spelling that we give out.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BatchPath(Uuid);
+
+impl<S: Send + Sync> axum::extract::FromRequestParts<S> for BatchPath {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let Ok(Path(text)) = path else { return Err(Code::NotFound.into()) };
+        match text.parse::<Uuid>() {
+            Ok(id) if id.hyphenated().to_string() == text => Ok(Self(id)),
+            _ => Err(Code::NotFound.into()),
+        }
+    }
+}

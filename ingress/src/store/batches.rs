@@ -1,0 +1,370 @@
+//! Batches: jobs that were submitted together, what became of them, and lists of jobs.
+
+use dermflow_auth::db::within;
+use dermflow_schemas::{
+    envelope::Failure,
+    id::{ClientId, JobId},
+    job::{Event, Lane, State},
+    limits::{RESULTS_CHUNK, RETENTION, SWEEP_BATCH},
+    seal::Sealed,
+};
+use serde_json::Value;
+use time::OffsetDateTime;
+use tokio_postgres::{Row, types::Json};
+use uuid::Uuid;
+
+use super::{OPEN, Open, RECORD, Record, Result, Store, open_states, release};
+
+/// A batch as recorded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Batch {
+    pub(crate) id: Uuid,
+    pub(crate) created_at: OffsetDateTime,
+    /// When an upload reached its end, and none has begun since.
+    pub(crate) closed_at: Option<OffsetDateTime>,
+}
+
+/// How a batch's jobs stand.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tally {
+    /// Jobs by state; a state that no job is in is left out.
+    pub(crate) states: Vec<(State, i64)>,
+    /// Lines refused for good.
+    pub(crate) refused: i64,
+    /// Jobs that ended since the time asked for.
+    pub(crate) ended_since: i64,
+    /// The client's event of the last job that ended.
+    pub(crate) last_event: i64,
+    pub(crate) last_finished: Option<OffsetDateTime>,
+}
+
+impl Tally {
+    /// Jobs in a state.
+    pub(crate) fn of(&self, state: State) -> i64 {
+        self.states.iter().find(|(found, _)| *found == state).map_or(0, |(_, count)| *count)
+    }
+
+    /// All jobs.
+    pub(crate) fn total(&self) -> i64 {
+        self.states.iter().map(|(_, count)| count).sum()
+    }
+
+    /// Jobs that have not ended.
+    pub(crate) fn open(&self) -> i64 {
+        self.states.iter().filter(|(state, _)| !state.is_terminal()).map(|(_, count)| count).sum()
+    }
+}
+
+/// A job's report, as a line of a batch's results.
+#[derive(Debug)]
+pub(crate) struct BatchResult {
+    pub(crate) event: i64,
+    pub(crate) line: i32,
+    pub(crate) custom_id: String,
+    pub(crate) job: JobId,
+    pub(crate) sealed: Sealed,
+}
+
+/// What came of a line that has no report.
+#[derive(Debug)]
+pub(crate) struct BatchError {
+    pub(crate) event: i64,
+    pub(crate) line: i32,
+    pub(crate) custom_id: Option<String>,
+    pub(crate) job: Option<JobId>,
+    pub(crate) cause: Cause,
+}
+
+/// Why a line has no report.
+#[derive(Debug)]
+pub(crate) enum Cause {
+    /// Its job failed.
+    Failed(Failure),
+    /// Its job was cancelled.
+    Cancelled,
+    /// No job could be made of it; the error as the upload was told.
+    Refused(Value),
+}
+
+/// A job that was cancelled with its batch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cancelled {
+    pub(crate) id: JobId,
+    pub(crate) lane: Lane,
+    /// A worker may have it.
+    pub(crate) running: bool,
+    pub(crate) stream_seq: Option<i64>,
+    pub(crate) claim_check: bool,
+}
+
+/// Which of a client's jobs a list shows.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Filter {
+    /// Any of these.
+    pub(crate) states: Vec<State>,
+    pub(crate) created_after: Option<OffsetDateTime>,
+    pub(crate) created_before: Option<OffsetDateTime>,
+    pub(crate) batch: Option<Uuid>,
+    /// Jobs before this one, in the order of the list.
+    pub(crate) cursor: Option<JobId>,
+}
+
+impl Store {
+    /// A new batch, or the one that was made with this key, open for an upload; `None` when that one was deleted.
+    pub(crate) async fn open_batch(
+        &self,
+        id: Uuid,
+        client: ClientId,
+        key: Option<&str>,
+        now: OffsetDateTime,
+    ) -> Result<Option<Batch>> {
+        within(async {
+            let upsert = "INSERT INTO batches (id, client, key, created_at) VALUES ($1, $2, $3, $4) \
+                          ON CONFLICT (client, key) DO UPDATE SET closed_at = NULL \
+                          RETURNING id, created_at, closed_at, deleted_at";
+            let connection = self.pool.get().await?;
+            let row = connection.query_one(upsert, &[&id, &client.uuid(), &key, &now]).await?;
+            Ok(batch(&row))
+        })
+        .await
+    }
+
+    /// A batch of this client, open for another upload.
+    pub(crate) async fn reopen_batch(&self, id: Uuid, client: ClientId) -> Result<Option<Batch>> {
+        within(async {
+            let update = "UPDATE batches SET closed_at = NULL WHERE id = $1 AND client = $2 \
+                          RETURNING id, created_at, closed_at, deleted_at";
+            let connection = self.pool.get().await?;
+            Ok(connection.query_opt(update, &[&id, &client.uuid()]).await?.as_ref().and_then(batch))
+        })
+        .await
+    }
+
+    /// An upload reached its end.
+    pub(crate) async fn close_batch(&self, id: Uuid, now: OffsetDateTime) -> Result<()> {
+        within(async {
+            let connection = self.pool.get().await?;
+            connection.execute("UPDATE batches SET closed_at = $2 WHERE id = $1", &[&id, &now]).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// A client's own batch; a deleted one does not exist.
+    pub(crate) async fn find_batch(&self, id: Uuid, client: ClientId) -> Result<Option<Batch>> {
+        within(async {
+            let select =
+                "SELECT id, created_at, closed_at, deleted_at FROM batches WHERE id = $1 AND client = $2";
+            let connection = self.pool.get().await?;
+            let select = connection.prepare_cached(select).await?;
+            Ok(connection.query_opt(&select, &[&id, &client.uuid()]).await?.as_ref().and_then(batch))
+        })
+        .await
+    }
+
+    /// How a batch's jobs stand.
+    pub(crate) async fn tally(&self, batch: Uuid, since: OffsetDateTime) -> Result<Tally> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let select = "SELECT state, count(*), coalesce(max(event), 0), max(finished_at), \
+                          count(*) FILTER (WHERE finished_at > $2) FROM jobs WHERE batch = $1 GROUP BY state";
+            let select = connection.prepare_cached(select).await?;
+            let mut tally = Tally::default();
+            for row in connection.query(&select, &[&batch, &since]).await? {
+                let state = row.get::<_, &str>(0).parse().unwrap_or(State::Failed);
+                tally.states.push((state, row.get(1)));
+                tally.last_event = tally.last_event.max(row.get(2));
+                tally.last_finished = tally.last_finished.max(row.get(3));
+                tally.ended_since += row.get::<_, i64>(4);
+            }
+            let refused = "SELECT count(*) FROM batch_refusals WHERE batch = $1";
+            let refused = connection.prepare_cached(refused).await?;
+            tally.refused = connection.query_one(&refused, &[&batch]).await?.get(0);
+            Ok(tally)
+        })
+        .await
+    }
+
+    /// Notes that a line was refused for good. A later upload of the same line that is accepted takes it back.
+    pub(crate) async fn refuse_line(
+        &self,
+        client: ClientId,
+        batch: Uuid,
+        line: usize,
+        custom_id: Option<&str>,
+        error: &Value,
+    ) -> Result<()> {
+        within(async {
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let event = "INSERT INTO loads AS l (client, events) VALUES ($1, 1) \
+                         ON CONFLICT (client) DO UPDATE SET events = l.events + 1 RETURNING events";
+            let event: i64 = transaction.query_one(event, &[&client.uuid()]).await?.get(0);
+            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND custom_id = $2";
+            transaction.execute(delete, &[&batch, &custom_id]).await?;
+            let insert = "INSERT INTO batch_refusals (batch, event, line, custom_id, error) \
+                          VALUES ($1, $2, $3, $4, $5)";
+            let line = line as i32;
+            transaction.execute(insert, &[&batch, &event, &line, &custom_id, &Json(error)]).await?;
+            transaction.commit().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Lines that were refused once and are accepted now.
+    pub(crate) async fn admit_lines(&self, batch: Uuid, custom_ids: &[&str]) -> Result<()> {
+        within(async {
+            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND custom_id = ANY($2)";
+            self.pool.get().await?.execute(delete, &[&batch, &custom_ids]).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// The next reports of a batch after event `after`, in the order in which the jobs ended.
+    pub(crate) async fn batch_results(&self, batch: Uuid, after: i64) -> Result<Vec<BatchResult>> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let select = "SELECT event, line, custom_id, id, key_id, sealed FROM jobs JOIN reports ON job = id \
+                          WHERE batch = $1 AND event > $2 ORDER BY event LIMIT $3";
+            let select = connection.prepare_cached(select).await?;
+            let rows = connection.query(&select, &[&batch, &after, &(RESULTS_CHUNK as i64)]).await?;
+            let result = |row: &Row| BatchResult {
+                event: row.get(0),
+                line: row.get(1),
+                custom_id: row.get(2),
+                job: row.get::<_, Uuid>(3).into(),
+                sealed: Sealed { key_id: row.get(4), bytes: row.get::<_, Vec<u8>>(5).into() },
+            };
+            Ok(rows.iter().map(result).collect())
+        })
+        .await
+    }
+
+    /// The next lines of a batch without a report, as [`Self::batch_results`].
+    pub(crate) async fn batch_errors(&self, batch: Uuid, after: i64) -> Result<Vec<BatchError>> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let select = "SELECT event, line, custom_id, id, failure, NULL::jsonb AS refused FROM jobs \
+                          WHERE batch = $1 AND event > $2 AND state IN ('failed', 'cancelled') \
+                          UNION ALL \
+                          SELECT event, line, custom_id, NULL, NULL, error FROM batch_refusals \
+                          WHERE batch = $1 AND event > $2 ORDER BY event LIMIT $3";
+            let select = connection.prepare_cached(select).await?;
+            let rows = connection.query(&select, &[&batch, &after, &(RESULTS_CHUNK as i64)]).await?;
+            Ok(rows.iter().map(batch_error).collect())
+        })
+        .await
+    }
+
+    /// Marks a batch as deleted: for its client it is not there any more. The rest is [`Self::clear_deleted`]'s.
+    pub(crate) async fn delete_batch(&self, id: Uuid, client: ClientId, now: OffsetDateTime) -> Result<bool> {
+        within(async {
+            let update =
+                "UPDATE batches SET deleted_at = $3 WHERE id = $1 AND client = $2 AND deleted_at IS NULL";
+            let connection = self.pool.get().await?;
+            Ok(connection.execute(update, &[&id, &client.uuid(), &now]).await? == 1)
+        })
+        .await
+    }
+
+    /// Cancels some open jobs of deleted batches and removes some of their results; when it did neither, nothing
+    /// is left to do. Returns the cancelled jobs, and how many ended ones were removed.
+    pub(crate) async fn clear_deleted(&self, now: OffsetDateTime) -> Result<(Vec<Cancelled>, i64)> {
+        within(async {
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let select = format!(
+                "SELECT {OPEN}, lane, state, stream_seq, claim_check FROM jobs \
+                 WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) AND finished_at IS NULL \
+                 ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED"
+            );
+            let rows = transaction.query(&select, &[&SWEEP_BATCH]).await?;
+            let open: Vec<Open> = rows.iter().map(Open::from).collect();
+            let events = release(&transaction, &open).await?;
+            let ids: Vec<Uuid> = open.iter().map(|open| open.id).collect();
+            let update = "UPDATE jobs SET state = 'cancelled', finished_at = $1, event = ended.event \
+                          FROM unnest($2::uuid[], $3::bigint[]) AS ended (id, event) \
+                          WHERE jobs.id = ended.id AND state = ANY($4)";
+            transaction.execute(update, &[&now, &ids, &events, &open_states(Event::Cancelled)]).await?;
+            let erase = "WITH gone AS (UPDATE jobs SET deleted_at = $1 WHERE id IN (SELECT id FROM jobs \
+                         WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) \
+                         AND finished_at IS NOT NULL AND deleted_at IS NULL LIMIT $2 FOR UPDATE SKIP LOCKED) \
+                         RETURNING id), erased AS (DELETE FROM reports USING gone WHERE reports.job = gone.id) \
+                         SELECT count(*) FROM gone";
+            let erased: i64 = transaction.query_one(erase, &[&now, &SWEEP_BATCH]).await?.get(0);
+            transaction.commit().await?;
+            Ok((rows.iter().map(cancelled).collect(), erased))
+        })
+        .await
+    }
+
+    /// Erases batches past their retention of which no job is left.
+    pub(crate) async fn erase_batches(&self, now: OffsetDateTime) -> Result<()> {
+        within(async {
+            let erase = "DELETE FROM batches WHERE id IN (SELECT id FROM batches b WHERE created_at < $1 \
+                         AND NOT EXISTS (SELECT FROM jobs WHERE batch = b.id) LIMIT $2)";
+            self.pool.get().await?.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// A client's jobs, the latest first, `limit` at most.
+    pub(crate) async fn list(&self, client: ClientId, filter: &Filter, limit: usize) -> Result<Vec<Record>> {
+        within(async {
+            let select = format!(
+                "SELECT {RECORD} FROM jobs WHERE client = $1 AND ($2::text[] = '{{}}' OR state = ANY($2)) \
+                 AND ($3::timestamptz IS NULL OR accepted_at > $3) \
+                 AND ($4::timestamptz IS NULL OR accepted_at < $4) \
+                 AND ($5::uuid IS NULL OR batch = $5) AND ($6::uuid IS NULL OR id < $6) \
+                 ORDER BY id DESC LIMIT $7"
+            );
+            let connection = self.pool.get().await?;
+            let select = connection.prepare_cached(&select).await?;
+            let states: Vec<&str> = filter.states.iter().map(|state| state.as_str()).collect();
+            let (after, before, batch) = (filter.created_after, filter.created_before, filter.batch);
+            let cursor = filter.cursor.map(JobId::uuid);
+            let rows = connection
+                .query(&select, &[&client.uuid(), &states, &after, &before, &batch, &cursor, &(limit as i64)])
+                .await?;
+            Ok(rows.iter().map(Record::try_from).collect::<Result<_, _>>()?)
+        })
+        .await
+    }
+}
+
+fn batch(row: &Row) -> Option<Batch> {
+    let deleted: Option<OffsetDateTime> = row.get("deleted_at");
+    let found =
+        Batch { id: row.get("id"), created_at: row.get("created_at"), closed_at: row.get("closed_at") };
+    deleted.is_none().then_some(found)
+}
+
+fn batch_error(row: &Row) -> BatchError {
+    let failure: Option<Json<Failure>> = row.get("failure");
+    let refused: Option<Json<Value>> = row.get("refused");
+    let cause = match (failure, refused) {
+        (Some(Json(failure)), _) => Cause::Failed(failure),
+        (None, Some(Json(error))) => Cause::Refused(error),
+        (None, None) => Cause::Cancelled,
+    };
+    BatchError {
+        event: row.get("event"),
+        line: row.get("line"),
+        custom_id: row.get("custom_id"),
+        job: row.get::<_, Option<Uuid>>("id").map(JobId::from),
+        cause,
+    }
+}
+
+fn cancelled(row: &Row) -> Cancelled {
+    Cancelled {
+        id: row.get::<_, Uuid>("id").into(),
+        lane: row.get::<_, &str>("lane").parse().unwrap_or(Lane::Bulk),
+        running: row.get::<_, &str>("state") == State::Running.as_str(),
+        stream_seq: row.get("stream_seq"),
+        claim_check: row.get("claim_check"),
+    }
+}

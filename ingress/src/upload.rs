@@ -1,0 +1,311 @@
+//! An upload to a batch: a body of lines that is read while its answer is written.
+//!
+//! A line is answered when its job is on disk. What an upload has in hand is bounded; beyond that the body is not
+//! read, and the sender's socket waits. So it is when the client's quota or the queue is full, for a while.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use axum::{
+    body::Body,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use dermflow_schemas::{
+    clock,
+    error::{ApiError, Code, Retry},
+    id::{ClientId, JobId},
+    job::Lane,
+    limits::{
+        LINGER_BYTES, LINGER_TIMEOUT, MAX_BATCH_LINES, MAX_BODY_BYTES, UPLOAD_BYTES, UPLOAD_LINES,
+        UPLOAD_PATIENCE, UPLOAD_SILENCE,
+    },
+};
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc},
+    task::JoinSet,
+    time::timeout,
+};
+use uuid::Uuid;
+
+use crate::{
+    answer::{Problem, error_json},
+    app::App,
+    lines::{self, Form, Line},
+    ndjson::{Cut, Lines, Next},
+    store::claim::Member,
+    submit::{Submission, blocking, submit},
+};
+
+/// The media type of answers.
+pub(crate) const NDJSON: &str = "application/x-ndjson";
+
+/// Who uploads what.
+#[derive(Debug)]
+pub(crate) struct Upload {
+    pub(crate) client: ClientId,
+    pub(crate) batch: Uuid,
+    pub(crate) form: Form,
+    /// Earlier uploads had lines refused, which this one may mend.
+    pub(crate) mending: bool,
+    /// The place among the uploads.
+    pub(crate) place: OwnedSemaphorePermit,
+}
+
+/// The URL of a batch.
+pub(crate) fn batch_url(app: &App, batch: Uuid) -> String {
+    format!("{}/batches/{batch}", app.public_url)
+}
+
+/// Answers at once, and goes on reading and answering in a task of its own.
+pub(crate) fn start(app: Arc<App>, upload: Upload, body: Body) -> Response {
+    let url = batch_url(&app, upload.batch);
+    let (answers, written) = mpsc::channel::<Bytes>(UPLOAD_LINES);
+    tokio::spawn(run(app, upload, body, answers));
+    let written = stream::unfold(written, |mut written| async {
+        written.recv().await.map(|line| (Ok::<_, std::convert::Infallible>(line), written))
+    });
+    let headers = [(header::CONTENT_TYPE, NDJSON.to_owned()), (header::LOCATION, url)];
+    (StatusCode::OK, headers, Body::from_stream(written)).into_response()
+}
+
+/// What became of a line.
+struct Answered {
+    number: usize,
+    custom_id: Option<String>,
+    outcome: Result<JobId, Problem>,
+    /// Of the line, in hand until now.
+    bytes: usize,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Counts {
+    lines: usize,
+    accepted: usize,
+    refused: usize,
+}
+
+struct Uploading {
+    app: Arc<App>,
+    upload: Arc<Upload>,
+    answers: mpsc::Sender<Bytes>,
+    /// Digests of the names seen in this upload.
+    seen: Arc<Mutex<HashSet<u128>>>,
+    counts: Counts,
+    in_hand: usize,
+    running: JoinSet<Answered>,
+}
+
+async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<Bytes>) {
+    let lines = Lines::new(body, app.bounds.body_kib.clone(), MAX_BODY_BYTES);
+    let uploading = Uploading {
+        app,
+        upload: Arc::new(upload),
+        answers,
+        seen: Arc::default(),
+        counts: Counts::default(),
+        in_hand: 0,
+        running: JoinSet::new(),
+    };
+    uploading.run(lines).await;
+}
+
+/// The upload cannot go on: nobody reads the answers, or the sender is gone.
+struct Gone;
+
+impl Uploading {
+    async fn run(mut self, mut lines: Lines) {
+        let batch = self.upload.batch;
+        let first = json!({"batch": batch, "url": batch_url(&self.app, batch)});
+        let ended = match self.write(&first).await {
+            Ok(()) => self.read(&mut lines).await,
+            Err(gone) => Err(gone),
+        };
+        // What is in hand is finished, and told if anybody listens.
+        let mut complete = ended.unwrap_or(false);
+        while let Some(answered) = self.running.join_next().await {
+            complete &= self.answered(answered.ok()).await.unwrap_or(false);
+        }
+        if complete {
+            complete = self.app.store.close_batch(batch, clock::now()).await.is_ok();
+        }
+        let Counts { lines: count, accepted, refused } = self.counts;
+        tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
+        let last = json!({"batch": batch, "lines": count, "accepted": accepted, "refused": refused,
+                          "complete": complete});
+        if self.write(&last).await.is_ok() && !complete {
+            // A connection that is closed with a body still arriving is reset, and the last lines with it.
+            let _ = timeout(LINGER_TIMEOUT, discard(lines)).await;
+        }
+    }
+
+    /// Reads to the end; `false` when the server cannot go on.
+    async fn read(&mut self, lines: &mut Lines) -> Result<bool, Gone> {
+        let draining = self.app.draining.clone();
+        loop {
+            let room =
+                self.running.is_empty() || (self.in_hand < UPLOAD_BYTES && self.running.len() < UPLOAD_LINES);
+            tokio::select! {
+                biased;
+                () = draining.cancelled() => return Ok(false),
+                Some(answered) = self.running.join_next() => {
+                    if !self.answered(answered.ok()).await? {
+                        return Ok(false);
+                    }
+                }
+                next = lines.next(), if room => match next {
+                    Ok(Next::End) => return Ok(true),
+                    Err(Cut) => return Err(Gone),
+                    Ok(next) => {
+                        if !self.take(next).await? {
+                            return Ok(false);
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    async fn take(&mut self, next: Next) -> Result<bool, Gone> {
+        self.counts.lines += 1;
+        let over = self.counts.lines > MAX_BATCH_LINES;
+        match next {
+            Next::Line { number, bytes, memory } if !over => {
+                self.in_hand += bytes.len();
+                let (app, upload, seen) = (self.app.clone(), self.upload.clone(), self.seen.clone());
+                self.running.spawn(line(app, upload, seen, number, bytes, memory));
+                Ok(true)
+            }
+            Next::Line { number, .. } | Next::TooLong { number } => {
+                let error = if over {
+                    ApiError::from(Code::BatchTooLong).detail(format!("at most {MAX_BATCH_LINES} lines"))
+                } else {
+                    ApiError::from(Code::BodyTooLarge).detail(format!("limit {MAX_BODY_BYTES} bytes a line"))
+                };
+                let outcome = Err(error.into());
+                self.answered(Some(Answered { number, custom_id: None, outcome, bytes: 0 })).await?;
+                Ok(!over)
+            }
+            Next::End => Ok(true),
+        }
+    }
+
+    /// Tells what became of a line; `false` when others would fare no better.
+    async fn answered(&mut self, answered: Option<Answered>) -> Result<bool, Gone> {
+        let Some(Answered { number, custom_id, outcome, bytes }) = answered else { return Ok(false) };
+        self.in_hand -= bytes;
+        let mut goes_on = true;
+        let answer = match outcome {
+            Ok(job) => {
+                self.counts.accepted += 1;
+                json!({"line": number, "custom_id": custom_id, "job": job})
+            }
+            Err(problem) => {
+                self.counts.refused += 1;
+                goes_on = problem.retry() == Retry::Never;
+                json!({"line": number, "custom_id": custom_id, "error": problem.to_json()})
+            }
+        };
+        self.write(&answer).await?;
+        // Who was shut out while uploading is done.
+        Ok(goes_on && self.app.access.permits(self.upload.client))
+    }
+
+    async fn write(&self, line: &Value) -> Result<(), Gone> {
+        let mut bytes = line.to_string().into_bytes();
+        bytes.push(b'\n');
+        match timeout(UPLOAD_SILENCE, self.answers.send(bytes.into())).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Gone),
+        }
+    }
+}
+
+async fn discard(lines: Lines) {
+    let (mut rest, mut bytes) = (lines.into_rest(), 0);
+    while let Some(Ok(chunk)) = rest.next().await {
+        bytes += chunk.len();
+        if bytes > LINGER_BYTES {
+            return;
+        }
+    }
+}
+
+async fn line(
+    app: Arc<App>,
+    upload: Arc<Upload>,
+    seen: Arc<Mutex<HashSet<u128>>>,
+    number: usize,
+    bytes: Bytes,
+    memory: OwnedSemaphorePermit,
+) -> Answered {
+    let (length, form) = (bytes.len(), upload.form);
+    let parsed = blocking(move || lines::parse(form, &bytes)).await;
+    let (custom_id, outcome) = match parsed {
+        Err(problem) => (None, Err(problem)),
+        Ok(Line { custom_id, payload }) => {
+            let outcome = match payload {
+                Err(error) => refuse(&app, &upload, number, custom_id.as_deref(), error).await,
+                Ok(payload) => {
+                    let name = custom_id.clone().unwrap_or_default();
+                    if seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(&name)) {
+                        let member = Member { batch: upload.batch, line: number, custom_id: name };
+                        accept(&app, &upload, member, payload, memory).await
+                    } else {
+                        Err(ApiError::from(Code::CustomIdRepeated).at("custom_id").into())
+                    }
+                }
+            };
+            (custom_id, outcome)
+        }
+    };
+    Answered { number, custom_id, outcome, bytes: length }
+}
+
+fn digest(name: &str) -> u128 {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
+    digest.as_ref().iter().take(16).fold(0, |number, byte| number << 8 | u128::from(*byte))
+}
+
+async fn accept(
+    app: &Arc<App>,
+    upload: &Upload,
+    member: Member,
+    payload: dermflow_schemas::envelope::Payload,
+    memory: OwnedSemaphorePermit,
+) -> Result<JobId, Problem> {
+    let custom_id = member.custom_id.clone();
+    let submission = Submission {
+        client: upload.client,
+        lane: Lane::Bulk,
+        // The space keeps it apart from every key that a caller can choose.
+        key: Some(format!("batch {} {custom_id}", upload.batch)),
+        payload,
+        cancel_after: None,
+        member: Some(member),
+        patience: UPLOAD_PATIENCE,
+        memory,
+    };
+    let submitted = submit(app.clone(), submission).await?;
+    if upload.mending {
+        app.store.admit_lines(upload.batch, &[&custom_id]).await?;
+    }
+    Ok(submitted.job)
+}
+
+/// A line that can never be accepted is kept among the batch's errors.
+async fn refuse(
+    app: &App,
+    upload: &Upload,
+    number: usize,
+    custom_id: Option<&str>,
+    error: ApiError,
+) -> Result<JobId, Problem> {
+    app.store.refuse_line(upload.client, upload.batch, number, custom_id, &error_json(&error)).await?;
+    Err(error.into())
+}
