@@ -10,7 +10,7 @@ use std::{
 
 use aws_lc_rs::digest;
 use bytes::Bytes;
-use dermflow_schemas::limits::{MAX_BODY_BYTES, MAX_TEXT_CHARS};
+use dermflow_schemas::limits::{MAX_BODY_BYTES, MAX_CUSTOM_ID_CHARS};
 use serde::Deserialize;
 
 use crate::Failure;
@@ -185,8 +185,9 @@ fn named(path: &Path) -> Result<&str, Failure> {
 }
 
 fn check_name(name: &str) -> Result<(), Failure> {
-    if name.is_empty() || name.chars().count() > MAX_TEXT_CHARS || name.chars().any(char::is_control) {
-        let what = format!("{name:?} names its result, for which 1 to {MAX_TEXT_CHARS} printable characters");
+    if name.is_empty() || name.chars().count() > MAX_CUSTOM_ID_CHARS || name.chars().any(char::is_control) {
+        let what =
+            format!("{name:?} names its result, for which 1 to {MAX_CUSTOM_ID_CHARS} printable characters");
         return Err(Failure::Usage(format!(
             "{what} are needed: give a shorter path, such as a relative one"
         )));
