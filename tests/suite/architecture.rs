@@ -6,11 +6,12 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 /// Which of our crates each crate may use, dev-dependencies included.
-const ALLOWED: [(&str, &[&str]); 6] = [
+const ALLOWED: [(&str, &[&str]); 7] = [
     ("dermflow-schemas", &[]),
     ("dermflow-auth", &["dermflow-schemas"]),
     ("dermflow-ingress", &["dermflow-auth", "dermflow-schemas"]),
     ("dermflow-workers", &["dermflow-schemas"]),
+    ("dermflow-cli", &["dermflow-schemas"]),
     ("dermflow-local", &["dermflow-schemas"]),
     ("dermflow-tests", &["dermflow-local", "dermflow-schemas", "dermflow-workers"]),
 ];

@@ -11,6 +11,7 @@ mod fairness;
 mod idempotency;
 mod models;
 mod privacy;
+mod submit;
 mod survival;
 mod sweeping;
 mod up;
