@@ -59,7 +59,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
     let context = queue::context(nats.clone());
-    let ensured = queue::ensure(&context, options.ack_wait()).await;
+    let ensured = queue::ensure(&context, options.ack_wait(), options.replicas).await;
     ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
     let app = Arc::new(App {
         public_url: options.public_url.as_str().into(),

@@ -65,6 +65,12 @@ pub const INGRESS_DRAIN: Duration = Duration::from_secs(70);
 
 /// The whole hand-over of a payload to the broker; after it the outcome is unknown and the answer 503.
 pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(2);
+/// Between two looks, in a cluster, at whether the server that we are connected to still serves the queue, and the
+/// time that it has to answer.
+pub const CLUSTER_LOOK: Duration = Duration::from_secs(1);
+/// Looks in a row without an answer after which we go to another server. Elections of a leader take longer at times,
+/// and going elsewhere meanwhile does no harm.
+pub const CLUSTER_SILENCE: u32 = 3;
 /// Commands that wait for a connection to the broker that is away: at the largest message, 256 MiB.
 pub const BROKER_COMMANDS: usize = 32;
 /// A connection from the pool to PostgreSQL, and each statement on it.

@@ -19,7 +19,7 @@ use async_nats::{
     jetstream::{
         self, Context,
         consumer::{AckPolicy, PullConsumer, pull},
-        context::PublishErrorKind,
+        context::{GetStreamErrorKind, PublishErrorKind},
         object_store,
         stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
     },
@@ -27,7 +27,10 @@ use async_nats::{
 use bytes::Bytes;
 use secrecy::{ExposeSecret, SecretString};
 use time::OffsetDateTime;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{MissedTickBehavior, interval, timeout},
+};
 
 use crate::{
     fhir::instant,
@@ -162,13 +165,13 @@ pub fn recorder_consumer(ack_wait: Duration) -> pull::Config {
     consumer(RECORDER, "results.*", ack_wait)
 }
 
-/// Creates or updates everything above. Safe from several processes at once.
+/// Creates or updates everything above, each stream on `replicas` nodes. Safe from several processes at once.
 ///
 /// # Errors
 /// When the broker is away or refuses.
-pub async fn ensure(context: &Context, ack_wait: Duration) -> Result<(), async_nats::Error> {
+pub async fn ensure(context: &Context, ack_wait: Duration, replicas: usize) -> Result<(), async_nats::Error> {
     for config in streams() {
-        context.create_or_update_stream(config).await?;
+        context.create_or_update_stream(Config { num_replicas: replicas, ..config }).await?;
     }
     let jobs = context.get_stream_no_info(JOBS).await?;
     for lane in LANES {
@@ -179,7 +182,8 @@ pub async fn ensure(context: &Context, ack_wait: Duration) -> Result<(), async_n
     let results = context.get_stream_no_info(RESULTS).await?;
     results.create_consumer(recorder_consumer(ack_wait)).await?;
     if context.get_object_store(PAYLOADS).await.is_err() {
-        context.create_object_store(payload_bucket()).await?;
+        let bucket = object_store::Config { num_replicas: replicas, ..payload_bucket() };
+        context.create_object_store(bucket).await?;
     }
     Ok(())
 }
@@ -210,7 +214,8 @@ pub struct NatsOptions {
 }
 
 impl NatsOptions {
-    /// Connects over TLS, and goes on trying for ever when the broker is away later.
+    /// Connects over TLS, and goes on trying for ever when the broker is away later. In a cluster it leaves a server
+    /// that has lost the others.
     ///
     /// # Errors
     /// When the password cannot be read, or the broker cannot be reached or refuses.
@@ -230,7 +235,35 @@ impl NatsOptions {
             .event_callback(|event| async move { tracing::info!(%event, "broker connection") })
             .connect(self.nats_url.split(',').collect::<Vec<_>>())
             .await?;
+        if self.nats_url.contains(',') {
+            tokio::spawn(leave_lonely_servers(client.clone()));
+        }
         Ok(client)
+    }
+}
+
+/// A server that is cut off from its cluster keeps its connections and serves nothing, which only its clients can
+/// notice: they ask for JOBS, and go to another server when there is no good answer several times in a row.
+async fn leave_lonely_servers(client: Client) {
+    let context = jetstream::new(client.clone());
+    let mut look = interval(limits::CLUSTER_LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut silent = 0;
+    loop {
+        look.tick().await;
+        let served = match timeout(limits::CLUSTER_LOOK, context.get_stream(JOBS)).await {
+            Ok(Ok(_)) => true,
+            // Nobody has created it yet: that is an answer.
+            Ok(Err(error)) => matches!(error.kind(), GetStreamErrorKind::JetStream(e)
+                if e.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND),
+            Err(_) => false,
+        };
+        silent = if served { 0 } else { silent + 1 };
+        if silent == limits::CLUSTER_SILENCE {
+            tracing::warn!("the broker's server does not serve the queue; going to another one");
+            let _ = client.force_reconnect().await;
+            silent = 0;
+        }
     }
 }
 
