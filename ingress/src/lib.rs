@@ -23,6 +23,7 @@ mod snomed;
 mod store;
 mod submit;
 mod sweeper;
+mod timekeeper;
 
 pub use config::Options;
 pub use serve::{TlsError, tls_config};
@@ -56,6 +57,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
     store.migrate().await.context("cannot prepare the database")?;
+    timekeeper::follow(&store).await;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
     let context = queue::context(nats.clone());
@@ -84,6 +86,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(recorder::run_progress(app.clone(), stop_recording.clone())),
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(timekeeper::run(app.clone(), stop_recording.clone())),
     ];
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),

@@ -136,6 +136,12 @@ impl Store {
         .await
     }
 
+    /// The database's clock.
+    pub(crate) async fn clock(&self) -> Result<OffsetDateTime> {
+        within(async { Ok(self.pool.get().await?.query_one("SELECT clock_timestamp()", &[]).await?.get(0)) })
+            .await
+    }
+
     /// Step 2 of a job's life: claims the key and inserts the job, both or neither.
     pub(crate) async fn claim(
         &self,

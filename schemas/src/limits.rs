@@ -70,7 +70,9 @@ pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(2);
 pub const CLUSTER_LOOK: Duration = Duration::from_secs(1);
 /// Looks in a row without an answer after which we go to another server. Elections of a leader take longer at times,
 /// and going elsewhere meanwhile does no harm.
-pub const CLUSTER_SILENCE: u32 = 3;
+pub const CLUSTER_SILENCE: u32 = 2;
+/// Reconnections until we give up finding another server for now: of three, one comes up again once in three times.
+pub const CLUSTER_TRIES: u32 = 4;
 /// Commands that wait for a connection to the broker that is away: at the largest message, 256 MiB.
 pub const BROKER_COMMANDS: usize = 32;
 /// A connection from the pool to PostgreSQL, and each statement on it.
@@ -99,6 +101,11 @@ pub const BULK_DEADLINE: Duration = Duration::from_hours(24);
 pub const ACCEPTED_GRACE: Duration = Duration::from_mins(10);
 /// Between two looks at which users are shut out: less than half of the second within which it must show.
 pub const ACCESS_INTERVAL: Duration = Duration::from_millis(400);
+/// Between two looks at the database's clock, which all replicas of ingress go by.
+pub const CLOCK_INTERVAL: Duration = Duration::from_secs(10);
+/// The machine's clock and the database's may differ by this: well below the 30 s of leeway for tokens, and above
+/// what the question takes on its way.
+pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(2);
 /// Between two rounds of the sweeper.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Records settled or erased in one statement of the sweeper.

@@ -16,6 +16,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use async_nats::{
     Client, ConnectOptions, HeaderMap,
+    connection::State,
     jetstream::{
         self, Context,
         consumer::{AckPolicy, PullConsumer, pull},
@@ -29,7 +30,7 @@ use secrecy::{ExposeSecret, SecretString};
 use time::OffsetDateTime;
 use tokio::{
     sync::Semaphore,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
@@ -261,8 +262,25 @@ async fn leave_lonely_servers(client: Client) {
         silent = if served { 0 } else { silent + 1 };
         if silent == limits::CLUSTER_SILENCE {
             tracing::warn!("the broker's server does not serve the queue; going to another one");
-            let _ = client.force_reconnect().await;
+            leave(&client).await;
             silent = 0;
+        }
+    }
+}
+
+/// Reconnects until the server is another one: the client library takes any, perhaps the same.
+async fn leave(client: &Client) {
+    let lonely = client.server_info().server_id;
+    let elsewhere = async {
+        while client.connection_state() != State::Connected || client.server_info().server_id == lonely {
+            sleep(limits::BROKER_PAUSE / 10).await;
+        }
+    };
+    tokio::pin!(elsewhere);
+    for _ in 0..limits::CLUSTER_TRIES {
+        let _ = client.force_reconnect().await;
+        if timeout(limits::CLUSTER_LOOK, &mut elsewhere).await.is_ok() {
+            return;
         }
     }
 }
@@ -374,7 +392,7 @@ impl Publisher {
 }
 
 async fn send(context: &Context, message: Message) -> Result<u64, PublishError> {
-    if context.client().connection_state() != async_nats::connection::State::Connected {
+    if context.client().connection_state() != State::Connected {
         return Err(PublishError::Unknown);
     }
     let mut publish =
