@@ -49,6 +49,14 @@ def lose(path, dirty, size):
             file.write(bytes(min(PAGE, end - at)))
 
 
+def flush(root):
+    """What was copied is on the disk: the next power loss must not take it."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+
+
 def main(source, target):
     # First look, then copy: reading does not make a page dirty.
     found = {}
@@ -62,6 +70,7 @@ def main(source, target):
     print(sum(len(dirty) for dirty, _ in found.values()), len(found))
     for path, (dirty, size) in found.items():
         lose(os.path.join(target, path), dirty, size)
+    flush(target)
 
 
 main(sys.argv[1], sys.argv[2])

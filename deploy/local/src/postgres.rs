@@ -18,6 +18,8 @@ use crate::{
 };
 
 const READY_WITHIN: Duration = Duration::from_mins(1);
+/// How long a start that fails is repeated, for the sake of a server that was killed a moment ago.
+const HANDOVER: Duration = Duration::from_secs(5);
 const STOP_WITHIN: Duration = Duration::from_secs(30);
 /// The database of all services.
 pub const DATABASE: &str = "dermflow";
@@ -158,17 +160,16 @@ impl Postgres {
         if !self.ready.exists() {
             self.create().await.context("cannot create the database")?;
         }
-        let deadline = Instant::now() + READY_WITHIN;
+        let begun = Instant::now();
+        let deadline = begun + READY_WITHIN;
         self.forget_dead_owner();
         self.process.spawn()?;
         let client = loop {
             match self.connect_to(SUPERUSER, SUPERUSER).await {
                 Ok(client) => break client,
-                // The children of a server that was just killed hold its memory for a moment longer.
-                Err(_)
-                    if self.process.exited().is_some()
-                        && self.process.last_line().contains("shared memory") =>
-                {
+                // The children of a server that was just killed hold its memory for a moment longer, and write into
+                // the same log.
+                Err(_) if self.process.exited().is_some() && Instant::now() < begun + HANDOVER => {
                     self.process.spawn()?;
                 }
                 Err(_) => self.process.still_starting(deadline)?,

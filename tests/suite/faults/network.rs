@@ -25,7 +25,7 @@ async fn trouble(links: &[Link], mode: Mode) -> Result<()> {
     if links.len() > 1 {
         groups.push(links);
     }
-    let mut tick = tokio::time::interval(scale(Duration::from_secs(3), Duration::from_secs(12)));
+    let mut tick = tokio::time::interval(scale(Duration::from_secs(2), Duration::from_secs(12)));
     tick.tick().await;
     for group in groups {
         let before: Vec<(u64, u64)> =
