@@ -38,6 +38,9 @@ pub struct Options {
     #[arg(long, env = "DERMFLOW_ACK_WAIT", default_value_t = limits::DEFAULT_ACK_WAIT.as_secs(),
           value_parser = clap::value_parser!(u64).range(1..=600))]
     pub ack_wait: u64,
+    /// Nodes of the broker that keep each message: 1, or 3 in a cluster.
+    #[arg(long, env = "DERMFLOW_REPLICAS", default_value_t = 1, value_parser = replicas)]
+    pub replicas: usize,
     /// The broker.
     #[command(flatten)]
     pub nats: NatsOptions,
@@ -50,6 +53,14 @@ impl Options {
     /// See [`limits::DEFAULT_ACK_WAIT`].
     pub fn ack_wait(&self) -> Duration {
         Duration::from_secs(self.ack_wait)
+    }
+}
+
+/// An even number of replicas survives no more failures than the odd one below it.
+fn replicas(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ (1 | 3 | 5)) => Ok(count),
+        _ => Err("not 1, 3 or 5".into()),
     }
 }
 

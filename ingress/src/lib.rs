@@ -30,6 +30,7 @@ mod snomed;
 mod store;
 mod submit;
 mod sweeper;
+mod timekeeper;
 mod upload;
 
 pub use config::Options;
@@ -67,10 +68,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
     store.migrate().await.context("cannot prepare the database")?;
+    timekeeper::follow(&store).await;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
     let context = queue::context(nats.clone());
-    let ensured = queue::ensure(&context, options.ack_wait()).await;
+    let ensured = queue::ensure(&context, options.ack_wait(), options.replicas).await;
     ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
     let (commits, entries) = Commits::new();
     let app = Arc::new(App {
@@ -103,6 +105,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(timekeeper::run(app.clone(), stop_recording.clone())),
     ];
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),

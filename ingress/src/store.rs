@@ -136,6 +136,12 @@ impl Store {
         .await
     }
 
+    /// The database's clock.
+    pub(crate) async fn clock(&self) -> Result<OffsetDateTime> {
+        within(async { Ok(self.pool.get().await?.query_one("SELECT clock_timestamp()", &[]).await?.get(0)) })
+            .await
+    }
+
     /// The queue acknowledged payloads, whose headers have these deadlines. Returns the jobs that are on record.
     pub(crate) async fn queued(&self, marks: &[Queued], now: OffsetDateTime) -> Result<Vec<JobId>> {
         within(async {

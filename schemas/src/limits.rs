@@ -112,6 +112,14 @@ pub const ATOMIC_FROM: usize = 24;
 pub const ATOMIC_MESSAGES: usize = 500;
 /// The most bytes of a batch, which the broker holds until it is complete.
 pub const ATOMIC_BYTES: usize = 16 * 1024 * 1024;
+/// Between two looks, in a cluster, at whether the server that we are connected to still serves the queue, and the
+/// time that it has to answer.
+pub const CLUSTER_LOOK: Duration = Duration::from_secs(1);
+/// Looks in a row without an answer after which we go to another server. Elections of a leader take longer at times,
+/// and going elsewhere meanwhile does no harm.
+pub const CLUSTER_SILENCE: u32 = 2;
+/// Reconnections until we give up finding another server for now: of three, one comes up again once in three times.
+pub const CLUSTER_TRIES: u32 = 4;
 /// Commands that wait for a connection to the broker that is away: at the largest message, 256 MiB.
 pub const BROKER_COMMANDS: usize = 32;
 /// A connection from the pool to PostgreSQL, and each statement on it.
@@ -150,6 +158,11 @@ pub const DRAIN_UNKNOWN: Duration = Duration::from_secs(30);
 pub const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
 /// The shortest deadline that a caller may set with `Cancel-After`.
 pub const MIN_CANCEL_AFTER: Duration = Duration::from_secs(5);
+/// Between two looks at the database's clock, which all replicas of ingress go by.
+pub const CLOCK_INTERVAL: Duration = Duration::from_secs(10);
+/// The machine's clock and the database's may differ by this: well below the 30 s of leeway for tokens, and above
+/// what the question takes on its way.
+pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(2);
 /// Between two rounds of the sweeper.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Records settled or erased in one statement of the sweeper.

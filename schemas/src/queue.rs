@@ -17,10 +17,11 @@ use std::{collections::HashMap, path::PathBuf, str::FromStr, sync::Arc, time::Du
 
 use async_nats::{
     Client, ConnectOptions, HeaderMap,
+    connection::State,
     jetstream::{
         self, Context,
         consumer::{AckPolicy, PullConsumer, pull},
-        context::PublishErrorKind,
+        context::{GetStreamErrorKind, PublishErrorKind},
         object_store,
         publish::PublishAck,
         response::Response,
@@ -33,7 +34,10 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 use time::OffsetDateTime;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
 
 use crate::{
     fhir::instant,
@@ -258,13 +262,13 @@ pub fn recorder_consumer(ack_wait: Duration) -> pull::Config {
     consumer(RECORDER, "results.*", ack_wait)
 }
 
-/// Creates or updates everything above. Safe from several processes at once.
+/// Creates or updates everything above, each stream on `replicas` nodes. Safe from several processes at once.
 ///
 /// # Errors
 /// When the broker is away or refuses.
-pub async fn ensure(context: &Context, ack_wait: Duration) -> Result<(), async_nats::Error> {
+pub async fn ensure(context: &Context, ack_wait: Duration, replicas: usize) -> Result<(), async_nats::Error> {
     for config in streams() {
-        context.create_or_update_stream(config).await?;
+        context.create_or_update_stream(Config { num_replicas: replicas, ..config }).await?;
     }
     let jobs = context.get_stream_no_info(JOBS).await?;
     jobs.create_consumer(interactive_consumer(ack_wait)).await?;
@@ -276,7 +280,8 @@ pub async fn ensure(context: &Context, ack_wait: Duration) -> Result<(), async_n
     let results = context.get_stream_no_info(RESULTS).await?;
     results.create_consumer(recorder_consumer(ack_wait)).await?;
     if context.get_object_store(PAYLOADS).await.is_err() {
-        context.create_object_store(payload_bucket()).await?;
+        let bucket = object_store::Config { num_replicas: replicas, ..payload_bucket() };
+        context.create_object_store(bucket).await?;
     }
     Ok(())
 }
@@ -307,7 +312,8 @@ pub struct NatsOptions {
 }
 
 impl NatsOptions {
-    /// Connects over TLS, and goes on trying for ever when the broker is away later.
+    /// Connects over TLS, and goes on trying for ever when the broker is away later. In a cluster it leaves a server
+    /// that has lost the others.
     ///
     /// # Errors
     /// When the password cannot be read, or the broker cannot be reached or refuses.
@@ -327,7 +333,52 @@ impl NatsOptions {
             .event_callback(|event| async move { tracing::info!(%event, "broker connection") })
             .connect(self.nats_url.split(',').collect::<Vec<_>>())
             .await?;
+        if self.nats_url.contains(',') {
+            tokio::spawn(leave_lonely_servers(client.clone()));
+        }
         Ok(client)
+    }
+}
+
+/// A server that is cut off from its cluster keeps its connections and serves nothing, which only its clients can
+/// notice: they ask for JOBS, and go to another server when there is no good answer several times in a row.
+async fn leave_lonely_servers(client: Client) {
+    let context = jetstream::new(client.clone());
+    let mut look = interval(limits::CLUSTER_LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut silent = 0;
+    loop {
+        look.tick().await;
+        let served = match timeout(limits::CLUSTER_LOOK, context.get_stream(JOBS)).await {
+            Ok(Ok(_)) => true,
+            // Nobody has created it yet: that is an answer.
+            Ok(Err(error)) => matches!(error.kind(), GetStreamErrorKind::JetStream(e)
+                if e.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND),
+            Err(_) => false,
+        };
+        silent = if served { 0 } else { silent + 1 };
+        if silent == limits::CLUSTER_SILENCE {
+            tracing::warn!("the broker's server does not serve the queue; going to another one");
+            leave(&client).await;
+            silent = 0;
+        }
+    }
+}
+
+/// Reconnects until the server is another one: the client library takes any, perhaps the same.
+async fn leave(client: &Client) {
+    let lonely = client.server_info().server_id;
+    let elsewhere = async {
+        while client.connection_state() != State::Connected || client.server_info().server_id == lonely {
+            sleep(limits::BROKER_PAUSE / 10).await;
+        }
+    };
+    tokio::pin!(elsewhere);
+    for _ in 0..limits::CLUSTER_TRIES {
+        let _ = client.force_reconnect().await;
+        if timeout(limits::CLUSTER_LOOK, &mut elsewhere).await.is_ok() {
+            return;
+        }
     }
 }
 
@@ -529,7 +580,7 @@ async fn send_batch(client: Client, messages: Vec<Message>) -> Result<u64, Publi
 }
 
 async fn send(context: &Context, message: Message) -> Result<u64, PublishError> {
-    if context.client().connection_state() != async_nats::connection::State::Connected {
+    if context.client().connection_state() != State::Connected {
         return Err(PublishError::Unknown);
     }
     let mut publish =

@@ -1,12 +1,18 @@
 //! One whole system for one test: servers, ingress, workers, a registered client, and the means to break it.
 
-use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use async_nats::jetstream::{self, Context};
 use dermflow_local::{
-    nats::{ADMIN, Settings},
-    postgres::SUPERUSER,
+    nats::{ADMIN, Nats, Settings},
+    postgres::{Postgres, SUPERUSER},
     process::{Process, Signal},
     servers::{Given, Servers},
     stack::{Options, Ports, READY_WITHIN, STOP_WITHIN, Stack, programs, repo},
@@ -19,7 +25,12 @@ use rustls::{
 };
 use tokio_postgres::Row;
 
-use crate::{client::Client, wait::eventually};
+use crate::{
+    chaos::Proxy,
+    client::Client,
+    cluster::{Cluster, leader},
+    wait::eventually,
+};
 
 /// A worker to start.
 #[derive(Debug, Clone)]
@@ -145,11 +156,37 @@ pub struct Setup {
     pub log: &'static str,
     /// JetStream's `sync_interval`.
     pub sync_interval: &'static str,
+    /// Servers of the broker; each message is on all of them.
+    pub brokers: usize,
+    /// Whether a proxy is on each link of [`Link`].
+    pub proxies: bool,
+    /// Whether a second PostgreSQL follows the first one, which waits for it at every commit.
+    pub standby: bool,
+}
+
+/// A link that can have a proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// Between ingress and broker.
+    IngressBroker,
+    /// Between workers and broker.
+    WorkerBroker,
+    /// Between ingress and PostgreSQL.
+    IngressDatabase,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { replicas: 1, workers: Vec::new(), ack_wait: 30, log: "info", sync_interval: "always" }
+        Self {
+            replicas: 1,
+            workers: Vec::new(),
+            ack_wait: 30,
+            log: "info",
+            sync_interval: "always",
+            brokers: 1,
+            proxies: false,
+            standby: false,
+        }
     }
 }
 
@@ -177,6 +214,9 @@ pub struct Lab {
     client: Client,
     sql: tokio_postgres::Client,
     log: &'static str,
+    cluster: Cluster,
+    proxies: Vec<Proxy>,
+    standby: Option<Postgres>,
 }
 
 impl Lab {
@@ -187,21 +227,34 @@ impl Lab {
     pub async fn start(setup: Setup) -> Result<Self> {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let servers = Servers::obtain(repo(), &Given::default(), |step| println!("{step}")).await?;
-        let nats = Settings { sync_interval: setup.sync_interval.into(), ..Settings::default() };
+        let mut cluster = Cluster::plan(setup.brokers).await?;
+        let member = cluster.member(0);
+        let nats = Settings { sync_interval: setup.sync_interval.into(), member, ..Settings::default() };
         let model = repo().join("workers/models/derm7");
-        let options = Options { servers, programs: programs()?, model, nats };
+        let (nats_server, postgres_bin) = (servers.nats_server.clone(), servers.postgres_bin.clone());
+        let options = Options { servers, programs: programs()?, model, nats: nats.clone() };
         let dir = std::env::temp_dir().join(format!("dermflow-lab-{}", uuid::Uuid::new_v4().simple()));
         let mut stack = Stack::prepare(State::open(&dir)?, options)?;
-        stack.start_servers().await?;
-        let ack_wait = setup.ack_wait.to_string();
+        cluster.prepare(&stack, &nats_server, &nats)?;
+        tokio::try_join!(stack.start_servers(), cluster.start())?;
+        if setup.brokers > 1 {
+            cluster.until_placed(&stack.nats).await?;
+            let urls: Vec<String> = [&stack.nats].into_iter().chain(cluster.peers()).map(Nats::url).collect();
+            stack.detours.ingress_broker = Some(urls.join(","));
+            stack.detours.worker_broker = Some(urls.join(","));
+        }
+        let proxies = if setup.proxies { add_proxies(&mut stack).await? } else { Vec::new() };
+        let standby = if setup.standby { Some(add_standby(&mut stack, &postgres_bin).await?) } else { None };
+        let (ack_wait, brokers) = (setup.ack_wait.to_string(), setup.brokers.to_string());
         for _ in 0..setup.replicas {
-            let ingress = stack.add_ingress(Ports::free()?, &["--ack-wait", &ack_wait])?;
+            let ingress =
+                stack.add_ingress(Ports::free()?, &["--ack-wait", &ack_wait, "--replicas", &brokers])?;
             ingress.process.set_env("RUST_LOG", setup.log);
             ingress.process.spawn_ready(READY_WITHIN).await?;
         }
         let client = register(&stack, "demo").await?;
         let sql = stack.postgres.connect(SUPERUSER).await?;
-        let mut lab = Self { stack, client, sql, log: setup.log };
+        let mut lab = Self { stack, client, sql, log: setup.log, cluster, proxies, standby };
         for worker in setup.workers {
             lab.start_worker(worker).await?;
         }
@@ -214,7 +267,11 @@ impl Lab {
     /// When something had to be killed.
     pub async fn stop(mut self) -> Result<()> {
         let dir = self.stack.state.path("");
-        let outcome = self.stack.stop().await;
+        let mut outcome = self.stack.stop().await;
+        outcome = outcome.and(self.cluster.stop().await);
+        if let Some(standby) = &mut self.standby {
+            outcome = outcome.and(standby.stop().await);
+        }
         drop(self);
         fs::remove_dir_all(dir)?;
         outcome
@@ -317,7 +374,89 @@ impl Lab {
     /// # Errors
     /// When the broker is away.
     pub async fn jetstream(&self) -> Result<Context> {
-        Ok(jetstream::new(self.stack.nats.connect(ADMIN.user).await?))
+        Ok(jetstream::new(self.broker().await?))
+    }
+
+    /// A connection to the broker with all permissions; in a cluster, to the first server that runs.
+    ///
+    /// # Errors
+    /// When the broker is away.
+    pub async fn broker(&self) -> Result<async_nats::Client> {
+        let mut outcome = self.stack.nats.connect(ADMIN.user).await;
+        for peer in self.cluster.peers() {
+            if outcome.is_err() {
+                outcome = peer.connect(ADMIN.user).await;
+            }
+        }
+        outcome
+    }
+
+    /// The proxy on a link.
+    ///
+    /// # Panics
+    /// When the system was set up without proxies.
+    pub fn link(&self, link: Link) -> &Proxy {
+        &self.proxies[link as usize]
+    }
+
+    /// The brokers' cluster.
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    /// Server `n` of the brokers' cluster.
+    pub fn node(&mut self, n: usize) -> &mut Nats {
+        if n == 0 { &mut self.stack.nats } else { &mut self.cluster.peers_mut()[n - 1] }
+    }
+
+    /// The server of the brokers' cluster that leads the stream of jobs, asking every server but `except`.
+    ///
+    /// # Errors
+    /// When there is none within 30 s.
+    pub async fn leader(&self, except: Option<usize>) -> Result<usize> {
+        let nodes: Vec<&Nats> = [&self.stack.nats].into_iter().chain(self.cluster.peers()).collect();
+        let find = async || {
+            for (n, node) in nodes.iter().enumerate().filter(|(n, _)| Some(*n) != except) {
+                if let Ok(Ok(leader)) = tokio::time::timeout(Duration::from_secs(2), leader(node)).await {
+                    println!("server {n} says that {leader} leads");
+                    return Some(leader);
+                }
+            }
+            None
+        };
+        eventually("somebody leads the stream of jobs", Duration::from_secs(30), find).await
+    }
+
+    /// The resident memory of replica `n`, in bytes.
+    ///
+    /// # Errors
+    /// When it does not run, or the system does not tell.
+    pub fn ingress_memory(&self, n: usize) -> Result<u64> {
+        let pid = self.stack.ingress[n].process.id().context("it does not run")?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
+    }
+
+    /// Starts a further ingress, as the last replica, with the clock set wrong by `seconds`; see `clock.c`.
+    ///
+    /// # Errors
+    /// When it does not become ready, or there is no C compiler.
+    pub async fn start_ingress_with_clock(&mut self, seconds: i64) -> Result<()> {
+        let library = self.stack.state.path("clock.so");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("faults/clock.c");
+        let mut compile = Process::new("cc", "/usr/bin/env", self.stack.state.log("cc")?)
+            .args(["cc", "-shared", "-fPIC", "-O1", "-o"])
+            .arg(&library)
+            .arg(source);
+        compile.spawn()?;
+        let compiled = compile.wait(READY_WITHIN).await?;
+        anyhow::ensure!(compiled.success(), "cc: {}", compile.last_line());
+        let ingress = self.stack.add_ingress(Ports::free()?, &[])?;
+        ingress.process.set_env("LD_PRELOAD", &library.display().to_string());
+        ingress.process.set_env("CLOCK_SHIFT_SECONDS", &seconds.to_string());
+        ingress.process.set_env("RUST_LOG", self.log);
+        ingress.process.spawn_ready(READY_WITHIN).await
     }
 
     /// Messages in a stream.
@@ -492,6 +631,20 @@ impl Lab {
         Ok(())
     }
 
+    /// Promotes the standby, which takes the place of the first PostgreSQL; that one must be dead.
+    ///
+    /// # Errors
+    /// When there is no standby, or it does not take over.
+    pub async fn promote_standby(&mut self) -> Result<()> {
+        let standby = self.standby.take().context("there is no standby")?;
+        let dead = std::mem::replace(&mut self.stack.postgres, standby);
+        self.standby = Some(dead);
+        self.sql = self.stack.postgres.connect(SUPERUSER).await?;
+        let promoted = self.sql.query_one("SELECT pg_promote(wait => true)", &[]).await?;
+        anyhow::ensure!(promoted.get::<_, bool>(0), "the standby was not promoted");
+        Ok(())
+    }
+
     /// Starts PostgreSQL again.
     ///
     /// # Errors
@@ -501,6 +654,38 @@ impl Lab {
         self.sql = self.stack.postgres.connect(SUPERUSER).await?;
         Ok(())
     }
+}
+
+async fn add_proxies(stack: &mut Stack) -> Result<Vec<Proxy>> {
+    let broker = stack.nats.port();
+    let folder = stack.state.folder("sockets")?;
+    let socket = ".s.PGSQL.5432";
+    let proxies = vec![
+        Proxy::tcp(broker).await?,
+        Proxy::tcp(broker).await?,
+        Proxy::unix(&folder.join(socket), &stack.postgres.sockets().join(socket))?,
+    ];
+    // The certificate is valid for this name.
+    let url = |proxy: &Proxy| Some(format!("tls://localhost:{}", proxy.port()));
+    stack.detours.ingress_broker = url(&proxies[0]);
+    stack.detours.worker_broker = url(&proxies[1]);
+    stack.detours.database = Some(folder.display().to_string());
+    Ok(proxies)
+}
+
+async fn add_standby(stack: &mut Stack, bin: &Path) -> Result<Postgres> {
+    let mut standby = stack.postgres.standby(&stack.state, bin).await?;
+    standby.follow().await?;
+    let primary = stack.postgres.connect(SUPERUSER).await?;
+    // What is acknowledged is on both disks.
+    primary.batch_execute("ALTER SYSTEM SET synchronous_standby_names = '*'").await?;
+    primary.batch_execute("SELECT pg_reload_conf()").await?;
+    let query = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'";
+    let in_step = async || (primary.query_one(query, &[]).await.ok()?.get::<_, i64>(0) == 1).then_some(());
+    eventually("the standby is in step", READY_WITHIN, in_step).await?;
+    let sockets = [stack.postgres.sockets(), standby.sockets()].map(|folder| folder.display().to_string());
+    stack.detours.database = Some(sockets.join(","));
+    Ok(standby)
 }
 
 async fn register(stack: &Stack, name: &str) -> Result<Client> {

@@ -1,6 +1,11 @@
-//! The harness of the proof: a whole system per test, a client, a checker of documents.
+//! The harness of the proof: a whole system per test, a client, a checker of jobs and one of documents, and the
+//! means to break things.
 
+pub mod chaos;
+pub mod checker;
 pub mod client;
+pub mod cluster;
 pub mod fhir;
+pub mod form;
 pub mod lab;
 pub mod wait;

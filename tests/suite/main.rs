@@ -8,6 +8,7 @@ mod api;
 mod architecture;
 mod batches;
 mod fairness;
+mod faults;
 mod idempotency;
 mod models;
 mod privacy;

@@ -113,11 +113,25 @@ pub struct Settings {
     /// JetStream's `max_file_store`. The streams reserve 40 GiB among them, and the broker's own default is
     /// three quarters of the free disk, which may be less.
     pub max_file_store: String,
+    /// Its part in a cluster; `None` for a single server.
+    pub member: Option<Member>,
+}
+
+/// A server's part in a cluster.
+#[derive(Debug, Clone)]
+pub struct Member {
+    /// In its name, its files and its log; the servers of one cluster differ in it.
+    pub number: usize,
+    /// Where the others connect, on 127.0.0.1.
+    pub port: u16,
+    /// Where it finds the others, on 127.0.0.1. No other way is told to anybody, so a fault test can stand in
+    /// between.
+    pub routes: Vec<u16>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { sync_interval: "always".into(), max_file_store: "64G".into() }
+        Self { sync_interval: "always".into(), max_file_store: "64G".into(), member: None }
     }
 }
 
@@ -144,11 +158,17 @@ impl Nats {
         for user in USERS {
             passwords.push((user.user, state.password(&format!("nats-{}", user.user))?));
         }
-        let config = state.path("nats.conf");
-        let store = state.folder("nats")?;
-        write_private(&config, &configuration(port, pki, &store, &passwords, settings)?)?;
-        let process =
-            Process::new("nats-server", server, state.log("nats-server")?).arg("--config").arg(config);
+        let suffix = settings.member.as_ref().map(|member| format!("-{}", member.number)).unwrap_or_default();
+        let config = state.path(&format!("nats{suffix}.conf"));
+        let store = state.folder(&format!("nats{suffix}"))?;
+        let mut text = configuration(port, pki, &store, &passwords, settings)?;
+        if let Some(member) = &settings.member {
+            text += &cluster(member, &read(&state.password("nats-route")?)?);
+        }
+        write_private(&config, &text)?;
+        let name = format!("nats-server{suffix}");
+        let log = state.log(&name)?;
+        let process = Process::new(name, server, log).arg("--config").arg(config);
         Ok(Self { process, port, store, ca: pki.ca.clone(), passwords })
     }
 
@@ -238,7 +258,8 @@ fn configuration(
     passwords: &[(&str, PathBuf)],
     settings: &Settings,
 ) -> Result<String> {
-    let Settings { sync_interval, max_file_store } = settings;
+    let Settings { sync_interval, max_file_store, member } = settings;
+    let name = member.as_ref().map_or("dermflow".into(), |member| format!("dermflow-{}", member.number));
     let mut users = String::new();
     for (user, (_, file)) in USERS.iter().zip(passwords) {
         let Permissions { user, publish, subscribe } = user;
@@ -251,7 +272,7 @@ fn configuration(
     Ok(format!(
         r#"# Written anew at every start.
 listen: "127.0.0.1:{port}"
-server_name: "dermflow"
+server_name: {name:?}
 max_payload: 8MB
 max_control_line: 4KB
 ping_interval: "10s"
@@ -269,6 +290,24 @@ authorization {{
         key = pki.key.to_string_lossy(),
         store = store.to_string_lossy(),
     ))
+}
+
+/// The routes stay on the loopback address, with a password and without TLS.
+fn cluster(member: &Member, password: &str) -> String {
+    let Member { port, routes, .. } = member;
+    let routes: Vec<String> =
+        routes.iter().map(|port| format!("nats://route:{password}@127.0.0.1:{port}")).collect();
+    format!(
+        r#"cluster {{
+  name: "dermflow"
+  listen: "127.0.0.1:{port}"
+  advertise: "127.0.0.1:1"
+  no_advertise: true
+  authorization {{ user: "route", password: {password:?}, timeout: 5 }}
+  routes: {routes:?}
+}}
+"#
+    )
 }
 
 /// A port of the loopback address that is free now, below those that the system hands out for outgoing
@@ -351,8 +390,8 @@ mod tests {
         let (admin, ingress, worker) =
             tokio::try_join!(nats.connect("admin"), nats.connect("ingress"), nats.connect("worker")).unwrap();
         let (at_ingress, at_worker) = (queue::context(ingress.clone()), queue::context(worker.clone()));
-        queue::ensure(&at_ingress, Duration::from_secs(30)).await.unwrap();
-        queue::ensure(&at_ingress, Duration::from_secs(31)).await.unwrap();
+        queue::ensure(&at_ingress, Duration::from_secs(30), 1).await.unwrap();
+        queue::ensure(&at_ingress, Duration::from_secs(31), 1).await.unwrap();
 
         let mut wake = ingress.subscribe("results.j1").await.unwrap();
         let mut progress = ingress.subscribe("progress.*").await.unwrap();

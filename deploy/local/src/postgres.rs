@@ -18,6 +18,8 @@ use crate::{
 };
 
 const READY_WITHIN: Duration = Duration::from_mins(1);
+/// How long a start that fails is repeated, for the sake of a server that was killed a moment ago.
+const HANDOVER: Duration = Duration::from_secs(5);
 const STOP_WITHIN: Duration = Duration::from_secs(30);
 /// The database of all services.
 pub const DATABASE: &str = "dermflow";
@@ -91,13 +93,50 @@ impl Postgres {
             .arg("--pgdata")
             .arg(&data)
             .user(user);
-        let mut process =
-            Process::new("postgres", bin.join("postgres"), &log).arg("-D").arg(&data).user(user);
-        for setting in SETTINGS {
-            process = process.args(["-c", setting]);
-        }
-        let process = process.arg("-c").arg(format!("unix_socket_directories={}", sockets.0.display()));
+        let process = server("postgres", bin, &data, &sockets, log).user(user);
         Ok(Self { process, initdb, ready: state.path("postgres.ready"), data, sockets, user, passwords })
+    }
+
+    /// A second server with a copy of this one, which runs. Once started with [`Postgres::follow`] it repeats every
+    /// transaction until it is promoted.
+    ///
+    /// # Errors
+    /// When the copy cannot be made.
+    pub async fn standby(&self, state: &State, bin: &Path) -> Result<Self> {
+        let data = self.data.with_file_name("data-standby");
+        let sockets = Sockets(sockets(state).with_extension("standby"));
+        unprivileged::folder(&data, self.user, 0o700)?;
+        unprivileged::folder(&sockets.0, self.user, 0o700)?;
+        let log = state.log("postgres-standby")?;
+        let mut copy = Process::new("pg_basebackup", bin.join("pg_basebackup"), &log)
+            .args(["--write-recovery-conf", "--checkpoint=fast", "--username", SUPERUSER, "--host"])
+            .arg(self.sockets.0.clone())
+            .arg("--pgdata")
+            .arg(&data)
+            .user(self.user);
+        copy.set_env("PGPASSWORD", &read(self.password_file(SUPERUSER)?)?);
+        copy.spawn()?;
+        if !copy.wait(READY_WITHIN).await?.success() {
+            bail!("pg_basebackup failed: {}", copy.last_line());
+        }
+        let process = server("postgres-standby", bin, &data, &sockets, log).user(self.user);
+        let initdb = Process::new("initdb", bin.join("initdb"), state.log("postgres-standby")?);
+        let (ready, user, passwords) = (self.ready.clone(), self.user, self.passwords.clone());
+        Ok(Self { process, initdb, ready, data, sockets, user, passwords })
+    }
+
+    /// Starts a standby and waits until it can be read.
+    ///
+    /// # Errors
+    /// When it ends at its start, or does not answer in time.
+    pub async fn follow(&mut self) -> Result<()> {
+        self.process.spawn()?;
+        let deadline = Instant::now() + READY_WITHIN;
+        while self.connect(SUPERUSER).await.is_err() {
+            self.process.still_starting(deadline)?;
+            sleep(TICK).await;
+        }
+        Ok(())
     }
 
     /// Erases what [`Postgres::prepare`] and the server made outside of the state folder.
@@ -121,17 +160,16 @@ impl Postgres {
         if !self.ready.exists() {
             self.create().await.context("cannot create the database")?;
         }
-        let deadline = Instant::now() + READY_WITHIN;
+        let begun = Instant::now();
+        let deadline = begun + READY_WITHIN;
         self.forget_dead_owner();
         self.process.spawn()?;
         let client = loop {
             match self.connect_to(SUPERUSER, SUPERUSER).await {
                 Ok(client) => break client,
-                // The children of a server that was just killed hold its memory for a moment longer.
-                Err(_)
-                    if self.process.exited().is_some()
-                        && self.process.last_line().contains("shared memory") =>
-                {
+                // The children of a server that was just killed hold its memory for a moment longer, and write into
+                // the same log.
+                Err(_) if self.process.exited().is_some() && Instant::now() < begun + HANDOVER => {
                     self.process.spawn()?;
                 }
                 Err(_) => self.process.still_starting(deadline)?,
@@ -160,7 +198,17 @@ impl Postgres {
 
     /// Connection string for a role, without its password.
     pub fn url(&self, role: &str) -> String {
-        format!("host={} dbname={DATABASE} user={role}", self.sockets.0.display())
+        self.url_at(&self.sockets.0.display().to_string(), role)
+    }
+
+    /// The same through sockets in another folder, or in several with commas between them.
+    pub fn url_at(&self, sockets: &str, role: &str) -> String {
+        format!("host={sockets} dbname={DATABASE} user={role}")
+    }
+
+    /// The folder of its socket.
+    pub fn sockets(&self) -> &Path {
+        &self.sockets.0
     }
 
     /// The file with a role's password.
@@ -262,6 +310,14 @@ impl Postgres {
         }
         Ok(())
     }
+}
+
+fn server(name: &str, bin: &Path, data: &Path, sockets: &Sockets, log: PathBuf) -> Process {
+    let mut process = Process::new(name, bin.join("postgres"), log).arg("-D").arg(data);
+    for setting in SETTINGS {
+        process = process.args(["-c", setting]);
+    }
+    process.arg("-c").arg(format!("unix_socket_directories={}", sockets.0.display()))
 }
 
 fn home(state: &State) -> PathBuf {

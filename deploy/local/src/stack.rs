@@ -95,6 +95,18 @@ impl Ingress {
     }
 }
 
+/// Other addresses than the servers' own, for programs that are added later: something stands in between, or there
+/// are several servers.
+#[derive(Debug, Clone, Default)]
+pub struct Detours {
+    /// The broker, for ingress: URLs with commas between them.
+    pub ingress_broker: Option<String>,
+    /// The broker, for workers.
+    pub worker_broker: Option<String>,
+    /// The folders of PostgreSQL's sockets, for ingress, with commas between them.
+    pub database: Option<String>,
+}
+
 /// One instance. Nothing runs until it is started, part by part or with [`Stack::start_servers`].
 ///
 /// Dropping it kills every process at once; [`Stack::stop`] ends them in order.
@@ -110,6 +122,8 @@ pub struct Stack {
     pub postgres: Postgres,
     /// The keys and certificates.
     pub pki: Pki,
+    /// What the programs are told instead of the servers' own addresses.
+    pub detours: Detours,
     /// The state folder, unlocked last.
     pub state: State,
     options: Options,
@@ -124,7 +138,8 @@ impl Stack {
         let pki = Pki::prepare(&state)?;
         let nats = Nats::prepare(&state, &pki, &options.servers.nats_server, &options.nats)?;
         let postgres = Postgres::prepare(&state, &options.servers.postgres_bin)?;
-        Ok(Self { ingress: Vec::new(), workers: Vec::new(), nats, postgres, pki, state, options })
+        let detours = Detours::default();
+        Ok(Self { ingress: Vec::new(), workers: Vec::new(), nats, postgres, pki, detours, state, options })
     }
 
     /// Starts PostgreSQL and NATS.
@@ -156,10 +171,11 @@ impl Stack {
             .arg("--signing-key")
             .arg(&self.pki.signing_key)
             .arg("--database")
-            .arg(self.postgres.url("dermflow_ingress"))
+            .arg(self.database())
             .arg("--database-password-file")
             .arg(self.postgres.password_file("dermflow_ingress")?);
-        let process = self.with_queue(process, nats::INGRESS.user)?.args(extra);
+        let broker = self.detours.ingress_broker.clone();
+        let process = self.with_queue(process, nats::INGRESS.user, broker)?.args(extra);
         self.ingress.push(Ingress { process, ports });
         Ok(&mut self.ingress[number])
     }
@@ -170,7 +186,8 @@ impl Stack {
     /// When a path cannot be made.
     pub fn add_worker(&mut self, extra: &[&str]) -> Result<&mut Process> {
         let number = self.workers.len();
-        let process = self.with_queue(self.program("worker", number)?, nats::WORKER.user)?;
+        let broker = self.detours.worker_broker.clone();
+        let process = self.with_queue(self.program("worker", number)?, nats::WORKER.user, broker)?;
         let process = process.arg("--ort-dylib").arg(&self.options.servers.onnxruntime);
         let model = !extra.contains(&"--model");
         let process = if model { process.arg("--model").arg(&self.options.model) } else { process };
@@ -229,9 +246,20 @@ impl Stack {
         Ok(Process::new(name, path, log))
     }
 
-    fn with_queue(&self, process: Process, user: &str) -> Result<Process> {
+    fn database(&self) -> String {
+        match &self.detours.database {
+            // Of several servers the one that may be written to.
+            Some(sockets) => {
+                self.postgres.url_at(sockets, "dermflow_ingress") + " target_session_attrs=read-write"
+            }
+            None => self.postgres.url("dermflow_ingress"),
+        }
+    }
+
+    fn with_queue(&self, process: Process, user: &str, broker: Option<String>) -> Result<Process> {
+        let broker = broker.unwrap_or_else(|| self.nats.url());
         Ok(process
-            .args(["--nats-url".into(), self.nats.url(), "--nats-user".into(), user.into()])
+            .args(["--nats-url".into(), broker, "--nats-user".into(), user.into()])
             .arg("--nats-ca")
             .arg(&self.pki.ca)
             .arg("--nats-password-file")

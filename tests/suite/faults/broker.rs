@@ -1,0 +1,124 @@
+//! A broker that is killed, frozen or full.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use dermflow_schemas::queue;
+use dermflow_tests::{
+    checker::{Ledger, order},
+    form::scale,
+    lab::{Lab, Setup, Worker},
+    wait::eventually,
+};
+use futures_util::future::join_all;
+
+use super::{SETTLE, jobs};
+
+const BACK_WITHIN: Duration = Duration::from_secs(5);
+
+// R4: the broker is killed and restarted again and again under load. Submissions in between are refused, never
+// lost; 5 s after it answers again they are accepted; and a key from before still names its job.
+#[tokio::test(flavor = "multi_thread")]
+async fn r4_jobs_survive_a_killed_broker() -> Result<()> {
+    let mut lab = Lab::start(Setup { ack_wait: 3, ..Setup::simulated(2) }).await?;
+    let (client, ledger) = (lab.client().clone(), Ledger::default());
+    let first = ledger.submit(&client, 0).await?;
+    lab.client().poll(&first, SETTLE).await?;
+    let load = ledger.load(&client, 1_000_000, 100);
+    let mut slowest = Duration::ZERO;
+    for restart in 1..=scale(4, 20) {
+        let more = ledger.acknowledged() + 30;
+        eventually("submissions go on", SETTLE, async || (ledger.acknowledged() >= more).then_some(()))
+            .await?;
+        lab.kill_nats().await?;
+        lab.restart_nats().await?;
+        let back = Instant::now();
+        ledger.submit(&client, restart).await?;
+        slowest = slowest.max(back.elapsed());
+        assert_eq!(ledger.submit(&client, 0).await?, first);
+    }
+    load.end_after(jobs()).await?;
+    let tally = ledger.check(&lab, &[], SETTLE).await?;
+    ensure!(slowest <= BACK_WITHIN, "accepted {slowest:?} after the broker was back");
+    ensure!(tally.refusals > 0, "nothing was refused: the test shows nothing");
+    println!("slowest return {slowest:?}");
+    lab.stop().await
+}
+
+// R5: a frozen broker: refused within the publish deadline, bounded in memory, polling still answers, and it goes on
+// at once when the broker does.
+#[tokio::test(flavor = "multi_thread")]
+async fn r5_a_frozen_broker_is_a_quick_503() -> Result<()> {
+    const GROWTH: u64 = 50 * 1024 * 1024;
+    let mut lab = Lab::start(Setup::simulated(2)).await?;
+    let (client, ledger) = (lab.client().clone(), Ledger::default());
+    let done = ledger.submit_all(&client, 0..64, 64).await?;
+    for job in &done {
+        lab.client().poll(job, SETTLE).await?;
+    }
+    let (before, mut highest, mut orders) = (lab.ingress_memory(0)?, 0, 64);
+    ledger.reset_refusals();
+    lab.pause_nats();
+    let frozen = Instant::now();
+    while frozen.elapsed() < scale(Duration::from_secs(6), Duration::from_secs(30)) {
+        let tries = join_all((orders..orders + 64).map(|n| ledger.attempt(&client, n))).await;
+        for tried in tries {
+            ensure!(tried?.is_none(), "accepted by a frozen broker");
+        }
+        orders += 64;
+        highest = lab.ingress_memory(0)?.max(highest);
+        assert_eq!(lab.client().get(&format!("/fhir/_async/{}", done[0])).await?.status, 200);
+    }
+    let slowest = ledger.slowest_refusal();
+    let last = format!("order-{orders}");
+    let refused = lab.client().analyze(&order(orders), &[("idempotency-key", last.as_str())]).await?;
+    assert_eq!((refused.status, refused.code()), (503, "queue-unavailable"));
+    ensure!(!refused.header("retry-after").is_empty(), "no Retry-After");
+    lab.resume_nats();
+    let back = Instant::now();
+    ledger.submit(&client, orders).await?;
+    let back = back.elapsed();
+    println!(
+        "{} refused, slowest {slowest:?}, {} kB more, back after {back:?}",
+        ledger.refusals(),
+        highest.saturating_sub(before) / 1024
+    );
+    // 2 s for the queue, and what 64 uploads at once take on a machine that does other things too.
+    ensure!(slowest < Duration::from_secs(4), "a refusal took {slowest:?}");
+    ensure!(highest < before + GROWTH, "ingress grew from {before} to {highest} bytes");
+    ensure!(back <= BACK_WITHIN, "accepted {back:?} after the broker went on");
+    ledger.submit_all(&client, 0..orders.max(jobs()), 16).await?;
+    ledger.check(&lab, &[], SETTLE).await?;
+    lab.stop().await
+}
+
+// R11: the stream of jobs is at its limit: 503 with the reason, what is known can still be read, nothing accepted is
+// dropped; and when workers have made room it goes on, with no restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn r11_a_full_queue_refuses_and_recovers() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let (client, ledger) = (lab.client().clone(), Ledger::default());
+    let context = lab.jetstream().await?;
+    let mut config = context.get_stream(queue::JOBS).await?.cached_info().config.clone();
+    let room = scale(40, 1_000);
+    let image = dermflow_tests::client::sample_bytes("isic2017-nv.jpg").len() as i64;
+    config.max_bytes = room * image;
+    context.update_stream(config).await?;
+    let (mut n, mut accepted) = (0, Vec::new());
+    while let Some(job) = ledger.attempt(&client, n).await? {
+        accepted.push(job);
+        n += 1;
+        ensure!(n < 2 * room as usize, "the queue takes more than it can hold");
+    }
+    ensure!(accepted.len() > room as usize / 2, "only {} fit", accepted.len());
+    let refused = client.analyze(&order(n), &[("idempotency-key", &format!("order-{n}"))]).await?;
+    assert_eq!((refused.status, refused.code()), (503, "queue-full"), "{}", refused.text);
+    ensure!(!refused.header("retry-after").is_empty(), "no Retry-After");
+    assert_eq!(client.get(&format!("/fhir/_async/{}", accepted[0])).await?.status, 202);
+    let held = lab.messages(queue::JOBS).await?;
+    assert_eq!(held, accepted.len() as u64);
+    lab.start_worker(Worker::simulated(1)).await?;
+    ledger.submit_all(&client, n..n + room as usize, 8).await?;
+    ledger.check(&lab, &[], SETTLE).await?;
+    lab.stop().await
+}

@@ -1,0 +1,108 @@
+//! R13: three brokers, each message on all of them.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use dermflow_tests::{
+    checker::Ledger,
+    form::scale,
+    lab::{Lab, Setup, Worker},
+    wait::eventually,
+};
+
+use super::{SETTLE, jobs};
+
+const NODES: usize = 3;
+/// The longest that no job is accepted while two of three brokers run.
+const UNAVAILABLE: Duration = Duration::from_secs(10);
+
+async fn start() -> Result<(Lab, Ledger)> {
+    let workers = vec![Worker::simulated(5), Worker::simulated(5)];
+    let lab = Lab::start(Setup { workers, brokers: NODES, ack_wait: 3, ..Setup::default() }).await?;
+    Ok((lab, Ledger::default()))
+}
+
+async fn until_more(ledger: &Ledger, more: usize) -> Result<()> {
+    let enough = ledger.acknowledged() + more;
+    let enough = async || (ledger.acknowledged() >= enough).then_some(());
+    eventually("jobs are accepted", SETTLE, enough).await
+}
+
+/// How long the fault that begins now keeps `ledger` from accepting an order. Orders are numbered `n`.
+async fn accepted_after(lab: &Lab, ledger: &Ledger, n: usize) -> Result<Duration> {
+    let begun = Instant::now();
+    ledger.submit(lab.client(), n).await?;
+    Ok(begun.elapsed())
+}
+
+async fn judge(lab: Lab, ledger: Ledger, times: &[Duration]) -> Result<()> {
+    println!("accepted again after {times:?}");
+    ledger.check(&lab, &[], SETTLE).await?;
+    let slowest = times.iter().max().copied().unwrap_or_default();
+    ensure!(slowest <= UNAVAILABLE, "unavailable for {slowest:?}");
+    lab.stop().await
+}
+
+// The broker that leads the stream of jobs is killed under load; another one takes over.
+#[tokio::test(flavor = "multi_thread")]
+async fn r13_jobs_survive_the_death_of_the_leader() -> Result<()> {
+    let (mut lab, ledger) = start().await?;
+    let load = ledger.load(lab.client(), 1_000_000, 60);
+    let mut times = Vec::new();
+    for kill in 0..scale(2, 10) {
+        until_more(&ledger, 40).await?;
+        let leader = lab.leader(None).await?;
+        lab.node(leader).process.kill().await;
+        times.push(accepted_after(&lab, &ledger, kill).await?);
+        ensure!(lab.leader(Some(leader)).await? != leader, "the dead one still leads");
+        lab.node(leader).start().await?;
+    }
+    load.end_after(jobs()).await?;
+    judge(lab, ledger, &times).await
+}
+
+// The leader is cut off from the other two, and comes back: it may not have acknowledged anything meanwhile, and
+// those who are connected to it find another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn r13_jobs_survive_a_partition() -> Result<()> {
+    let (lab, ledger) = start().await?;
+    let load = ledger.load(lab.client(), 1_000_000, 60);
+    let (mut times, mut n) = (Vec::new(), 0);
+    for _ in 0..scale(1, 4) {
+        until_more(&ledger, 40).await?;
+        let leader = lab.leader(None).await?;
+        lab.cluster().isolate(leader);
+        times.push(accepted_after(&lab, &ledger, n).await?);
+        ensure!(lab.leader(Some(leader)).await? != leader, "the isolated one still leads");
+        n += 1;
+        until_more(&ledger, 40).await?;
+        lab.cluster().heal();
+    }
+    // And each in turn, whether it leads or not.
+    for node in 0..NODES {
+        lab.cluster().isolate(node);
+        times.push(accepted_after(&lab, &ledger, n).await?);
+        n += 1;
+        until_more(&ledger, 40).await?;
+        lab.cluster().heal();
+    }
+    load.end_after(jobs()).await?;
+    judge(lab, ledger, &times).await
+}
+
+// Every broker is restarted in order, one after the other, as for a new version.
+#[tokio::test(flavor = "multi_thread")]
+async fn r13_a_rolling_restart_loses_nothing() -> Result<()> {
+    let (mut lab, ledger) = start().await?;
+    let load = ledger.load(lab.client(), 1_000_000, 60);
+    let mut times = Vec::new();
+    for restart in 0..NODES * scale(1, 4) {
+        let node = restart % NODES;
+        until_more(&ledger, 40).await?;
+        lab.node(node).stop().await?;
+        times.push(accepted_after(&lab, &ledger, restart).await?);
+        lab.node(node).start().await?;
+    }
+    load.end_after(jobs()).await?;
+    judge(lab, ledger, &times).await
+}
