@@ -281,7 +281,8 @@ async fn a_quota_is_exact_and_concerns_one_client() -> Result<()> {
     }
     let order = sample("isic2017-nv.jpg");
     let submit = |n: usize| {
-        let (client, order) = (if n % 2 == 0 { client.clone() } else { second.clone() }, order.clone());
+        let (client, order) =
+            (if n.is_multiple_of(2) { client.clone() } else { second.clone() }, order.clone());
         async move { client.analyze(&order, &[("prefer", "respond-async")]).await }
     };
     let answers: Vec<_> = stream::iter(0..20).map(submit).buffer_unordered(20).collect().await;

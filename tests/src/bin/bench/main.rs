@@ -1,14 +1,11 @@
-//! `bench sustained | latency`: the pipeline against a bare ONNX Runtime loop, and the time it adds.
+//! `bench sustained | latency | burst`: the pipeline against a bare ONNX Runtime loop, the time it adds, and what
+//! a burst does to others.
 //!
 //! Machines are shared and noisy: blocks alternate, ratios are taken side by side, medians are reported.
 
 use std::{
-    fs,
     process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -18,20 +15,18 @@ use dermflow_local::{
     servers::{Given, Servers},
     stack::repo,
 };
-use dermflow_schemas::{
-    envelope::{ImageEntry, Manifest, Payload},
-    image::Format,
-};
+use dermflow_schemas::envelope::Payload;
 use dermflow_tests::{
     client::{Client, sample, sample_bytes},
     lab::{Lab, Setup, Worker},
 };
-use dermflow_workers::{
-    analyse::analyse,
-    engine::{self, Factory},
-    model::Model,
-};
+use dermflow_workers::{engine, model::Model};
 use futures_util::{StreamExt, stream};
+
+use crate::measure::{bare, cpu_seconds, maximum, median, minimum, payload, peak_rss_mb};
+
+mod burst;
+mod measure;
 
 /// The images of a run, in turn.
 const IMAGES: [&str; 4] = ["ham10000-mel.jpg", "ham10000-nv.jpg", "ham10000-bcc.jpg", "isic2017-mel.jpg"];
@@ -51,8 +46,9 @@ async fn main() -> ExitCode {
     let outcome = match std::env::args().nth(1).as_deref() {
         Some("sustained") => sustained().await,
         Some("latency") => latency().await,
+        Some("burst") => Box::pin(burst::burst()).await,
         _ => {
-            eprintln!("usage: bench sustained | latency");
+            eprintln!("usage: bench sustained | latency | burst");
             return ExitCode::from(2);
         }
     };
@@ -72,14 +68,16 @@ async fn sustained() -> Result<()> {
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Arc::new(Model::load(&repo().join("workers/models/derm7"), false)?);
     let make = engine::factory(&model, &servers.onnxruntime)?;
-    let (one, all) = (bare(&model, &make, 1, BLOCK)?, bare(&model, &make, cores, BLOCK)?);
+    let payloads: Vec<Payload> = IMAGES.iter().map(|name| payload(sample_bytes(name))).collect();
+    let one = bare(&model, &make, 1, &payloads, BLOCK)?;
+    let all = bare(&model, &make, cores, &payloads, BLOCK)?;
     let threads = if one > all { 1 } else { cores };
     println!("bare loop: {one:.1} images/s on 1 thread, {all:.1} on {cores}; compared with {threads}");
     pipeline(lab.client(), BLOCK).await?;
     let before = cpu_seconds(&lab)?;
     let (mut ratios, mut bares, mut images) = (Vec::new(), Vec::new(), 0.0);
     for n in 1..=BLOCKS {
-        let bare = bare(&model, &make, threads, BLOCK)?;
+        let bare = bare(&model, &make, threads, &payloads, BLOCK)?;
         let ours = pipeline(lab.client(), BLOCK).await?;
         println!("block {n}: bare {bare:.1}, pipeline {ours:.1} images/s, ratio {:.3}", ours / bare);
         ratios.push(ours / bare);
@@ -96,38 +94,6 @@ async fn sustained() -> Result<()> {
         println!("{name}: peak RSS {} MB", peak_rss_mb(pid)?);
     }
     lab.stop().await
-}
-
-/// Images a second of `threads` loops, each with a session of its own.
-fn bare(model: &Model, make: &Factory, threads: usize, time: Duration) -> Result<f64> {
-    let payloads: Vec<Payload> = IMAGES.iter().map(|name| payload(name)).collect();
-    let (done, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let mut engines = (0..threads).map(|_| make()).collect::<Result<Vec<_>, _>>()?;
-    let begun = Instant::now();
-    thread::scope(|scope| {
-        for engine in &mut engines {
-            let (model, payloads, done, stop) = (model, &payloads, &done, &stop);
-            scope.spawn(move || {
-                for payload in payloads.iter().cycle() {
-                    if stop.load(Ordering::Relaxed)
-                        || analyse(&mut **engine, model, payload, 1, &|| false).is_err()
-                    {
-                        return;
-                    }
-                    done.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        thread::sleep(time);
-        stop.store(true, Ordering::Relaxed);
-    });
-    Ok(done.load(Ordering::Relaxed) as f64 / begun.elapsed().as_secs_f64())
-}
-
-fn payload(name: &str) -> Payload {
-    let file = sample_bytes(name);
-    let entry = ImageEntry { bytes: file.len(), format: Format::Jpeg, title: None, body_site: None };
-    Payload { manifest: Manifest::new(vec![entry], None, None), images: vec![file.into()] }
 }
 
 /// Images a second through TLS, token, record, queue and report.
@@ -176,40 +142,4 @@ async fn latency() -> Result<()> {
 fn model_millis(server_timing: &str) -> Result<f64> {
     let phase = server_timing.split(", ").find_map(|phase| phase.strip_prefix("model;dur="));
     Ok(phase.context("no model in Server-Timing")?.parse()?)
-}
-
-/// Processor seconds, user and system, of every process of the system and of its children.
-fn cpu_seconds(lab: &Lab) -> Result<Vec<(String, f64)>> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        // A process may end while it is looked at.
-        if let Ok(stat) = fs::read_to_string(entry?.path().join("stat")) {
-            let (id, rest) = stat.split_once(" (").context("stat")?;
-            let fields: Vec<&str> = rest.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-            // In USER_HZ, which is 100 on every architecture that we run on; living and ended threads of it.
-            let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
-            all.push((id.parse::<u32>()?, fields[1].parse::<u32>()?, ticks / 100.0));
-        }
-    }
-    let of = |pid| all.iter().filter(|(id, parent, _)| *id == pid || *parent == pid).map(|(.., s)| s).sum();
-    Ok(lab.pids().into_iter().map(|(name, pid)| (name, of(pid))).collect())
-}
-
-fn peak_rss_mb(pid: u32) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? / 1024)
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn minimum(values: &[f64]) -> f64 {
-    values.iter().copied().fold(f64::INFINITY, f64::min)
-}
-
-fn maximum(values: &[f64]) -> f64 {
-    values.iter().copied().fold(0.0, f64::max)
 }

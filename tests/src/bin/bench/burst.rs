@@ -1,0 +1,286 @@
+//! C: 5,000 jobs at once from one client, while others want little and soon.
+
+use std::{
+    io::Cursor,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use dermflow_tests::{
+    client::{Client, sample_bytes},
+    lab::{Lab, Setup, Worker},
+    wait::eventually,
+};
+use futures_util::{StreamExt, stream};
+use image::{DynamicImage, codecs::jpeg::JpegEncoder, imageops::FilterType};
+use serde_json::json;
+
+use crate::measure::{bare_rate, peak_rss_mb, percentile, verdict};
+
+/// Jobs of the client with the backlog.
+const LARGE: usize = 4_900;
+/// Jobs of each client that comes a second later.
+const SMALL: usize = 50;
+/// Connections of the large client.
+const CONNECTIONS: usize = 16;
+/// About the bytes of one image.
+const IMAGE_BYTES: usize = 138_000;
+/// Different images.
+const IMAGES: usize = 16;
+/// Synchronous requests before the burst.
+const IDLE: usize = 20;
+/// Jobs in hand when the queue is capped.
+const CAP: usize = 1_000;
+
+/// Photographs of [`IMAGE_BYTES`], made from a sample at 1,024 × 768 pixels.
+pub(crate) fn photographs() -> Result<Vec<Vec<u8>>> {
+    let sample = image::load_from_memory(&sample_bytes("ham10000-mel.jpg"))?;
+    let large = sample.resize_exact(1_024, 768, FilterType::CatmullRom).into_rgb8();
+    let mut photographs = Vec::new();
+    for n in 0..IMAGES {
+        let mut photograph = large.clone();
+        // Detail that JPEG has to keep, another one in each, without a generator of random numbers.
+        for (x, y, pixel) in photograph.enumerate_pixels_mut() {
+            let noise = ((x.wrapping_mul(2_654_435_761) ^ y.wrapping_mul(40_503) ^ (n as u32 * 97)) >> 7) & 7;
+            pixel.0.iter_mut().for_each(|value| *value = value.saturating_add(noise as u8));
+        }
+        let photograph = DynamicImage::from(photograph);
+        let encode = |quality| {
+            let mut file = Cursor::new(Vec::new());
+            photograph.write_with_encoder(JpegEncoder::new_with_quality(&mut file, quality))?;
+            anyhow::Ok(file.into_inner())
+        };
+        let mut best = encode(30)?;
+        for quality in (35..=95).step_by(5) {
+            let next = encode(quality)?;
+            if next.len().abs_diff(IMAGE_BYTES) < best.len().abs_diff(IMAGE_BYTES) {
+                best = next;
+            }
+        }
+        photographs.push(best);
+    }
+    Ok(photographs)
+}
+
+/// The requests that carry them.
+pub(crate) fn requests(photographs: &[Vec<u8>]) -> Vec<String> {
+    let request = |bytes: &Vec<u8>| {
+        let attachment = json!({"contentType": "image/jpeg", "data": STANDARD.encode(bytes)});
+        let part = json!([{"name": "content", "valueAttachment": attachment}]);
+        json!({"resourceType": "Parameters", "parameter": [{"name": "image", "part": part}]}).to_string()
+    };
+    photographs.iter().map(request).collect()
+}
+
+/// A job as its client saw it accepted.
+#[derive(Debug, Clone)]
+struct Accepted {
+    job: String,
+    millis: f64,
+}
+
+async fn submit(client: &Client, body: String) -> Result<Accepted> {
+    let begun = Instant::now();
+    let answer = client.analyze_raw(body, &[("prefer", "respond-async")]).await?;
+    ensure!(answer.status == 202, "{} {}", answer.status, answer.text);
+    Ok(Accepted { job: answer.job().to_owned(), millis: begun.elapsed().as_secs_f64() * 1e3 })
+}
+
+async fn submit_all(
+    client: Client,
+    bodies: Arc<Vec<String>>,
+    jobs: usize,
+    at_once: usize,
+) -> Result<Vec<Accepted>> {
+    let one = |n: usize| {
+        let (client, body) = (client.clone(), bodies[n % bodies.len()].clone());
+        async move { submit(&client, body).await }
+    };
+    stream::iter(0..jobs).map(one).buffer_unordered(at_once).collect::<Vec<_>>().await.into_iter().collect()
+}
+
+/// Seconds from the first acceptance of these clients' jobs to the last end.
+async fn worked_off(lab: &Lab, client: &str) -> Result<f64> {
+    let query = format!(
+        "SELECT extract(epoch FROM max(finished_at) - min(accepted_at))::float8 FROM ingress.jobs \
+         WHERE client = (SELECT id FROM auth.users WHERE username = '{client}')"
+    );
+    Ok(lab.sql(&query).await?.first().context("no row")?.get(0))
+}
+
+async fn until_ended(lab: &Lab, within: Duration) -> Result<()> {
+    let open = "SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL";
+    let ended = async || (lab.count(open).await.ok()? == 0).then_some(());
+    eventually("every job has ended", within, ended).await
+}
+
+/// The burst, then the same with a full queue.
+pub(crate) async fn burst() -> Result<()> {
+    let photographs = photographs()?;
+    println!("images: {} of {} kB", photographs.len(), photographs[0].len() / 1_000);
+    let bare = bare_rate(&photographs).await?;
+    let bodies = Arc::new(requests(&photographs));
+    let lab = Lab::start(Setup { workers: vec![Worker::derm7(); 2], ..Setup::default() }).await?;
+    let alone = lab.register("alone").await?;
+    submit_all(alone, bodies.clone(), SMALL, 4).await?;
+    until_ended(&lab, Duration::from_mins(1)).await?;
+    let alone = worked_off(&lab, "alone").await?;
+    let mut idle = Vec::new();
+    let patient = lab.register("patient").await?;
+    for n in 0..IDLE {
+        idle.push(synchronous(&patient, &bodies[n % IMAGES]).await?);
+    }
+    println!(
+        "alone: {SMALL} jobs in {alone:.2} s; a synchronous request p50 {:.0} ms",
+        percentile(&mut idle, 50)
+    );
+
+    let large = lab.client().clone();
+    let (b, c) = (lab.register("b").await?, lab.register("c").await?);
+    let begun = Instant::now();
+    let flood = tokio::spawn(submit_all(large, bodies.clone(), LARGE, CONNECTIONS));
+    let probing = tokio::spawn(probe(patient, bodies.clone()));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let small = [b, c].map(|client| tokio::spawn(submit_all(client, bodies.clone(), SMALL, 4)));
+    let places = tokio::spawn(promises(lab.client().clone()));
+    let flood = flood.await??;
+    let accepted_in = begun.elapsed().as_secs_f64();
+    for submitted in small {
+        submitted.await??;
+    }
+    until_ended(&lab, Duration::from_mins(10)).await?;
+    let drained = begun.elapsed().as_secs_f64();
+    probing.abort();
+    let mut accepts: Vec<f64> = flood.iter().map(|accepted| accepted.millis).collect();
+    let rate = LARGE as f64 / accepted_in;
+    verdict("accepted a second", rate, rate >= 200.0, "at least 200 with sync_interval always");
+    let p99 = percentile(&mut accepts, 99);
+    verdict("acceptance p99, ms", p99, p99 <= 500.0, "at most 500");
+    let ratio = drained / ((LARGE + 2 * SMALL) as f64 / bare);
+    verdict("drained, in times of the bare loop", ratio, ratio <= 1.15, "at most 1.15");
+    for client in ["b", "c"] {
+        let times = worked_off(&lab, client).await? / alone;
+        verdict(&format!("client {client}, in times of alone"), times, times <= 4.5, "at most 4.5");
+    }
+    let mut waits: Vec<f64> = PROBES.lock().map(|found| found.clone()).unwrap_or_default();
+    let (idle99, busy99) = (percentile(&mut idle, 99), percentile(&mut waits, 99));
+    let times = busy99 / idle99;
+    println!(
+        "synchronous under the burst: {} requests, p50 {:.0} ms, p99 {busy99:.0} ms; idle p99 {idle99:.0} ms",
+        waits.len(),
+        percentile(&mut waits, 50)
+    );
+    verdict("synchronous p99, in times of idle", times, times <= 3.0, "at most 3");
+    check(&lab, &flood).await?;
+    for (name, pid) in lab.pids().into_iter().filter(|(name, _)| name.starts_with("ingress")) {
+        let rss = peak_rss_mb(pid)? as f64;
+        verdict(&format!("{name}: peak RSS, MB"), rss, rss <= 512.0, "at most 512");
+    }
+    honest(&lab, places.await??).await?;
+    lab.stop().await?;
+    capped(&bodies).await
+}
+
+static PROBES: std::sync::Mutex<Vec<f64>> = std::sync::Mutex::new(Vec::new());
+
+/// One synchronous request a second, until it is aborted.
+async fn probe(client: Client, bodies: Arc<Vec<String>>) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    for body in bodies.iter().cycle() {
+        tick.tick().await;
+        if let (Ok(millis), Ok(mut probes)) = (synchronous(&client, body).await, PROBES.lock()) {
+            probes.push(millis);
+        }
+    }
+}
+
+async fn synchronous(client: &Client, body: &str) -> Result<f64> {
+    let begun = Instant::now();
+    let answer = client.analyze_raw(body.to_owned(), &[]).await?;
+    ensure!(answer.status == 200, "{} {}", answer.status, answer.text);
+    Ok(begun.elapsed().as_secs_f64() * 1e3)
+}
+
+/// Asks for the place of the latest queued job every half second: the job, when it was asked, and the promise.
+async fn promises(client: Client) -> Result<Vec<(String, String, String)>> {
+    let mut promises = Vec::new();
+    let mut tick = tokio::time::interval(Duration::from_millis(500));
+    for _ in 0..60 {
+        tick.tick().await;
+        let page = client.get("/jobs?status=queued&limit=1").await?;
+        let Some(id) = page.body["jobs"][0]["id"].as_str() else { continue };
+        let record = client.get(&format!("/jobs/{id}")).await?;
+        if let Some(start) = record.body["queue"]["expected_start"].as_str() {
+            promises.push((id.to_owned(), record.header("date").to_owned(), start.to_owned()));
+        }
+    }
+    Ok(promises)
+}
+
+/// Compares promised with real waits, those of more than two seconds.
+async fn honest(lab: &Lab, promises: Vec<(String, String, String)>) -> Result<()> {
+    let mut ratios = Vec::new();
+    for (job, asked, promised) in promises {
+        let query = format!(
+            "SELECT extract(epoch FROM '{promised}'::timestamptz - '{asked}'::timestamptz)::float8, \
+             extract(epoch FROM started_at - '{asked}'::timestamptz)::float8 FROM ingress.jobs WHERE id = '{job}'"
+        );
+        let rows = lab.sql(&query).await?;
+        let Some(row) = rows.first() else { continue };
+        let (told, real): (f64, f64) = (row.get(0), row.get(1));
+        if real > 2.0 {
+            ratios.push(told / real);
+        }
+    }
+    let within = ratios.iter().filter(|ratio| (0.5..=2.0).contains(*ratio)).count();
+    println!(
+        "promised starts: {} asked, ratios promised / real p5 {:.2}, p50 {:.2}, p95 {:.2}",
+        ratios.len(),
+        percentile(&mut ratios, 5),
+        percentile(&mut ratios, 50),
+        percentile(&mut ratios, 95)
+    );
+    let share = within as f64 / ratios.len().max(1) as f64;
+    verdict("promised starts within a factor of 2", share, share >= 0.95, "at least 0.95 of them");
+    Ok(())
+}
+
+async fn check(lab: &Lab, accepted: &[Accepted]) -> Result<()> {
+    let rows = lab.sql("SELECT job::text FROM ingress.reports").await?;
+    let reports: std::collections::HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    let lost = accepted.iter().filter(|accepted| !reports.contains(&accepted.job)).count();
+    let billed = lab.count("SELECT sum(jobs)::bigint FROM ingress.usage").await?;
+    let doubled = billed - lab.count("SELECT count(*) FROM ingress.jobs WHERE state = 'succeeded'").await?;
+    verdict("lost", lost as f64, lost == 0, "0");
+    verdict("doubled", doubled as f64, doubled == 0, "0");
+    Ok(())
+}
+
+/// The queue holds [`CAP`] jobs and nobody works: exactly the excess is refused, soon.
+async fn capped(bodies: &Arc<Vec<String>>) -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let jetstream = lab.jetstream().await?;
+    let mut config = jetstream.get_stream("JOBS").await?.cached_info().config.clone();
+    config.max_messages = CAP as i64;
+    jetstream.update_stream(&config).await?;
+    let one = |n: usize| {
+        let (client, body) = (lab.client().clone(), bodies[n % IMAGES].clone());
+        async move {
+            let begun = Instant::now();
+            let answer = client.analyze_raw(body, &[("prefer", "respond-async")]).await?;
+            anyhow::Ok((answer.status, answer.code().to_owned(), begun.elapsed().as_secs_f64() * 1e3))
+        }
+    };
+    let answers: Vec<_> = stream::iter(0..CAP + 500).map(one).buffer_unordered(4).collect().await;
+    let answers = answers.into_iter().collect::<Result<Vec<_>>>()?;
+    let accepted = answers.iter().filter(|(status, ..)| *status == 202).count();
+    verdict("accepted with a cap of 1,000", accepted as f64, accepted == CAP, "1,000 of 1,500");
+    let refused = answers.iter().filter(|(status, code, _)| *status == 503 && code == "queue-full");
+    let mut refused: Vec<f64> = refused.map(|(.., millis)| *millis).collect();
+    verdict("refused as queue-full", refused.len() as f64, refused.len() == 500, "500");
+    let p99 = percentile(&mut refused, 99);
+    verdict("refusal p99, ms", p99, p99 <= 50.0, "at most 50");
+    lab.stop().await
+}
