@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use dermflow_schemas::{clock, envelope::ResultHeader};
 use dermflow_tests::{
     client::{distribution, observations, parameters, sample, sample_bytes},
     fhir,
@@ -156,6 +157,10 @@ async fn a_running_job_is_cancelled() -> Result<()> {
     let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
     lab.until_state(&job, "running").await?;
     assert_eq!(lab.client().delete(&format!("/fhir/_async/{job}")).await?.status, 202);
+    // As from a worker that did not hear of it.
+    let now = clock::now();
+    let result = ResultHeader::succeeded(job.parse()?, 1, now, now, 1, "k1".into()).encode(b"sealed");
+    lab.jetstream().await?.publish(format!("results.{job}"), result).await?.await?;
     let late = async || lab.metric("dermflow_late_results_total").await.filter(|count| *count >= 1.0);
     eventually("the late result is dropped", LONG, late).await?;
     assert_eq!(lab.client().get(&format!("/jobs/{job}")).await?.body["status"], "cancelled");

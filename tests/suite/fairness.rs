@@ -229,7 +229,8 @@ async fn a_withdrawn_job_stops_at_its_next_image() -> Result<()> {
     let empty =
         async || (lab.messages("JOBS").await.ok()? + lab.messages("RESULTS").await.ok()? == 0).then_some(());
     eventually("the queue is empty", LONG, empty).await?;
-    assert_eq!(lab.metric("dermflow_late_results_total").await.unwrap_or(0.0), 0.0, "a result was published");
+    let late = lab.metric("dermflow_late_results_total").await.context("no metric")?;
+    ensure!(late < 0.5, "a result was published");
     assert_eq!(lab.count("SELECT count(*) FROM ingress.reports").await?, 1);
     lab.stop().await
 }

@@ -128,15 +128,16 @@ impl Attempts {
         if delivery.attempt > MAX_ATTEMPTS {
             return Verdict::Again(Code::AttemptsExhausted);
         }
-        let slot = match slot {
-            Some(slot) => slot,
-            None => tokio::select! {
+        let slot = if let Some(slot) = slot {
+            slot
+        } else {
+            tokio::select! {
                 slot = self.executors.slot() => match slot {
                     Some(slot) => slot,
                     None => return Verdict::GiveBack,
                 },
                 () = delivery.held.token().cancelled() => return Verdict::Withdrawn,
-            },
+            }
         };
         delivery.began = clock::now();
         if delivery.began > delivery.header.deadline {

@@ -125,7 +125,9 @@ impl Consumer {
         match news {
             News::Woken(client) => self.schedule.wake(client),
             News::Look(clients) => {
-                clients.into_iter().for_each(|client| self.schedule.wake(client));
+                for client in clients {
+                    self.schedule.wake(client);
+                }
                 self.schedule.look(Line::Due);
             }
         }

@@ -113,7 +113,9 @@ impl Fair {
         // Other workers' acks make room too, and nobody tells of them.
         if self.taken >= BULK_PROBES {
             self.taken = 0;
-            std::mem::take(&mut self.held).into_iter().for_each(|client| self.ended(client));
+            for client in std::mem::take(&mut self.held) {
+                self.ended(client);
+            }
         }
     }
 

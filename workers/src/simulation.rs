@@ -155,7 +155,9 @@ impl World {
                     .iter()
                     .filter_map(|(n, c)| (c.waiting + c.in_flight > 0).then_some(*n))
                     .collect();
-                found.into_iter().for_each(|n| self.workers[worker].schedule.wake(client(n)));
+                for n in found {
+                    self.workers[worker].schedule.wake(client(n));
+                }
                 self.workers[worker].schedule.look(Line::Due);
                 self.rouse(worker);
                 self.plan(self.now + BULK_LOOK.as_micros() as Time, Event::Look(worker));
@@ -314,7 +316,9 @@ fn bulk_does_not_starve_behind_a_flood() {
         let mut world = World::new(rng.next(), rng.between(1, 16) as usize, |rng| rng.between(2, 20) * MS);
         world.flood = true;
         let clients: Vec<usize> = (0..rng.between(1, 5) as usize).collect();
-        clients.iter().for_each(|n| world.client(*n, 1, 0, 1_000_000));
+        for n in &clients {
+            world.client(*n, 1, 0, 1_000_000);
+        }
         world.run_until(60 * SECOND);
         let served = world.served(&clients, 0, 60 * SECOND);
         let bulk: f64 = served.iter().sum();

@@ -46,8 +46,8 @@ impl Watch {
                 }
             }
         };
-        let _tasks = [tokio::spawn(listen), tokio::spawn(look(context, sender))].map(AbortOnDropHandle::new);
-        Ok(Self { news, _tasks })
+        let tasks = [tokio::spawn(listen), tokio::spawn(look(context, sender))].map(AbortOnDropHandle::new);
+        Ok(Self { news, _tasks: tasks })
     }
 
     /// The next piece of news. Cancel safe.

@@ -137,7 +137,7 @@ impl<T: Copy> Stream<T> {
 struct Attempt {
     message: u32,
     payload: Payload,
-    attempt: u32,
+    number: u32,
     phase: Phase,
     told_to_stop: bool,
 }
@@ -523,9 +523,9 @@ impl World {
             self.covered.redelivered += u64::from(message.delivered > 1);
             let redelivered = if self.is(Defect::AttemptsUncounted) { 0 } else { message.delivered - 1 };
             let (message, payload) = (message.id, message.body);
-            let attempt = payload.attempt + redelivered;
+            let number = payload.attempt + redelivered;
             let phase = Phase::Delivered;
-            self.workers[n] = Some(Attempt { message, payload, attempt, phase, told_to_stop: false });
+            self.workers[n] = Some(Attempt { message, payload, number, phase, told_to_stop: false });
             return;
         };
         let poisoned = matches!(attempt.phase, Phase::Running) && self.jobs[attempt.payload.job].poison;
@@ -552,7 +552,7 @@ impl World {
     fn advance(&mut self, attempt: &Attempt) -> Option<Phase> {
         let Attempt { message, payload, .. } = *attempt;
         match attempt.phase {
-            Phase::Delivered if attempt.attempt > MAX_ATTEMPTS => {
+            Phase::Delivered if attempt.number > MAX_ATTEMPTS => {
                 self.covered.exhausted += 1;
                 Some(Phase::Result(Event::Failed))
             }
@@ -582,7 +582,7 @@ impl World {
                 }
                 if !self.is(Defect::RetryDropped) {
                     let backoff = self.now + 1 + self.rng.below(8) as u32;
-                    self.queue.store(Payload { attempt: attempt.attempt + 1, ..payload }, backoff);
+                    self.queue.store(Payload { attempt: attempt.number + 1, ..payload }, backoff);
                 }
                 Some(Phase::Ack)
             }
@@ -596,7 +596,7 @@ impl World {
     }
 
     fn verdict(&mut self, attempt: &Attempt) -> Phase {
-        match (self.rng.below(100), attempt.attempt < MAX_ATTEMPTS) {
+        match (self.rng.below(100), attempt.number < MAX_ATTEMPTS) {
             (0..TRANSIENT, true) => Phase::Retry,
             (0..TRANSIENT, false) => {
                 self.covered.exhausted += 1;
@@ -632,7 +632,9 @@ impl World {
             return Ok(());
         };
         if self.is(Defect::AckBeforeRecord) {
-            batch.results.iter().for_each(|result| self.results.ack(result.id));
+            for result in &batch.results {
+                self.results.ack(result.id);
+            }
         }
         if self.fault() {
             self.covered.crashes += 1;
