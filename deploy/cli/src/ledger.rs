@@ -93,15 +93,12 @@ impl Ledger {
             digest: inputs.digest.clone(),
             subject: subject.map(Into::into),
         };
-        let key = match recorded.begin {
-            Some(earlier) => {
-                compare(path, &earlier, &begin)?;
-                earlier.key
-            }
-            None => {
-                journal.begin(&begin).map_err(unusable)?;
-                begin.key
-            }
+        let key = if let Some(earlier) = recorded.begin {
+            compare(path, &earlier, &begin)?;
+            earlier.key
+        } else {
+            journal.begin(&begin).map_err(unusable)?;
+            begin.key
         };
         match (recorded.batch, batch) {
             (Some(earlier), Some(given)) if earlier != given => {
@@ -174,7 +171,7 @@ impl Ledger {
             Some(known) => Err(Failure::Unfinished(format!("the server calls batch {known} now {batch}"))),
             None => {
                 self.batch = Some(batch);
-                self.journal.batch(batch).map_err(unwritten)
+                self.journal.batch(batch).map_err(|error| unwritten(&error))
             }
         }
     }
@@ -185,7 +182,7 @@ impl Ledger {
     /// When that cannot be written.
     pub(crate) fn accepted(&mut self, item: usize, job: Option<String>) -> Result<(), Failure> {
         if self.phases[item] == Phase::Open {
-            self.journal.accepted(&self.names[item], job).map_err(unwritten)?;
+            self.journal.accepted(&self.names[item], job).map_err(|error| unwritten(&error))?;
             self.note_accepted(item);
         }
         Ok(())
@@ -213,7 +210,7 @@ impl Ledger {
             let mut whole = Vec::with_capacity(text.len() + 1);
             whole.extend_from_slice(text);
             whole.push(b'\n');
-            self.out.append(&whole).map_err(unwritten)?;
+            self.out.append(&whole).map_err(|error| unwritten(&error))?;
             self.note_ended(item, &line);
         }
         // A line that is not ours moves the cursor all the same.
@@ -274,7 +271,7 @@ impl Ledger {
     }
 }
 
-fn unwritten(error: io::Error) -> Failure {
+fn unwritten(error: &io::Error) -> Failure {
     Failure::Unfinished(format!("cannot write the results: {error}"))
 }
 

@@ -76,7 +76,7 @@ mod tests {
                 let image = vec![0xFF; length];
                 let content = Content::Image(image.clone().into());
                 let line = build(&item(name, content), Some("P\"1")).unwrap();
-                assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+                assert_eq!(line.split(|byte| *byte == b'\n').count(), 2);
                 let value: Value = serde_json::from_slice(&line).unwrap();
                 let expected = json!([{ "data": STANDARD.encode(&image) }]);
                 assert_eq!(value, json!({ "custom_id": name, "images": expected, "subject": "P\"1" }));

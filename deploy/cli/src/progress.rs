@@ -1,6 +1,7 @@
 //! Counters that a submission keeps, and the two ways to show them.
 
 use std::{
+    fmt::Write,
     io::{IsTerminal, stderr},
     sync::{
         Arc, Mutex, PoisonError,
@@ -107,7 +108,7 @@ fn detail(counters: &Counters) -> String {
     let mut text = format!("{} accepted", counters.accepted.get());
     let faults = counters.failed.get() + counters.refused.get();
     if faults > 0 {
-        text += &format!(", {faults} failed");
+        let _ = write!(text, ", {faults} failed");
     }
     let message = counters.message();
     if message.is_empty() { text } else { format!("{text} ({message})") }

@@ -30,7 +30,7 @@ impl Table {
         }
         if !self.begun {
             self.begun = true;
-            print(&self.line(|name| name.to_uppercase()))?;
+            print(&self.line(str::to_uppercase))?;
         }
         print(&self.line(|name| text(&object[name])))
     }

@@ -102,9 +102,9 @@ impl Work {
         self.counters.retries.add(1);
         self.update(|state| {
             state.queue.push_back(item);
-            let held = state.hold.is_some_and(|hold| hold > Instant::now());
+            let waiting = state.hold.is_some_and(|hold| hold > Instant::now());
             // Lines that were under way together are refused together: that is one refusal.
-            state.refusals += u32::from(!held);
+            state.refusals += u32::from(!waiting);
             let hold = Instant::now() + pause(state.refusals, after, chance());
             state.hold = Some(state.hold.map_or(hold, |known| known.max(hold)));
         });
