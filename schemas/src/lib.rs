@@ -17,4 +17,5 @@ pub mod job;
 pub mod limits;
 pub mod process;
 pub mod queue;
+pub mod random;
 pub mod seal;

@@ -3,7 +3,7 @@
 //! | stream | subjects | holds |
 //! |---|---|---|
 //! | `JOBS` | `jobs.<lane>.<partition>.<client>` | sealed payloads that wait for a worker |
-//! | `RETRIES` | `retry.<job>`, `due.<lane>.<partition>.<client>` | failed attempts until their back-off ends, then until a worker takes them |
+//! | `RETRIES` | `retry.<job>`, `due.<lane>.<partition>.<client>.<job>` | failed attempts until their back-off ends, then until a worker takes them |
 //! | `RESULTS` | `results.<job>` | sealed reports until they are recorded |
 //! | `DEAD` | `dead.<lane>.<partition>.<client>` | payloads that were given up, with the reason |
 //! | `OBJ_payloads` | object store | sealed payloads beyond the broker's message size |
@@ -12,7 +12,7 @@
 //! change. Retries have a stream of their own because the broker refuses message schedules (ADR-51) on a stream
 //! that discards new messages, as JOBS must: a full queue refuses, it never forgets.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use async_nats::{
     Client, ConnectOptions, HeaderMap,
@@ -70,14 +70,30 @@ pub fn retry_subject(job: JobId) -> String {
     format!("retry.{job}")
 }
 
+/// Every failed attempt whose back-off has not ended.
+pub const ALL_RETRIES: &str = "retry.*";
+
 /// The subject that the broker moves it to then.
-pub fn due_subject(lane: Lane, client: ClientId) -> String {
-    format!("due.{}.{}.{client}", lane.as_str(), client.partition())
+pub fn due_subject(lane: Lane, client: ClientId, job: JobId) -> String {
+    format!("due.{}.{}.{client}.{job}", lane.as_str(), client.partition())
+}
+
+/// The due attempt of a job, whosever it is.
+pub fn due_filter(job: JobId) -> String {
+    format!("due.*.*.*.{job}")
 }
 
 /// The subject of a given-up payload.
 pub fn dead_subject(lane: Lane, client: ClientId) -> String {
     format!("dead.{}.{}.{client}", lane.as_str(), client.partition())
+}
+
+/// Every given-up payload.
+pub const ALL_DEAD: &str = "dead.>";
+
+/// The id that a subject ends with.
+pub fn last_token<T: FromStr>(subject: &str) -> Option<T> {
+    subject.rsplit('.').next()?.parse().ok()
 }
 
 /// The subject of a job's result, which both stores it and wakes who waits.
@@ -162,6 +178,13 @@ pub fn recorder_consumer(ack_wait: Duration) -> pull::Config {
     consumer(RECORDER, "results.*", ack_wait)
 }
 
+/// Every consumer, and the stream that it is of.
+fn consumers(ack_wait: Duration) -> Vec<(&'static str, pull::Config)> {
+    let lanes = LANES.into_iter().map(|lane| (JOBS, lane_consumer(lane, ack_wait)));
+    let due = (RETRIES, consumer(DUE, "due.>", ack_wait));
+    lanes.chain([due, (RESULTS, recorder_consumer(ack_wait))]).collect()
+}
+
 /// Creates or updates everything above. Safe from several processes at once.
 ///
 /// # Errors
@@ -170,18 +193,39 @@ pub async fn ensure(context: &Context, ack_wait: Duration) -> Result<(), async_n
     for config in streams() {
         context.create_or_update_stream(config).await?;
     }
-    let jobs = context.get_stream_no_info(JOBS).await?;
-    for lane in LANES {
-        jobs.create_consumer(lane_consumer(lane, ack_wait)).await?;
+    for (stream, consumer) in consumers(ack_wait) {
+        context.get_stream_no_info(stream).await?.create_consumer(consumer).await?;
     }
-    let retries = context.get_stream_no_info(RETRIES).await?;
-    retries.create_consumer(consumer(DUE, "due.>", ack_wait)).await?;
-    let results = context.get_stream_no_info(RESULTS).await?;
-    results.create_consumer(recorder_consumer(ack_wait)).await?;
     if context.get_object_store(PAYLOADS).await.is_err() {
         context.create_object_store(payload_bucket()).await?;
     }
     Ok(())
+}
+
+/// The streams and their consumers that [`ensure`] makes, by name.
+pub fn expected(ack_wait: Duration) -> Vec<(String, Vec<String>)> {
+    let consumers = consumers(ack_wait);
+    let of = |stream: &str| {
+        let own = consumers.iter().filter(|(name, _)| *name == stream);
+        own.filter_map(|(_, config)| config.durable_name.clone()).collect()
+    };
+    let streams = streams().into_iter().map(|config| config.name);
+    streams.chain([payload_stream()]).map(|name| (name.clone(), of(&name))).collect()
+}
+
+/// Whether a stream is worked off by consumers, so that each of its messages is known to one.
+pub fn is_consumed(stream: &str) -> bool {
+    [JOBS, RETRIES, RESULTS].contains(&stream)
+}
+
+/// The stream that the object store is made of.
+pub fn payload_stream() -> String {
+    format!("OBJ_{PAYLOADS}")
+}
+
+/// The subjects of the object store that end with the names of its objects, in Base64.
+pub fn payload_names() -> String {
+    format!("$O.{PAYLOADS}.M.*")
 }
 
 /// A consumer that [`ensure`] made.
@@ -275,8 +319,8 @@ impl Message {
         Self { subject, id: Some(id), headers: HeaderMap::new(), body }
     }
 
-    /// A job's message, first attempt or requeued: the id names job and attempt (fact: a replay under the
-    /// first id would be dropped inside the dedupe window).
+    /// A job's message: the id names job and attempt (fact: a replay under the first id would be dropped inside
+    /// the dedupe window).
     pub fn job(lane: Lane, client: ClientId, job: JobId, attempt: u32, body: Bytes) -> Self {
         Self::new(job_subject(lane, client), format!("{job}:{attempt}"), body)
     }
@@ -286,7 +330,7 @@ impl Message {
     pub fn retry(lane: Lane, client: ClientId, job: JobId, due: OffsetDateTime, body: Bytes) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Schedule", format!("@at {}", instant(due)));
-        headers.insert("Nats-Schedule-Target", due_subject(lane, client));
+        headers.insert("Nats-Schedule-Target", due_subject(lane, client, job));
         Self { subject: retry_subject(job), id: None, headers, body }
     }
 }

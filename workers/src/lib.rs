@@ -17,6 +17,7 @@ pub mod engine;
 pub mod executor;
 pub mod model;
 pub mod pull;
+pub mod quarantine;
 pub mod report;
 pub mod schedule;
 pub mod timing;

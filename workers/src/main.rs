@@ -24,6 +24,7 @@ use dermflow_workers::{
     executor::Executors,
     model::Model,
     pull::{Pull, find},
+    quarantine::Quarantine,
     schedule::{LINES, Line},
     timing::Timing,
 };
@@ -120,6 +121,7 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
         model,
         executors: executors.clone(),
         timing,
+        quarantine: Quarantine::default(),
     };
     Ok((Consumer::new(pulls, executors, count, attempts), client, timing.grace))
 }
