@@ -2,12 +2,17 @@
 
 use std::{num::NonZeroU32, sync::Arc};
 
+use deadpool_postgres::Pool;
 use dermflow_auth::{password::Hasher, token::Tokens};
 use dermflow_schemas::{id::ClientId, limits, queue::Publisher, seal::Keyring};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use tokio::sync::Semaphore;
 
-use crate::{access::Access, metrics::Metrics, store::Store};
+use crate::{
+    access::{Access, Gate},
+    metrics::Metrics,
+    store::Store,
+};
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.
 #[derive(Debug)]
@@ -23,6 +28,20 @@ pub(crate) struct App {
     pub(crate) publisher: Publisher,
     pub(crate) metrics: Metrics,
     pub(crate) bounds: Bounds,
+}
+
+impl Gate for App {
+    fn tokens(&self) -> &Tokens {
+        &self.tokens
+    }
+
+    fn access(&self) -> &Access {
+        &self.access
+    }
+
+    fn users(&self) -> &Pool {
+        self.store.pool()
+    }
 }
 
 /// What bounds the work in flight.

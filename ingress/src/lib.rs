@@ -10,9 +10,12 @@ mod access;
 mod answer;
 mod app;
 mod config;
+mod dead;
 mod extract;
 mod json;
+mod keeper;
 mod linger;
+mod lost;
 mod metrics;
 mod parameters;
 mod prefer;
@@ -24,7 +27,7 @@ mod store;
 mod submit;
 mod sweeper;
 
-pub use config::Options;
+pub use config::{OperateOptions, Options};
 pub use serve::{TlsError, tls_config};
 
 use std::sync::Arc;
@@ -32,7 +35,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use dermflow_auth::{password::Hasher, token::Tokens};
 use dermflow_schemas::{
-    limits::DATABASE_CONNECTIONS,
+    limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS},
     process::shutdown_requested,
     queue::{self, Publisher},
     seal::Keyring,
@@ -42,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::Access,
     app::{App, Bounds},
+    dead::Operators,
     metrics::Metrics,
     store::Store,
 };
@@ -74,7 +78,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         bounds: Bounds::new(),
     });
     // Before the first request: a restart forgets nobody who was shut out.
-    app.access.refresh(&app).await;
+    app.access.refresh(app.store.pool()).await;
     let public = serve::bind("listen", options.listen).await?;
     let plain = serve::bind("plain-listen", options.plain_listen).await?;
     let internal = serve::bind("internal-listen", options.internal_listen.into()).await?;
@@ -83,6 +87,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(recorder::run(app.clone(), stop_recording.clone())),
         tokio::spawn(recorder::run_progress(app.clone(), stop_recording.clone())),
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(keeper::run(app.clone(), options.ack_wait(), stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
     ];
     let listeners = [
@@ -103,6 +108,44 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     stop_recording.cancel();
     for recorder in recorders {
         recorder.await?;
+    }
+    Ok(())
+}
+
+/// Runs the operators' process until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// One clear sentence when something it needs at start is missing, broken or out of reach.
+pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
+    let tls = tls_config(&options.tls_cert, &options.tls_key)?;
+    let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
+    store.migrate().await.context("cannot prepare the database")?;
+    let nats =
+        options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
+    let operators = Arc::new(Operators {
+        public_url: options.public_url.as_str().into(),
+        store,
+        tokens,
+        access: Access::default(),
+        publisher: Publisher::new(queue::context(nats)),
+    });
+    operators.access.refresh(operators.store.pool()).await;
+    let address = options.listen.into();
+    let listener = serve::bind("listen", address).await?;
+    let stop = CancellationToken::new();
+    let tasks = [
+        tokio::spawn(access::run(operators.clone(), stop.clone())),
+        tokio::spawn(dead::resume(operators.clone(), stop.clone())),
+        tokio::spawn(serve::https(listener, tls, routes::operators(operators), stop.clone())),
+    ];
+    tracing::info!(listen = %address, "ready for operators");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    shutdown_requested().await?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stop.cancel();
+    for task in tasks {
+        task.await?;
     }
     Ok(())
 }

@@ -10,12 +10,25 @@ use dermflow_schemas::{
     error::Code,
     id::{ClientId, IdempotencyKey, JobId},
     job::{self, Event, Lane, State},
-    limits::{ACCEPTED_GRACE, MAX_ATTEMPTS, RETENTION, SWEEP_BATCH},
+    limits::{MAX_ATTEMPTS, SWEEP_BATCH},
     seal::Sealed,
 };
 use time::OffsetDateTime;
-use tokio_postgres::{Row, types::Json};
+use tokio_postgres::{
+    Row,
+    types::{Json, ToSql},
+};
 use uuid::Uuid;
+
+mod audit;
+mod dead;
+mod sweeping;
+
+pub(crate) use self::{
+    audit::{Act, Audit},
+    dead::Requeue,
+    sweeping::{Gaps, Leader, Open},
+};
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -288,35 +301,11 @@ impl Store {
                     .execute("UPDATE jobs SET deleted_at = $2 WHERE id = $1", &[&job.uuid(), &now])
                     .await?;
             }
+            let detail = serde_json::json!({ "state": record.state });
+            let entry = Audit { at: now, actor: client.to_string(), act: Act::JobWithdrawn, detail };
+            entry.of_jobs(&transaction, &[job.uuid()]).await?;
             transaction.commit().await?;
             Ok(Some(record))
-        })
-        .await
-    }
-
-    /// Step 9: settles what does not move and erases what is past its retention, if no other replica is at it.
-    pub(crate) async fn sweep(&self, now: OffsetDateTime) -> Result<Vec<Settled>> {
-        within(async {
-            const LEADER: i64 = 0x7377_6565_7065_7200;
-            let mut connection = self.pool.get().await?;
-            let transaction = connection.transaction().await?;
-            let leads: bool =
-                transaction.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LEADER]).await?.get(0);
-            if !leads {
-                return Ok(Vec::new());
-            }
-            let stuck = "state = 'accepted' AND (accepted_at <= $3 OR deadline <= $1)";
-            let never = give_up(&transaction, stuck, now - ACCEPTED_GRACE, now, Code::NeverQueued).await?;
-            let late = "state <> 'accepted' AND deadline <= $3";
-            let mut settled = give_up(&transaction, late, now, now, Code::DeadlineExceeded).await?;
-            // Nothing was accepted: the key is free for a new try.
-            let ids: Vec<Uuid> = never.iter().map(|job| job.id.uuid()).collect();
-            transaction.execute("DELETE FROM idempotency_keys WHERE job = ANY($1)", &[&ids]).await?;
-            settled.extend(never);
-            let erase = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2)";
-            transaction.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
-            transaction.commit().await?;
-            Ok(settled)
         })
         .await
     }
@@ -381,20 +370,23 @@ async fn settle_jobs(
     let attempts: Vec<i32> = headers.clone().map(|header| header.attempts as i32).collect();
     let started: Vec<OffsetDateTime> = headers.clone().map(|header| header.started_at).collect();
     let finished: Vec<OffsetDateTime> = headers.clone().map(|header| header.finished_at).collect();
-    let model: Vec<i64> = headers.map(|header| header.model_us as i64).collect();
+    let model: Vec<i64> = headers.clone().map(|header| header.model_us as i64).collect();
+    // A failure from before the job was put back into the queue says nothing about it.
+    let requeues: Vec<i32> = headers.map(|header| header.requeues as i32).collect();
     // A batch may hold two results of one job: DISTINCT ON takes the earlier one.
     let update = format!(
         "UPDATE jobs SET state = r.state, failure = r.failure, attempts = r.attempts, started_at = r.started, \
                          finished_at = r.finished, model_us = r.model \
-         FROM (SELECT DISTINCT ON (id) * FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::int[], \
-               $5::timestamptz[], $6::timestamptz[], $7::bigint[]) WITH ORDINALITY \
-               AS r (id, state, failure, attempts, started, finished, model, n) ORDER BY id, n) r \
+         FROM (SELECT DISTINCT ON (r.id) r.* FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::int[], \
+               $5::timestamptz[], $6::timestamptz[], $7::bigint[], $9::int[]) WITH ORDINALITY \
+               AS r (id, state, failure, attempts, started, finished, model, requeues, n) JOIN jobs ON \
+               jobs.id = r.id AND (r.state = 'succeeded' OR r.requeues >= jobs.requeues) ORDER BY r.id, n) r \
          WHERE jobs.id = r.id AND jobs.state = ANY($8) RETURNING {SETTLED}"
     );
     let update = transaction.prepare_cached(&update).await?;
     let open = open_states(Event::Succeeded);
     let rows = transaction
-        .query(&update, &[&ids, &states, &failures, &attempts, &started, &finished, &model, &open])
+        .query(&update, &[&ids, &states, &failures, &attempts, &started, &finished, &model, &open, &requeues])
         .await?;
     Ok(rows.iter().map(settled).collect())
 }
@@ -419,7 +411,7 @@ fn settled(row: &Row) -> Settled {
 async fn give_up(
     transaction: &Transaction<'_>,
     condition: &str,
-    before: OffsetDateTime,
+    before: &(dyn ToSql + Sync),
     now: OffsetDateTime,
     code: Code,
 ) -> Result<Vec<Settled>> {
@@ -430,6 +422,6 @@ async fn give_up(
     );
     let failure = Json(Failure { code, image: None });
     let open = open_states(Event::Failed);
-    let rows = transaction.query(&update, &[&now, &failure, &before, &SWEEP_BATCH, &open]).await?;
+    let rows = transaction.query(&update, &[&now, &failure, before, &SWEEP_BATCH, &open]).await?;
     Ok(rows.iter().map(settled).collect())
 }

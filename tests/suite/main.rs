@@ -6,6 +6,7 @@
 mod access;
 mod api;
 mod architecture;
+mod dead;
 mod idempotency;
 mod models;
 mod privacy;

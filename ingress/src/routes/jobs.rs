@@ -5,16 +5,16 @@ use std::sync::Arc;
 use axum::{extract::State, response::Response};
 use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{error::Code, fhir::instant, job::State as JobState};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     answer::{self, Problem},
     app::App,
     extract::{Caller, JobPath},
+    store::Record,
     submit::status_url,
 };
 
-/// Times are RFC 3339 in UTC; `model_ms` is the time in the model, all images together.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -22,12 +22,17 @@ pub(crate) async fn get(
 ) -> Result<Response, Problem> {
     let client = caller.with_scope(SCOPE_ANALYZE)?;
     let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
+    Ok(answer::json(shown(&app.public_url, &record)))
+}
+
+/// A record as JSON. Times are RFC 3339 in UTC; `model_ms` is the time in the model, all images together.
+pub(crate) fn shown(public_url: &str, record: &Record) -> Value {
     let has_report = record.state == JobState::Succeeded && !record.deleted;
     let error = record.failure.as_ref().map(|failure| {
         let kind = failure.code.kind();
         json!({"code": kind.code, "title": kind.text, "retry": kind.retry.as_str(), "image": failure.image.map(|i| i + 1)})
     });
-    Ok(answer::json(json!({
+    json!({
         "id": record.id,
         "status": record.state,
         "lane": record.lane,
@@ -41,9 +46,9 @@ pub(crate) async fn get(
         "model_ms": record.model_us.map(|us| us as f64 / 1e3),
         "error": error,
         "links": {
-            "self": format!("{}/jobs/{}", app.public_url, record.id),
-            "status": status_url(&app, record.id),
-            "report": has_report.then(|| format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id)),
+            "self": format!("{public_url}/jobs/{}", record.id),
+            "status": status_url(public_url, record.id),
+            "report": has_report.then(|| format!("{public_url}/fhir/DiagnosticReport/{}", record.id)),
         },
-    })))
+    })
 }
