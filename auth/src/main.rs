@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use dermflow_auth::{
     db::DatabaseOptions,
-    users::{self, QuotaChange},
+    users::{self, QuotaChange, Role},
 };
 use dermflow_schemas::{clock, process};
 use secrecy::ExposeSecret;
@@ -34,6 +34,9 @@ enum UserCommand {
     Create {
         /// 1 to 63 of a-z 0-9 . _ @ - beginning with a letter or digit.
         name: String,
+        /// `integrator`, who submits images, or `operator`, who looks after the queue.
+        #[arg(long, default_value = "integrator")]
+        role: Role,
     },
     /// Shuts a user out within a second: no new token, and none of its tokens is taken any more.
     Disable {
@@ -65,8 +68,9 @@ async fn run(options: Options) -> anyhow::Result<()> {
     let pool = options.database.pool("auth", 2)?;
     users::migrate(&pool).await?;
     match options.command {
-        Command::User(UserCommand::Create { name }) => {
-            let password = users::create(&pool, &name, clock::now()).await.context("cannot register")?;
+        Command::User(UserCommand::Create { name, role }) => {
+            let password =
+                users::create(&pool, &name, role, clock::now()).await.context("cannot register")?;
             println!("{}", password.expose_secret());
         }
         Command::User(UserCommand::Disable { name }) => {

@@ -26,6 +26,8 @@ const MAX_TOKEN_BYTES: usize = 4_096;
 /// The scope that submitting and reading one's own analyses needs (SMART App Launch 2.2 syntax: create, read,
 /// search).
 pub const SCOPE_ANALYZE: &str = "system/DiagnosticReport.crs";
+/// The scope that the operators' API needs.
+pub const SCOPE_OPERATE: &str = "dermflow/operate";
 const AUDIENCE: &str = "dermflow";
 const TYPE: &str = "at+jwt";
 
@@ -118,11 +120,16 @@ impl Tokens {
         })
     }
 
-    /// A token for `client`, valid from `now` for [`LIFETIME`].
+    /// A token for `client` with one scope, valid from `now` for [`LIFETIME`].
     ///
     /// # Errors
     /// When signing fails.
-    pub fn issue(&self, client: ClientId, now: OffsetDateTime) -> Result<SecretString, TokenError> {
+    pub fn issue(
+        &self,
+        client: ClientId,
+        scope: &str,
+        now: OffsetDateTime,
+    ) -> Result<SecretString, TokenError> {
         let now = now.unix_timestamp();
         let claims = Claims {
             iss: self.issuer.clone(),
@@ -133,7 +140,7 @@ impl Tokens {
             nbf: now,
             jti: Uuid::new_v4(),
             client_id: client.uuid(),
-            scope: SCOPE_ANALYZE.into(),
+            scope: scope.into(),
         };
         let mut header = Header::new(Algorithm::EdDSA);
         header.typ = Some(TYPE.into());
@@ -223,7 +230,7 @@ mod tests {
     #[test]
     fn a_token_speaks_for_its_client_until_it_expires() {
         let (tokens, client, now) = (tokens("ok"), client(), clock::now());
-        let token = tokens.issue(client, now).unwrap();
+        let token = tokens.issue(client, SCOPE_ANALYZE, now).unwrap();
         let caller = tokens.verify(token.expose_secret(), now).unwrap();
         assert_eq!(caller.client, client);
         assert!(caller.may(SCOPE_ANALYZE) && !caller.may("system/DiagnosticReport"));
@@ -302,7 +309,7 @@ mod tests {
     #[test]
     fn a_changed_token_is_refused() {
         let (tokens, now) = (tokens("flip"), clock::now());
-        let token = tokens.issue(client(), now).unwrap().expose_secret().to_owned();
+        let token = tokens.issue(client(), SCOPE_ANALYZE, now).unwrap().expose_secret().to_owned();
         for i in 0..token.len() {
             let mut bytes = token.clone().into_bytes();
             bytes[i] = if bytes[i] == b'A' { b'B' } else { b'A' };

@@ -1,6 +1,6 @@
 //! Registered users, in the table `auth.users`.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, str::FromStr};
 
 use deadpool_postgres::Pool;
 use dermflow_schemas::{id::ClientId, limits};
@@ -11,10 +11,64 @@ use uuid::Uuid;
 use crate::{
     db::{self, DbError},
     password::{self, Hasher, PasswordError},
+    token::{SCOPE_ANALYZE, SCOPE_OPERATE},
 };
 
 mod migrations {
     refinery::embed_migrations!("migrations");
+}
+
+/// What a user is for. It decides the scope of the user's tokens, and there is one for each: who operates the
+/// system cannot submit images, and the other way round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Submits images and reads the reports: a client's system.
+    Integrator,
+    /// Looks after the queue: dead letters.
+    Operator,
+}
+
+/// Every role.
+pub const ROLES: [Role; 2] = [Role::Integrator, Role::Operator];
+
+impl Role {
+    /// The word on the command line and in the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Integrator => "integrator",
+            Self::Operator => "operator",
+        }
+    }
+
+    /// The scope of the user's access tokens.
+    pub fn scope(self) -> &'static str {
+        match self {
+            Self::Integrator => SCOPE_ANALYZE,
+            Self::Operator => SCOPE_OPERATE,
+        }
+    }
+}
+
+/// A word that names no role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a role: integrator or operator")]
+pub struct UnknownRole;
+
+impl FromStr for Role {
+    type Err = UnknownRole;
+
+    fn from_str(text: &str) -> Result<Self, UnknownRole> {
+        ROLES.into_iter().find(|role| role.as_str() == text).ok_or(UnknownRole)
+    }
+}
+
+/// A user whose password was right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    /// The user's id, which is the client's for an integrator.
+    pub client: ClientId,
+    /// What the user is for.
+    pub role: Role,
 }
 
 /// Why a user cannot be created or checked.
@@ -61,7 +115,12 @@ pub async fn migrate(pool: &Pool) -> Result<(), DbError> {
 ///
 /// # Errors
 /// When the name is taken or malformed, or the database is away.
-pub async fn create(pool: &Pool, name: &str, now: OffsetDateTime) -> Result<SecretString, UserError> {
+pub async fn create(
+    pool: &Pool,
+    name: &str,
+    role: Role,
+    now: OffsetDateTime,
+) -> Result<SecretString, UserError> {
     if !valid_name(name) {
         return Err(UserError::BadName);
     }
@@ -71,9 +130,9 @@ pub async fn create(pool: &Pool, name: &str, now: OffsetDateTime) -> Result<Secr
         .get()
         .await?
         .execute(
-            "INSERT INTO auth.users (id, username, password_hash, created_at) VALUES ($1, $2, $3, $4)
+            "INSERT INTO auth.users (id, username, password_hash, created_at, role) VALUES ($1, $2, $3, $4, $5)
              ON CONFLICT (username) DO NOTHING",
-            &[&Uuid::new_v4(), &name, &hash, &now],
+            &[&Uuid::new_v4(), &name, &hash, &now, &role.as_str()],
         )
         .await?;
     if inserted == 1 { Ok(password) } else { Err(UserError::Exists(name.into())) }
@@ -88,13 +147,17 @@ pub async fn authenticate(
     hasher: &Hasher,
     name: &str,
     password: SecretString,
-) -> Result<Option<ClientId>, UserError> {
-    let select = "SELECT id, password_hash FROM auth.users WHERE username = $1 AND NOT disabled";
+) -> Result<Option<User>, UserError> {
+    let select = "SELECT id, role, password_hash FROM auth.users WHERE username = $1 AND NOT disabled";
     let find = async { Ok::<_, UserError>(pool.get().await?.query_opt(select, &[&name]).await?) };
     let row = if valid_name(name) { db::within(find).await? } else { None };
-    let (id, hash) = row.map(|row| (row.get::<_, Uuid>(0), row.get::<_, String>(1))).unzip();
-    let right = hasher.verify(password, hash).await?;
-    Ok(id.filter(|_| right).map(ClientId::from))
+    let user = row.as_ref().and_then(|row| {
+        // A role that a newer build has introduced opens nothing here.
+        let role = row.get::<_, &str>(1).parse().ok()?;
+        Some(User { client: row.get::<_, Uuid>(0).into(), role })
+    });
+    let right = hasher.verify(password, row.map(|row| row.get::<_, String>(2))).await?;
+    Ok(user.filter(|_| right))
 }
 
 /// Shuts a user out: no new token, and those it holds are refused by every replica within a second.
@@ -209,6 +272,15 @@ fn valid_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_role_has_one_word_and_a_scope_of_its_own() {
+        for role in ROLES {
+            assert_eq!(role.as_str().parse(), Ok(role));
+        }
+        assert_ne!(ROLES[0].scope(), ROLES[1].scope());
+        assert_eq!("root".parse::<Role>(), Err(UnknownRole));
+    }
 
     #[test]
     fn a_name_is_short_plain_and_lower_case() {

@@ -9,12 +9,24 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
 };
 
-use dermflow_auth::users::{self, Quota, Standing};
+use deadpool_postgres::Pool;
+use dermflow_auth::{
+    token::Tokens,
+    users::{self, Quota, Standing},
+};
 use dermflow_schemas::{id::ClientId, limits::ACCESS_INTERVAL};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::app::App;
+/// What a process needs to know who may call it.
+pub(crate) trait Gate: Send + Sync + 'static {
+    /// Checks tokens.
+    fn tokens(&self) -> &Tokens;
+    /// Who is shut out.
+    fn access(&self) -> &Access;
+    /// Where the users are.
+    fn users(&self) -> &Pool;
+}
 
 /// This replica's view of the users that are not like all the others.
 #[derive(Debug, Default)]
@@ -39,8 +51,8 @@ impl Access {
     }
 
     /// Looks at the database.
-    pub(crate) async fn refresh(&self, app: &App) {
-        match users::exceptions(app.store.pool()).await {
+    pub(crate) async fn refresh(&self, pool: &Pool) {
+        match users::exceptions(pool).await {
             Ok(fresh) => *self.exceptions.write().unwrap_or_else(PoisonError::into_inner) = fresh,
             Err(error) => tracing::debug!(%error, "the last view of the users holds"),
         }
@@ -48,13 +60,13 @@ impl Access {
 }
 
 /// Keeps the view fresh until `stop`.
-pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
+pub(crate) async fn run<G: Gate>(gate: Arc<G>, stop: CancellationToken) {
     let mut tick = interval(ACCESS_INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = tick.tick() => app.access.refresh(&app).await,
+            _ = tick.tick() => gate.access().refresh(gate.users()).await,
         }
     }
 }

@@ -2,13 +2,21 @@
 
 use std::{num::NonZeroU32, sync::Arc};
 
+use deadpool_postgres::Pool;
 use dermflow_auth::{password::Hasher, token::Tokens};
 use dermflow_schemas::{id::ClientId, limits, queue::Publisher, seal::Keyring};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::{access::Access, commit::Commits, drain::Drain, lanes::Lanes, metrics::Metrics, store::Store};
+use crate::{
+    access::{Access, Gate},
+    commit::Commits,
+    drain::Drain,
+    lanes::Lanes,
+    metrics::Metrics,
+    store::Store,
+};
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.
 #[derive(Debug)]
@@ -29,6 +37,20 @@ pub(crate) struct App {
     pub(crate) lanes: Lanes,
     pub(crate) metrics: Metrics,
     pub(crate) bounds: Bounds,
+}
+
+impl Gate for App {
+    fn tokens(&self) -> &Tokens {
+        &self.tokens
+    }
+
+    fn access(&self) -> &Access {
+        &self.access
+    }
+
+    fn users(&self) -> &Pool {
+        self.store.pool()
+    }
 }
 
 /// What bounds the work in flight.

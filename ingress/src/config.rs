@@ -49,6 +49,33 @@ pub struct Options {
     pub database: DatabaseOptions,
 }
 
+/// Serves the operators' API: lists, shows, requeues and purges dead letters. A process of its own, as the one
+/// that clients reach must not be able to read dead letters.
+#[derive(Debug, Clone, Parser)]
+pub struct OperateOptions {
+    /// Where operators connect, HTTPS; a loopback address.
+    #[arg(long, env = "DERMFLOW_OPERATE_LISTEN", default_value = "127.0.0.1:9444")]
+    pub listen: Loopback,
+    /// The origin that clients see, which the operators' tokens are from.
+    #[arg(long, env = "DERMFLOW_PUBLIC_URL", default_value = "https://localhost:8443")]
+    pub public_url: Origin,
+    /// Certificate chain (PEM).
+    #[arg(long, env = "DERMFLOW_TLS_CERT")]
+    pub tls_cert: PathBuf,
+    /// Private key (PEM).
+    #[arg(long, env = "DERMFLOW_TLS_KEY")]
+    pub tls_key: PathBuf,
+    /// Ed25519 key that signs access tokens (PKCS#8 PEM).
+    #[arg(long, env = "DERMFLOW_SIGNING_KEY")]
+    pub signing_key: PathBuf,
+    /// The broker.
+    #[command(flatten)]
+    pub nats: NatsOptions,
+    /// The database.
+    #[command(flatten)]
+    pub database: DatabaseOptions,
+}
+
 impl Options {
     /// See [`limits::DEFAULT_ACK_WAIT`].
     pub fn ack_wait(&self) -> Duration {

@@ -20,10 +20,7 @@ use dermflow_schemas::{
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use uuid::Uuid;
 
-use crate::{
-    answer::Problem,
-    app::{App, Bounds},
-};
+use crate::{access::Gate, answer::Problem, app::Bounds};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -38,12 +35,12 @@ impl Caller {
     }
 }
 
-impl FromRequestParts<Arc<App>> for Caller {
+impl<G: Gate> FromRequestParts<Arc<G>> for Caller {
     type Rejection = Problem;
 
     /// The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
     /// refused goes to the log: every refusal looks the same from outside.
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
         let mut values = parts.headers.get_all(header::AUTHORIZATION).iter();
         let Some(value) = values.next() else { return Err(unauthenticated("Bearer")) };
         let refused = || unauthenticated("Bearer error=\"invalid_token\"");
@@ -53,8 +50,8 @@ impl FromRequestParts<Arc<App>> for Caller {
         let bearer = value.to_str().ok().and_then(|value| value.split_once(' '));
         let token =
             bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
-        match app.tokens.verify(token.unwrap_or_default(), clock::now()) {
-            Ok(caller) if app.access.permits(caller.client) => Ok(Self(caller)),
+        match gate.tokens().verify(token.unwrap_or_default(), clock::now()) {
+            Ok(caller) if gate.access().permits(caller.client) => Ok(Self(caller)),
             Ok(caller) => {
                 tracing::info!(client = %caller.client, "access refused: disabled");
                 Err(refused())

@@ -12,13 +12,16 @@ mod app;
 mod batches;
 mod commit;
 mod config;
+mod dead;
 mod drain;
 mod element;
 mod extract;
 mod json;
+mod keeper;
 mod lanes;
 mod lines;
 mod linger;
+mod lost;
 mod metrics;
 mod ndjson;
 mod parameters;
@@ -33,7 +36,7 @@ mod sweeper;
 mod timekeeper;
 mod upload;
 
-pub use config::Options;
+pub use config::{OperateOptions, Options};
 pub use serve::{TlsError, tls_config};
 
 use std::sync::Arc;
@@ -41,7 +44,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use dermflow_auth::{password::Hasher, token::Tokens};
 use dermflow_schemas::{
-    limits::DATABASE_CONNECTIONS,
+    limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS},
     process::shutdown_requested,
     queue::{self, Publisher},
     seal::Keyring,
@@ -52,6 +55,7 @@ use crate::{
     access::Access,
     app::{App, Bounds},
     commit::Commits,
+    dead::Operators,
     drain::Drain,
     lanes::Lanes,
     metrics::Metrics,
@@ -92,7 +96,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         bounds: Bounds::new(),
     });
     // Before the first request: a restart forgets nobody who was shut out.
-    app.access.refresh(&app).await;
+    app.access.refresh(app.store.pool()).await;
     let stop = app.draining.clone();
     tokio::spawn(commit::run(app.clone(), entries));
     let public = serve::bind("listen", options.listen).await?;
@@ -103,6 +107,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(recorder::run(app.clone(), stop_recording.clone())),
         tokio::spawn(recorder::run_progress(app.clone(), stop_recording.clone())),
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(keeper::run(app.clone(), options.ack_wait(), options.replicas, stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
         tokio::spawn(timekeeper::run(app.clone(), stop_recording.clone())),
@@ -125,6 +130,44 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     stop_recording.cancel();
     for recorder in recorders {
         recorder.await?;
+    }
+    Ok(())
+}
+
+/// Runs the operators' process until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+/// One clear sentence when something it needs at start is missing, broken or out of reach.
+pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
+    let tls = tls_config(&options.tls_cert, &options.tls_key)?;
+    let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
+    store.migrate().await.context("cannot prepare the database")?;
+    let nats =
+        options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
+    let operators = Arc::new(Operators {
+        public_url: options.public_url.as_str().into(),
+        store,
+        tokens,
+        access: Access::default(),
+        publisher: Publisher::new(queue::context(nats)),
+    });
+    operators.access.refresh(operators.store.pool()).await;
+    let address = options.listen.into();
+    let listener = serve::bind("listen", address).await?;
+    let stop = CancellationToken::new();
+    let tasks = [
+        tokio::spawn(access::run(operators.clone(), stop.clone())),
+        tokio::spawn(dead::resume(operators.clone(), stop.clone())),
+        tokio::spawn(serve::https(listener, tls, routes::operators(operators), stop.clone())),
+    ];
+    tracing::info!(listen = %address, "ready for operators");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    shutdown_requested().await?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stop.cancel();
+    for task in tasks {
+        task.await?;
     }
     Ok(())
 }

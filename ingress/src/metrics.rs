@@ -1,7 +1,7 @@
 //! Every metric, described once. Prometheus text format on the internal listener.
 
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::Collector,
 };
 
@@ -27,10 +27,16 @@ pub(crate) struct Metrics {
     pub(crate) model_seconds: HistogramVec,
     /// Results of jobs that had ended: second ones, and those that a waiting caller had recorded already.
     pub(crate) late_results: IntCounterVec,
-    /// Jobs that the sweeper settled, by lane.
+    /// Jobs that the sweeper settled, by lane and code.
     pub(crate) swept: IntCounterVec,
     /// Jobs that were committed together.
     pub(crate) group_jobs: HistogramVec,
+    /// Jobs whose payload was lost at the broker: an alarm.
+    pub(crate) payloads_lost: IntCounterVec,
+    /// Streams, consumers and buckets that were gone and were made again: an alarm.
+    pub(crate) queue_recreated: IntCounterVec,
+    /// What the streams hold: messages, pending, with workers, and unaccounted for, which is an alarm.
+    pub(crate) stream_messages: IntGaugeVec,
     /// Callers waiting for a result.
     pub(crate) waiters: IntGauge,
 }
@@ -65,13 +71,26 @@ impl Metrics {
                 "Results of jobs that had ended already.",
                 &[],
             )?,
-            swept: counter("dermflow_swept_jobs_total", "Jobs that the sweeper settled.", &["lane"])?,
+            swept: counter("dermflow_swept_jobs_total", "Jobs that the sweeper settled.", &["lane", "code"])?,
+            payloads_lost: counter("dermflow_payloads_lost_total", "Jobs whose payload was lost.", &[])?,
+            queue_recreated: counter(
+                "dermflow_queue_recreated_total",
+                "Parts of the queue that were gone and were made again.",
+                &["part"],
+            )?,
             group_jobs: add(
                 &registry,
                 HistogramVec::new(
                     HistogramOpts::new("dermflow_group_jobs", "Jobs that were committed together.")
                         .buckets(GROUP_SIZES.to_vec()),
                     &[],
+                )?,
+            )?,
+            stream_messages: add(
+                &registry,
+                IntGaugeVec::new(
+                    Opts::new("dermflow_stream_messages", "What a stream holds."),
+                    &["stream", "kind"],
                 )?,
             )?,
             waiters: add(&registry, IntGauge::new("dermflow_waiters", "Callers waiting for a result.")?)?,

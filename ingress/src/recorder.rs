@@ -15,7 +15,12 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::{app::App, lanes, store::Settled};
+use crate::{
+    app::App,
+    lanes,
+    lost::{self, Found},
+    store::{Open, Settled},
+};
 
 /// The pause after a failure of broker or database.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -149,13 +154,19 @@ pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
     lanes::cancel(app, id).await;
     let withdraw = async {
         let context = app.publisher.context();
-        if let Some(sequence) = stream_seq.and_then(|sequence| u64::try_from(sequence).ok()) {
-            // It is an error when a worker has it already, and then there is nothing to do.
-            let _ = context.get_stream_no_info(queue::JOBS).await?.delete_message(sequence).await;
+        if let Some(stream_seq) = stream_seq {
+            // After a loss the broker hands sequences out again: the message there may be another job's.
+            let open = Open { id, stream_seq };
+            if let Found::Own(_) = lost::find(context, open).await? {
+                // It is an error when a worker has acked it meanwhile, and then there is nothing to do.
+                let jobs = context.get_stream_no_info(queue::JOBS).await?;
+                let _ = jobs.delete_message(stream_seq as u64).await;
+            }
         }
         let retries = context.get_stream_no_info(queue::RETRIES).await?;
-        retries.purge().filter(queue::retry_subject(id)).await?;
-        retries.purge().filter(queue::due_filter(id)).await?;
+        for subject in [queue::retry_subject(id), queue::due_filter(id)] {
+            retries.purge().filter(subject).await?;
+        }
         Ok::<(), async_nats::Error>(())
     };
     briefly(id, "not withdrawn", withdraw).await;

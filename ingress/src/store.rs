@@ -12,16 +12,28 @@ use dermflow_schemas::{
     error::Code,
     id::{ClientId, JobId},
     job::{self, Event, Lane, State},
-    limits::{ACCEPTED_GRACE, MAX_ATTEMPTS, RETENTION, SWEEP_BATCH},
+    limits::{MAX_ATTEMPTS, SWEEP_BATCH},
     seal::Sealed,
 };
 use time::OffsetDateTime;
-use tokio_postgres::{Row, types::Json};
+use tokio_postgres::{
+    Row,
+    types::{Json, ToSql},
+};
 use uuid::Uuid;
 
+mod audit;
 pub(crate) mod batches;
 pub(crate) mod claim;
+mod dead;
 pub(crate) mod drain;
+mod sweeping;
+
+pub(crate) use self::{
+    audit::{Act, Audit},
+    dead::Requeue,
+    sweeping::{Gaps, Leader, Open},
+};
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -170,10 +182,10 @@ impl Store {
             let mut connection = self.pool.get().await?;
             let transaction = connection.transaction().await?;
             let lock = format!(
-                "SELECT {OPEN} FROM jobs WHERE id = ANY($1) AND state = 'accepted' ORDER BY id FOR UPDATE"
+                "SELECT {ENDING} FROM jobs WHERE id = ANY($1) AND state = 'accepted' ORDER BY id FOR UPDATE"
             );
             let rows = transaction.query(&lock, &[&ids]).await?;
-            let locked: Vec<Open> = rows.iter().map(Open::from).collect();
+            let locked: Vec<Ending> = rows.iter().map(Ending::from).collect();
             release(&transaction, &locked).await?;
             let locked: Vec<Uuid> = locked.iter().map(|open| open.id).collect();
             transaction.execute("DELETE FROM jobs WHERE id = ANY($1)", &[&locked]).await?;
@@ -280,7 +292,7 @@ impl Store {
                 return Ok(None);
             }
             if let Some(state) = job::step(record.state, Event::Cancelled) {
-                let event = release(&transaction, &[Open::from(&row)]).await?[0];
+                let event = release(&transaction, &[Ending::from(&row)]).await?[0];
                 let update = "UPDATE jobs SET state = $2, finished_at = $3, event = $4 WHERE id = $1";
                 transaction.execute(update, &[&job.uuid(), &state.as_str(), &now, &event]).await?;
             } else {
@@ -289,35 +301,11 @@ impl Store {
                     .execute("UPDATE jobs SET deleted_at = $2 WHERE id = $1", &[&job.uuid(), &now])
                     .await?;
             }
+            let detail = serde_json::json!({ "state": record.state });
+            let entry = Audit { at: now, actor: client.to_string(), act: Act::JobWithdrawn, detail };
+            entry.of_jobs(&transaction, &[job.uuid()]).await?;
             transaction.commit().await?;
             Ok(Some(record))
-        })
-        .await
-    }
-
-    /// Step 9: settles what does not move and erases what is past its retention, if no other replica is at it.
-    pub(crate) async fn sweep(&self, now: OffsetDateTime) -> Result<Vec<Settled>> {
-        within(async {
-            const LEADER: i64 = 0x7377_6565_7065_7200;
-            let mut connection = self.pool.get().await?;
-            let transaction = connection.transaction().await?;
-            let leads: bool =
-                transaction.query_one("SELECT pg_try_advisory_xact_lock($1)", &[&LEADER]).await?.get(0);
-            if !leads {
-                return Ok(Vec::new());
-            }
-            let stuck = "state = 'accepted' AND (accepted_at <= $3 OR deadline <= $1)";
-            let never = give_up(&transaction, stuck, now - ACCEPTED_GRACE, now, Code::NeverQueued).await?;
-            let late = "state <> 'accepted' AND deadline <= $3";
-            let mut settled = give_up(&transaction, late, now, now, Code::DeadlineExceeded).await?;
-            // Nothing was accepted: the key is free for a new try.
-            let ids: Vec<Uuid> = never.iter().map(|job| job.id.uuid()).collect();
-            transaction.execute("DELETE FROM idempotency_keys WHERE job = ANY($1)", &[&ids]).await?;
-            settled.extend(never);
-            let erase = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2)";
-            transaction.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
-            transaction.commit().await?;
-            Ok(settled)
         })
         .await
     }
@@ -332,19 +320,20 @@ async fn settle_jobs(
     let ids: Vec<Uuid> = results.iter().map(|(header, _)| header.job.uuid()).collect();
     let lock = transaction
         .prepare_cached(&format!(
-            "SELECT {OPEN} FROM jobs WHERE id = ANY($1) AND finished_at IS NULL ORDER BY id FOR UPDATE"
+            "SELECT {ENDING}, requeues FROM jobs WHERE id = ANY($1) AND finished_at IS NULL ORDER BY id FOR UPDATE"
         ))
         .await?;
     let rows = transaction.query(&lock, &[&ids]).await?;
+    let winners: Vec<(Ending, &ResultHeader)> =
+        rows.iter().filter_map(|row| Some((Ending::from(row), winner(row, results)?))).collect();
     // Most results reach us twice: a waiter has recorded them when the recorder comes.
-    if rows.is_empty() {
+    if winners.is_empty() {
         return Ok(Vec::new());
     }
-    let open: Vec<Open> = rows.iter().map(Open::from).collect();
-    let events = release(transaction, &open).await?;
-    let event = |id: Uuid| open.iter().zip(&events).find(|(open, _)| open.id == id).map(|(_, event)| *event);
-    let events: Vec<Option<i64>> = ids.iter().map(|id| event(*id)).collect();
-    let headers = results.iter().map(|(header, _)| header);
+    let endings: Vec<Ending> = winners.iter().map(|(ending, _)| *ending).collect();
+    let events = release(transaction, &endings).await?;
+    let ids: Vec<Uuid> = endings.iter().map(|ending| ending.id).collect();
+    let headers = winners.iter().map(|(_, header)| header);
     let ended: Vec<(&str, Option<Json<&Failure>>)> = headers
         .clone()
         .map(|header| match &header.outcome {
@@ -358,13 +347,12 @@ async fn settle_jobs(
     let started: Vec<OffsetDateTime> = headers.clone().map(|header| header.started_at).collect();
     let finished: Vec<OffsetDateTime> = headers.clone().map(|header| header.finished_at).collect();
     let model: Vec<i64> = headers.map(|header| header.model_us as i64).collect();
-    // A batch may hold two results of one job: DISTINCT ON takes the earlier one.
     let update = format!(
         "UPDATE jobs SET state = r.state, failure = r.failure, attempts = r.attempts, started_at = r.started, \
                          finished_at = r.finished, model_us = r.model, event = r.event \
-         FROM (SELECT DISTINCT ON (id) * FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::int[], \
-               $5::timestamptz[], $6::timestamptz[], $7::bigint[], $8::bigint[]) WITH ORDINALITY \
-               AS r (id, state, failure, attempts, started, finished, model, event, n) ORDER BY id, n) r \
+         FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::int[], $5::timestamptz[], $6::timestamptz[], \
+                     $7::bigint[], $8::bigint[]) \
+              AS r (id, state, failure, attempts, started, finished, model, event) \
          WHERE jobs.id = r.id AND jobs.state = ANY($9) RETURNING {SETTLED}"
     );
     let update = transaction.prepare_cached(&update).await?;
@@ -373,6 +361,17 @@ async fn settle_jobs(
         .query(&update, &[&ids, &states, &failures, &attempts, &started, &finished, &model, &events, &open])
         .await?;
     Ok(rows.iter().map(settled).collect())
+}
+
+/// The first result of an open job that counts: a failure from before it was put back into the queue says nothing
+/// about it.
+fn winner<'r>(row: &Row, results: &'r [(ResultHeader, Option<Sealed>)]) -> Option<&'r ResultHeader> {
+    let (id, requeues): (Uuid, i32) = (row.get("id"), row.get("requeues"));
+    let counts = |header: &&ResultHeader| {
+        header.job.uuid() == id
+            && (header.outcome == Outcome::Succeeded || i64::from(header.requeues) >= i64::from(requeues))
+    };
+    results.iter().map(|(header, _)| header).find(counts)
 }
 
 const SETTLED: &str =
@@ -395,24 +394,24 @@ fn settled(row: &Row) -> Settled {
 async fn give_up(
     transaction: &Transaction<'_>,
     condition: &str,
-    before: OffsetDateTime,
+    before: &(dyn ToSql + Sync),
     now: OffsetDateTime,
     code: Code,
 ) -> Result<Vec<Settled>> {
     // Numbered as in every statement that has a condition of this kind: $1 now, $3 the bound.
     let lock = format!(
-        "SELECT {OPEN} FROM jobs WHERE finished_at IS NULL AND {condition} AND $1::timestamptz IS NOT NULL \
+        "SELECT {ENDING} FROM jobs WHERE finished_at IS NULL AND {condition} AND $1::timestamptz IS NOT NULL \
          ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED"
     );
-    let rows = transaction.query(&lock, &[&now, &SWEEP_BATCH, &before]).await?;
-    let open: Vec<Open> = rows.iter().map(Open::from).collect();
+    let rows = transaction.query(&lock, &[&now, &SWEEP_BATCH, before]).await?;
+    let open: Vec<Ending> = rows.iter().map(Ending::from).collect();
     fail(transaction, &open, now, code).await
 }
 
 /// Fails open jobs that are locked.
 pub(crate) async fn fail(
     transaction: &Transaction<'_>,
-    open: &[Open],
+    open: &[Ending],
     now: OffsetDateTime,
     code: Code,
 ) -> Result<Vec<Settled>> {
@@ -431,16 +430,16 @@ pub(crate) async fn fail(
 
 /// What is needed of an open job, locked, to end it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Open {
+pub(crate) struct Ending {
     pub(crate) id: Uuid,
     client: Uuid,
     bytes: i64,
 }
 
-/// The columns of [`Open`].
-pub(crate) const OPEN: &str = "id, client, bytes";
+/// The columns of [`Ending`].
+pub(crate) const ENDING: &str = "id, client, bytes";
 
-impl From<&Row> for Open {
+impl From<&Row> for Ending {
     fn from(row: &Row) -> Self {
         Self { id: row.get("id"), client: row.get("client"), bytes: row.get("bytes") }
     }
@@ -448,7 +447,7 @@ impl From<&Row> for Open {
 
 /// Takes jobs that end off their clients' loads, and numbers them among all that the client saw end: one number
 /// a job, in order. The loads stay locked until the end is on disk, so the numbers become visible in order.
-pub(crate) async fn release(transaction: &Transaction<'_>, open: &[Open]) -> Result<Vec<i64>> {
+pub(crate) async fn release(transaction: &Transaction<'_>, open: &[Ending]) -> Result<Vec<i64>> {
     let mut loads: BTreeMap<Uuid, (i64, i64)> = BTreeMap::new();
     for job in open {
         let (jobs, bytes) = loads.entry(job.client).or_default();
@@ -469,7 +468,7 @@ pub(crate) async fn release(transaction: &Transaction<'_>, open: &[Open]) -> Res
     let update = transaction.prepare_cached(update).await?;
     let rows = transaction.query(&update, &[&clients, &jobs, &bytes]).await?;
     let mut next: BTreeMap<Uuid, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let number = |job: &Open| {
+    let number = |job: &Ending| {
         let last = next.entry(job.client).or_default();
         *last += 1;
         *last

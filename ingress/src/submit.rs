@@ -282,11 +282,11 @@ async fn open(app: &App, job: JobId) -> Result<Vec<u8>, Problem> {
 }
 
 /// The URL to poll, absolute as RFC 9110 §8.7 and FHIR's asynchronous pattern want it.
-pub(crate) fn status_url(app: &App, job: JobId) -> String {
-    format!("{}/fhir/_async/{job}", app.public_url)
+pub(crate) fn status_url(public_url: &str, job: JobId) -> String {
+    format!("{public_url}/fhir/_async/{job}")
 }
 
 /// Points an error at the job that goes on.
 pub(crate) fn with_status_url(problem: Problem, app: &App, job: JobId) -> Problem {
-    problem.header(CONTENT_LOCATION, &status_url(app, job))
+    problem.header(CONTENT_LOCATION, &status_url(&app.public_url, job))
 }

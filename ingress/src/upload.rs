@@ -58,13 +58,13 @@ pub(crate) struct Upload {
 }
 
 /// The URL of a batch.
-pub(crate) fn batch_url(app: &App, batch: Uuid) -> String {
-    format!("{}/batches/{batch}", app.public_url)
+pub(crate) fn batch_url(public_url: &str, batch: Uuid) -> String {
+    format!("{public_url}/batches/{batch}")
 }
 
 /// Answers at once, and goes on reading and answering in a task of its own.
 pub(crate) fn start(app: Arc<App>, upload: Upload, body: Body) -> Response {
-    let url = batch_url(&app, upload.batch);
+    let url = batch_url(&app.public_url, upload.batch);
     let (answers, written) = mpsc::channel::<Bytes>(UPLOAD_LINES);
     tokio::spawn(run(app, upload, body, answers));
     let written = stream::unfold(written, |mut written| async {
@@ -121,7 +121,7 @@ struct Gone;
 impl Uploading {
     async fn run(mut self, mut lines: Lines) {
         let batch = self.upload.batch;
-        let first = json!({"batch": batch, "url": batch_url(&self.app, batch)});
+        let first = json!({"batch": batch, "url": batch_url(&self.app.public_url, batch)});
         let ended = match self.write(&first).await {
             Ok(()) => self.read(&mut lines).await,
             Err(gone) => Err(gone),

@@ -65,6 +65,25 @@ pub struct JobHeader {
     pub key: String,
     /// Where the payload is.
     pub carrier: Carrier,
+    /// How often an operator has put it back into the queue.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub requeues: u32,
+}
+
+/// Fields that are zero for nearly every job are left out, which older builds take for zero, too.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn is_zero(count: &u32) -> bool {
+    *count == 0
+}
+
+/// The job that a message names, whatever its version; `None` when it names none.
+pub fn job_of(message: &[u8]) -> Option<JobId> {
+    #[derive(Deserialize)]
+    struct Named {
+        job: JobId,
+    }
+    let end = message.iter().position(|byte| *byte == b'\n')?;
+    serde_json::from_slice(&message[..end]).ok().map(|Named { job }| job)
 }
 
 impl JobHeader {
@@ -83,7 +102,30 @@ impl JobHeader {
         };
         let deadline = accepted_at + cancel_after.map_or(within, |after| after.min(within));
         let (carrier, key) = (Carrier::Inline, String::new());
-        Self { v: VERSION, job, client, lane, attempt: 1, accepted_at, deadline, key, carrier }
+        Self { v: VERSION, job, client, lane, attempt: 1, accepted_at, deadline, key, carrier, requeues: 0 }
+    }
+
+    /// The header of a dead letter's job when it goes back into the queue at `now`, for the `requeues`th time:
+    /// attempts count afresh, the deadline is a new one.
+    #[must_use]
+    pub fn requeued(self, requeues: u32, now: OffsetDateTime) -> Self {
+        let fresh = Self::new(self.job, self.client, self.lane, now, None);
+        Self { attempt: 1, deadline: fresh.deadline, requeues, ..self }
+    }
+
+    /// The same header for another attempt.
+    #[must_use]
+    pub fn at_attempt(self, attempt: u32) -> Self {
+        Self { attempt, ..self }
+    }
+
+    /// The id of a message about attempt `attempt`: no other message of the job in the same stream has it, also
+    /// after the job was put back, or the broker would drop the new one as a repetition.
+    pub fn message_id(&self, attempt: u32) -> String {
+        match self.requeues {
+            0 => format!("{}:{attempt}", self.job),
+            requeues => format!("{}:r{requeues}:{attempt}", self.job),
+        }
     }
 
     /// The message: header and `tail`, which is empty for [`Carrier::Object`].
@@ -212,6 +254,10 @@ pub struct ResultHeader {
     pub model_us: u64,
     /// Which key seals the report; empty when there is none.
     pub key: String,
+    /// How often the job had been put back into the queue when the attempt was made: a failure from before it was
+    /// put back last says nothing about it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub requeues: u32,
 }
 
 impl ResultHeader {
@@ -224,7 +270,8 @@ impl ResultHeader {
         finished_at: OffsetDateTime,
     ) -> Self {
         let outcome = Outcome::Failed(failure);
-        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us: 0, key: String::new() }
+        let key = String::new();
+        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us: 0, key, requeues: 0 }
     }
 
     /// A result with a report.
@@ -237,7 +284,13 @@ impl ResultHeader {
         key: String,
     ) -> Self {
         let outcome = Outcome::Succeeded;
-        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us, key }
+        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us, key, requeues: 0 }
+    }
+
+    /// The same result, of a job that had been put back into the queue this often.
+    #[must_use]
+    pub fn after_requeues(self, requeues: u32) -> Self {
+        Self { requeues, ..self }
     }
 
     /// The message: header and the sealed report, if there is one.
@@ -359,6 +412,30 @@ mod tests {
         assert_eq!(ring().open(Purpose::Report, job(), &report.unwrap()).unwrap(), b"{}");
         let (header, report) = ResultHeader::decode(&Bytes::from_static(FAILED)).unwrap();
         assert_eq!((header.encode(&[]), header, report), (FAILED.into(), failed_header(), None));
+    }
+
+    #[test]
+    fn a_requeued_job_counts_afresh_under_message_ids_of_its_own() {
+        let header = JobHeader { attempt: 5, ..job_header() };
+        let again = header.clone().requeued(1, at(600));
+        assert_eq!((again.attempt, again.requeues, again.accepted_at), (1, 1, at(0)));
+        assert_eq!(again.deadline - at(600), header.deadline - at(0));
+        assert_ne!(again.message_id(5), header.message_id(5));
+        assert_ne!(again.message_id(5), again.clone().requeued(2, at(600)).message_id(5));
+        let (read, _) = JobHeader::decode(&again.encode(b"x")).unwrap();
+        assert_eq!(read, again);
+        let result = failed_header().after_requeues(1);
+        assert_eq!(ResultHeader::decode(&result.encode(&[])).unwrap().0, result);
+    }
+
+    #[test]
+    fn a_message_of_any_version_names_its_job() {
+        assert_eq!(job_of(JOB), Some(job()));
+        let newer = String::from_utf8_lossy(FAILED).replace("\"v\":1", "\"v\":9,\"new\":[]");
+        assert_eq!(job_of(newer.as_bytes()), Some(job()));
+        for nameless in [&b""[..], b"{}\n", b"{\"job\":7}\n", b"no header"] {
+            assert_eq!(job_of(nameless), None);
+        }
     }
 
     #[test]

@@ -77,17 +77,25 @@ pub enum Event {
     Failed,
     /// The client withdrew it.
     Cancelled,
+    /// An operator put its dead letter back into the queue.
+    Requeued,
 }
 
 /// The state after `event`, or `None` when the event comes too late to change anything.
 ///
 /// Events may be lost, repeated or reordered: a result may overtake the queue's acknowledgement. The first
-/// terminal event wins, and nothing leaves a terminal state.
+/// terminal event wins, and nothing leaves a terminal state of itself.
+///
+/// Invariant I1 has one exception, which is an act of a person: [`Event::Requeued`] opens a failed job again, as
+/// long as its dead letter exists. The job then ends once more, and as neither success nor cancellation is ever
+/// left, it is billed once at most.
 pub fn step(state: State, event: Event) -> Option<State> {
     use State::{Accepted, Cancelled, Failed, Queued, Running, Succeeded};
     match (state, event) {
-        (Succeeded | Failed | Cancelled, _) | (Queued | Running, Event::Queued) => None,
-        (Accepted, Event::Queued) => Some(Queued),
+        (Accepted, Event::Queued) | (Failed, Event::Requeued) => Some(Queued),
+        (Succeeded | Failed | Cancelled, _) | (Queued | Running, Event::Queued) | (_, Event::Requeued) => {
+            None
+        }
         (Accepted | Queued | Running, Event::Started) => Some(Running),
         (Accepted | Queued | Running, Event::Succeeded) => Some(Succeeded),
         (Accepted | Queued | Running, Event::Failed) => Some(Failed),
@@ -144,25 +152,32 @@ impl FromStr for Lane {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 5] =
-        [Event::Queued, Event::Started, Event::Succeeded, Event::Failed, Event::Cancelled];
+    const EVENTS: [Event; 6] =
+        [Event::Queued, Event::Started, Event::Succeeded, Event::Failed, Event::Cancelled, Event::Requeued];
 
-    /// I1: whatever the order, the number and the loss of events, a job ends once and stays ended.
+    /// I1: whatever the order, the number and the loss of events, a job ends once, and once more each time that
+    /// an operator opens it again; a success and a cancellation are final.
     #[test]
     fn every_sequence_of_six_events_ends_at_most_once() {
         for n in 0..EVENTS.len().pow(6) {
             let mut state = State::Accepted;
-            let mut ends = 0;
+            let (mut ends, mut reopened, mut finals) = (0, 0, 0);
             let mut rest = n;
             for _ in 0..6 {
-                if let Some(next) = step(state, EVENTS[rest % EVENTS.len()]) {
-                    assert!(!state.is_terminal());
+                let event = EVENTS[rest % EVENTS.len()];
+                if let Some(next) = step(state, event) {
+                    let requeue = event == Event::Requeued;
+                    assert_eq!(state.is_terminal(), requeue, "{state} left by {event:?}");
+                    assert!(!requeue || (state, next) == (State::Failed, State::Queued));
                     ends += u32::from(next.is_terminal());
+                    finals += u32::from(matches!(next, State::Succeeded | State::Cancelled));
+                    reopened += u32::from(requeue);
                     state = next;
                 }
                 rest /= EVENTS.len();
             }
-            assert_eq!(ends, u32::from(state.is_terminal()));
+            assert_eq!(ends, reopened + u32::from(state.is_terminal()));
+            assert!(finals <= 1, "billed or withdrawn twice");
         }
     }
 

@@ -17,6 +17,7 @@ pub mod job;
 pub mod limits;
 pub mod process;
 pub mod queue;
+pub mod random;
 pub mod seal;
 #[cfg(test)]
 mod simulation;

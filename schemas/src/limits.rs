@@ -169,6 +169,30 @@ pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 pub const SWEEP_BATCH: i64 = 500;
 /// Jobs of a deleted batch that are taken out of the queue at once.
 pub const WITHDRAWALS: usize = 16;
+/// How long the replica that sweeps may be silent before another takes its place: four rounds.
+pub const SWEEP_LEASE: Duration = Duration::from_secs(20);
+/// How long a job past its deadline is left open because its result waits to be recorded, or because the broker
+/// cannot tell whether it does: the recorder catches up within seconds of an outage's end.
+pub const SETTLE_PATIENCE: Duration = Duration::from_mins(5);
+/// A job is looked for in the queue no earlier than this after it was queued: most have ended by then.
+pub const LOST_GRACE: Duration = Duration::from_secs(10);
+/// Rounds of the sweeper in a row in which a payload must be nowhere before it counts as lost.
+pub const LOST_ROUNDS: u32 = 2;
+/// Messages that one such round looks for: 10,000 lost payloads are reported within five rounds.
+pub const LOST_LOOKS: i64 = 4_000;
+/// Messages that one round reads although nothing speaks against them, as damage on the broker's disk shows only
+/// when a message is read.
+pub const LOST_SAMPLES: i64 = 64;
+/// Bytes after which a round reads no more of these.
+pub const LOST_SAMPLE_BYTES: usize = 32 * 1024 * 1024;
+/// Questions to the broker at once while it looks.
+pub const LOST_AT_ONCE: usize = 16;
+/// Sequences of removed messages that the broker is asked to list: 1 MB. Beyond it only samples are looked at.
+pub const MAX_GAPS: u64 = 100_000;
+/// Between two looks at whether streams, consumers and the bucket exist: they are made again within 10 s.
+pub const KEEP_INTERVAL: Duration = Duration::from_secs(2);
+/// Consumers of one stream that are looked at, 256 an answer of the broker.
+pub const MAX_CONSUMERS: usize = 20_000;
 /// How long reports, records and idempotency keys are kept after the job's end.
 pub const RETENTION: Duration = Duration::from_hours(24 * 7);
 /// Results recorded in one transaction.
@@ -201,6 +225,15 @@ pub const BULK_LOOK: Duration = Duration::from_secs(1);
 pub const BULK_MOMENT: Duration = Duration::from_millis(2);
 /// Clients that a worker asks in vain before it looks at the other lines again.
 pub const BULK_PROBES: u32 = 4;
+
+/// Dead letters in one page when the caller names no number.
+pub const DEAD_PAGE: usize = 20;
+/// Dead letters in one page.
+pub const MAX_DEAD_PAGE: usize = 100;
+/// A page of dead letters ends after as many bytes of payload, which the broker sends along.
+pub const DEAD_PAGE_BYTES: usize = 64 * 1024 * 1024;
+/// Connections to PostgreSQL of the operators' process.
+pub const OPERATOR_CONNECTIONS: usize = 4;
 
 /// How long a worker's request for a job waits at the broker. Short, because a request that a restart of the
 /// broker swallowed is only noticed when its answer is overdue.

@@ -86,6 +86,9 @@ pub fn retry_subject(job: JobId) -> String {
     format!("retry.{job}")
 }
 
+/// Every failed attempt whose back-off has not ended.
+pub const ALL_RETRIES: &str = "retry.*";
+
 /// The subject that the broker moves it to then.
 pub fn due_subject(lane: Lane, client: ClientId, job: JobId) -> String {
     format!("due.{}.{}.{client}.{job}", lane.as_str(), client.partition())
@@ -112,6 +115,9 @@ pub fn dead_subject_of(subject: &str) -> Option<String> {
 pub fn bulk_client(subject: &str) -> Option<ClientId> {
     subject.starts_with("jobs.bulk.").then(|| last_token(subject))?
 }
+
+/// Every given-up payload.
+pub const ALL_DEAD: &str = "dead.>";
 
 /// The subject of a job's result, which both stores it and wakes who waits.
 pub fn result_subject(job: JobId) -> String {
@@ -262,6 +268,15 @@ pub fn recorder_consumer(ack_wait: Duration) -> pull::Config {
     consumer(RECORDER, "results.*", ack_wait)
 }
 
+/// Every consumer that is always there, and the stream that it is of. Bulk jobs have one a client besides.
+fn consumers(ack_wait: Duration) -> Vec<(&'static str, pull::Config)> {
+    vec![
+        (JOBS, interactive_consumer(ack_wait)),
+        (RETRIES, consumer(DUE, "due.>", ack_wait)),
+        (RESULTS, recorder_consumer(ack_wait)),
+    ]
+}
+
 /// Creates or updates everything above, each stream on `replicas` nodes. Safe from several processes at once.
 ///
 /// # Errors
@@ -270,20 +285,43 @@ pub async fn ensure(context: &Context, ack_wait: Duration, replicas: usize) -> R
     for config in streams() {
         context.create_or_update_stream(Config { num_replicas: replicas, ..config }).await?;
     }
-    let jobs = context.get_stream_no_info(JOBS).await?;
-    jobs.create_consumer(interactive_consumer(ack_wait)).await?;
+    for (stream, consumer) in consumers(ack_wait) {
+        context.get_stream_no_info(stream).await?.create_consumer(consumer).await?;
+    }
     // Builds before fair bulk had one consumer for all clients, whose filter would keep theirs out. It is an
     // error when there is none.
-    let _ = jobs.delete_consumer(Lane::Bulk.as_str()).await;
-    let retries = context.get_stream_no_info(RETRIES).await?;
-    retries.create_consumer(consumer(DUE, "due.>", ack_wait)).await?;
-    let results = context.get_stream_no_info(RESULTS).await?;
-    results.create_consumer(recorder_consumer(ack_wait)).await?;
+    let _ = context.get_stream_no_info(JOBS).await?.delete_consumer(Lane::Bulk.as_str()).await;
     if context.get_object_store(PAYLOADS).await.is_err() {
         let bucket = object_store::Config { num_replicas: replicas, ..payload_bucket() };
         context.create_object_store(bucket).await?;
     }
     Ok(())
+}
+
+/// The streams and their consumers that [`ensure`] makes, by name.
+pub fn expected(ack_wait: Duration) -> Vec<(String, Vec<String>)> {
+    let consumers = consumers(ack_wait);
+    let of = |stream: &str| {
+        let own = consumers.iter().filter(|(name, _)| *name == stream);
+        own.filter_map(|(_, config)| config.durable_name.clone()).collect()
+    };
+    let streams = streams().into_iter().map(|config| config.name);
+    streams.chain([payload_stream()]).map(|name| (name.clone(), of(&name))).collect()
+}
+
+/// Whether a stream is worked off by consumers, so that each of its messages is known to one.
+pub fn is_consumed(stream: &str) -> bool {
+    [JOBS, RETRIES, RESULTS].contains(&stream)
+}
+
+/// The stream that the object store is made of.
+pub fn payload_stream() -> String {
+    format!("OBJ_{PAYLOADS}")
+}
+
+/// The subjects of the object store that end with the names of its objects, in Base64.
+pub fn payload_names() -> String {
+    format!("$O.{PAYLOADS}.M.*")
 }
 
 /// A consumer that [`ensure`] made.

@@ -11,14 +11,14 @@ use std::{
 use anyhow::{Context as _, Result};
 use async_nats::jetstream::{self, Context};
 use dermflow_local::{
-    nats::{ADMIN, Nats, Settings},
+    nats::{ADMIN, Nats, Settings, free_port},
     postgres::{Postgres, SUPERUSER},
     process::{Process, Signal},
     servers::{Given, Servers},
     stack::{Options, Ports, READY_WITHIN, STOP_WITHIN, Stack, programs, repo},
     state::State,
 };
-use dermflow_schemas::queue;
+use dermflow_schemas::{image::ImageBytes, queue};
 use rustls::{
     ClientConfig, RootCertStore, SupportedProtocolVersion,
     pki_types::{CertificateDer, pem::PemObject},
@@ -44,7 +44,7 @@ pub struct Worker {
 #[derive(Debug, Clone)]
 enum Model {
     Folder(PathBuf),
-    Simulated { latency_ms: u64, fault: Option<&'static str>, attempts: Option<u32> },
+    Simulated { latency_ms: u64, fault: Option<&'static str>, attempts: Option<u32>, image: Option<String> },
 }
 
 impl Worker {
@@ -64,7 +64,7 @@ impl Worker {
 
     /// A model that takes `latency_ms` and knows nothing.
     pub fn simulated(latency_ms: u64) -> Self {
-        Self::new(Model::Simulated { latency_ms, fault: None, attempts: None }, true)
+        Self::new(Model::Simulated { latency_ms, fault: None, attempts: None, image: None }, true)
     }
 
     /// A simulated model that does `fault` instead: `panic`, `hang`, `nan` or `abort`.
@@ -81,6 +81,15 @@ impl Worker {
     pub fn attempts(mut self, n: u32) -> Self {
         if let Model::Simulated { attempts, .. } = &mut self.model {
             *attempts = Some(n);
+        }
+        self
+    }
+
+    /// The fault happens with the image of this file only.
+    #[must_use]
+    pub fn on(mut self, file: &[u8]) -> Self {
+        if let Model::Simulated { image, .. } = &mut self.model {
+            *image = Some(ImageBytes::from(file.to_vec()).sha256());
         }
         self
     }
@@ -111,9 +120,10 @@ impl Worker {
         if !self.args.contains(&"--model".to_owned()) {
             let folder = match &self.model {
                 Model::Folder(folder) => folder.clone(),
-                Model::Simulated { latency_ms, fault, attempts } => {
+                Model::Simulated { latency_ms, fault, attempts, image } => {
                     let folder = state.folder(&format!("model-{number}"))?;
-                    fs::write(folder.join("model.toml"), simulated_toml(*latency_ms, *fault, *attempts))?;
+                    let toml = simulated_toml(*latency_ms, *fault, *attempts, image.as_deref());
+                    fs::write(folder.join("model.toml"), toml)?;
                     folder
                 }
             };
@@ -130,16 +140,22 @@ impl Worker {
     }
 }
 
-fn simulated_toml(latency_ms: u64, fault: Option<&str>, attempts: Option<u32>) -> String {
+fn simulated_toml(
+    latency_ms: u64,
+    fault: Option<&str>,
+    attempts: Option<u32>,
+    image: Option<&str>,
+) -> String {
     let fault = fault.map(|fault| format!("fault = \"{fault}\"\n")).unwrap_or_default();
     let attempts = attempts.map(|attempts| format!("fault_attempts = {attempts}\n")).unwrap_or_default();
+    let image = image.map(|image| format!("fault_image = \"{image}\"\n")).unwrap_or_default();
     let class = |(code, malignant)| {
         format!("[[class]]\ncode = \"{code}\"\ndisplay = \"Class {code}\"\nmalignant = {malignant}\n")
     };
     let classes: String = [("mel", true), ("nv", false), ("bkl", false)].map(class).concat();
     format!(
         "name = \"simulated\"\nversion = \"1\"\ntitle = \"Simulated model\"\nlicence = \"Apache-2.0\"\n\
-         [simulated]\nlatency_ms = {latency_ms}\n{fault}{attempts}{classes}[malignancy]\nthreshold = 0.5\n"
+         [simulated]\nlatency_ms = {latency_ms}\n{fault}{attempts}{image}{classes}[malignancy]\nthreshold = 0.5\n"
     )
 }
 
@@ -296,6 +312,52 @@ impl Lab {
     /// When it fails.
     pub fn auth(&self, args: &[&str]) -> Result<String> {
         self.stack.auth(args)
+    }
+
+    /// Starts the operators' process, registers an operator, and gives its client, signed in, at that process.
+    ///
+    /// # Errors
+    /// When the process does not become ready, or the name is taken.
+    pub async fn start_operate(&mut self, name: &str) -> Result<Client> {
+        let url = self.stack.add_operate(free_port()?)?.url();
+        self.restart_operate().await?;
+        Ok(self.register_operator(name).await?.at(&url))
+    }
+
+    /// Registers an operator and signs it in, at the first replica.
+    ///
+    /// # Errors
+    /// When the name is taken.
+    pub async fn register_operator(&self, name: &str) -> Result<Client> {
+        let password = self.auth(&["user", "create", name, "--role", "operator"])?;
+        Client::new(&self.ca(), &self.url(0))?.login(name, &password).await
+    }
+
+    /// The origin of the operators' process.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub fn operate_url(&self) -> Result<String> {
+        Ok(self.stack.operate.as_ref().context("no operators' process")?.url())
+    }
+
+    /// Starts the operators' process again.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn restart_operate(&mut self) -> Result<()> {
+        let operate = self.stack.operate.as_mut().context("no operators' process")?;
+        operate.process.set_env("RUST_LOG", self.log);
+        operate.process.spawn_ready(READY_WITHIN).await
+    }
+
+    /// SIGKILL for the operators' process.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub async fn kill_operate(&mut self) -> Result<()> {
+        self.stack.operate.as_mut().context("no operators' process")?.process.kill().await;
+        Ok(())
     }
 
     /// The password of a registered client.
@@ -477,7 +539,7 @@ impl Lab {
         Ok(bucket.list().await?.count().await)
     }
 
-    /// A metric without labels, of the first replica.
+    /// A metric of the first replica, by its name, with its labels if it has any.
     pub async fn metric(&self, name: &str) -> Option<f64> {
         let client = Client::new(&self.ca(), &self.internal_url(0)).ok()?;
         let text = client.get("/metrics").await.ok()?.text;
@@ -602,6 +664,16 @@ impl Lab {
     pub async fn kill_nats(&mut self) -> Result<()> {
         self.stack.nats.process.kill().await;
         Ok(())
+    }
+
+    /// Erases everything that the broker has stored. It must not run.
+    ///
+    /// # Errors
+    /// When something cannot be erased.
+    pub fn wipe_nats(&self) -> Result<()> {
+        let store = self.stack.nats.store();
+        fs::remove_dir_all(store)?;
+        Ok(fs::create_dir(store)?)
     }
 
     /// Starts the broker again.

@@ -7,6 +7,7 @@ mod access;
 mod api;
 mod architecture;
 mod batches;
+mod dead;
 mod fairness;
 mod faults;
 mod idempotency;

@@ -1,15 +1,45 @@
 //! Step 9: no job stays open past its deadline, and nothing is kept past its retention.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use dermflow_schemas::clock;
 use dermflow_tests::{
-    client::sample,
-    lab::{Lab, Setup},
+    client::{Client, sample},
+    lab::{Lab, Setup, Worker},
     wait::eventually,
 };
 
 const LONG: Duration = Duration::from_secs(30);
+// Within which a loss is reported.
+const REPORTED: Duration = Duration::from_mins(1);
+// Within which what was deleted at the broker is there again.
+const RECREATED: Duration = Duration::from_secs(10);
+
+// Submits `count` jobs; refusals while the broker is away are tried again.
+async fn submit(client: &Client, count: usize) -> Result<Vec<String>> {
+    let mut jobs = Vec::new();
+    for _ in 0..count {
+        let accepted = async || client.submit(&sample("isic2017-nv.jpg")).await.ok();
+        jobs.push(eventually("a job is accepted", LONG, accepted).await?);
+    }
+    Ok(jobs)
+}
+
+fn list(jobs: &[String]) -> String {
+    jobs.iter().map(|job| format!("'{job}'")).collect::<Vec<_>>().join(",")
+}
+
+async fn reported(lab: &Lab, jobs: &[String]) -> Option<i64> {
+    let lost = "state = 'failed' AND failure ->> 'code' = 'payload-lost'";
+    lab.count(&format!("SELECT count(*) FROM ingress.jobs WHERE id IN ({}) AND {lost}", list(jobs)))
+        .await
+        .ok()
+}
+
+async fn lost_metric(lab: &Lab) -> f64 {
+    lab.metric("dermflow_payloads_lost_total").await.unwrap_or(0.0)
+}
 
 // A job that nobody works on ends at its deadline, on one replica's account, and leaves the queue.
 #[tokio::test(flavor = "multi_thread")]
@@ -54,5 +84,144 @@ async fn what_is_past_its_retention_is_erased() -> Result<()> {
     let erased = async || (lab.count(rows).await.ok()? == 0).then_some(());
     eventually("everything is erased", LONG, erased).await?;
     assert_eq!(lab.client().get(&format!("/jobs/{}", answer.job())).await?.status, 404);
+    lab.stop().await
+}
+
+// The broker's disk is gone while jobs wait: each of them is reported, by its id, and none of those that came
+// later, although the new stream hands out the same sequences again.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_lost_payload_is_reported_by_its_id() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let lost = submit(lab.client(), 20).await?;
+    lab.kill_nats().await?;
+    lab.wipe_nats()?;
+    lab.restart_nats().await?;
+    let begun = Instant::now();
+    let kept = submit(lab.client(), 30).await?;
+    let all = async || (reported(&lab, &lost).await? == 20).then_some(());
+    eventually("every loss is reported", REPORTED, all).await?;
+    println!("20 losses reported after {:.1} s", begun.elapsed().as_secs_f64());
+    let answer = lab.client().poll(&lost[0], LONG).await?;
+    assert_eq!((answer.status, answer.code()), (500, "payload-lost"), "{}", answer.text);
+    let logs = lab.logs()?;
+    let named = |job: &String| logs.lines().any(|line| line.contains("payload lost") && line.contains(job));
+    assert!(lost.iter().all(named), "a loss is not in the log");
+    assert!(!kept.iter().any(named), "a false alarm");
+    assert!((lost_metric(&lab).await - 20.0).abs() < f64::EPSILON);
+    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE action = 'payload-lost'").await?, 20);
+    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE action = 'queue-recreated'").await?, 1);
+    lab.start_worker(Worker::simulated(1)).await?;
+    for job in &kept {
+        assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
+    }
+    assert_eq!(reported(&lab, &kept).await, Some(0));
+    lab.stop().await
+}
+
+// R9: streams, consumers and the bucket are deleted while the system runs: they are back within seconds, with an
+// alarm; what was in them is reported, and later jobs go through.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_deleted_at_the_broker_is_made_again() -> Result<()> {
+    let mut lab = Lab::start(Setup { ack_wait: 2, ..Setup::without_workers() }).await?;
+    let jobs = submit(lab.client(), 3).await?;
+    let admin = lab.jetstream().await?;
+    let second = "SELECT id::text FROM ingress.jobs WHERE stream_seq = 2";
+    let taken: String = lab.sql(second).await?[0].get(0);
+    admin.get_stream("JOBS").await?.delete_message(2).await?;
+    let only = async || (reported(&lab, &jobs).await? == 1).then_some(());
+    eventually("the one that was deleted is reported", REPORTED, only).await?;
+    assert_eq!(reported(&lab, std::slice::from_ref(&taken)).await, Some(1));
+
+    for name in ["JOBS", "RETRIES", "RESULTS", "DEAD", "OBJ_payloads"] {
+        admin.delete_stream(name).await?;
+        let back = async || admin.get_stream(name).await.ok().map(|_| ());
+        eventually(name, RECREATED, back).await?;
+        let metric = format!("dermflow_queue_recreated_total{{part=\"{name}\"}}");
+        let alarm = async || lab.metric(&metric).await.filter(|count| *count >= 1.0);
+        eventually("the alarm", RECREATED, alarm).await?;
+    }
+    for (stream, consumer) in [("JOBS", "interactive"), ("RETRIES", "due"), ("RESULTS", "recorder")] {
+        admin.get_stream(stream).await?.delete_consumer(consumer).await?;
+        let back =
+            async || admin.get_stream(stream).await.ok()?.consumer_info(consumer).await.ok().map(|_| ());
+        eventually(consumer, RECREATED, back).await?;
+    }
+    let all = async || (reported(&lab, &jobs).await? == 3).then_some(());
+    eventually("the rest is reported", REPORTED, all).await?;
+    lab.start_worker(Worker::simulated(1)).await?;
+    for job in submit(lab.client(), 3).await? {
+        assert_eq!(lab.client().poll(&job, REPORTED).await?.status, 200);
+    }
+    lab.stop().await
+}
+
+// A result that is stored and not yet recorded, however long: its job is neither lost nor late, although its
+// payload is gone and its deadline over. Nor is a job that waits for its second attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_waits_is_worth_more_than_a_deadline() -> Result<()> {
+    let worker = Worker::simulated(1).fault("panic").attempts(1);
+    let mut lab = Lab::start(Setup { workers: vec![worker], ..Setup::default() }).await?;
+    let results = lab.jetstream().await?.get_stream("RESULTS").await?;
+    let later = clock::now() + Duration::from_hours(1);
+    results.pause_consumer("recorder", later).await?;
+    let jobs = submit(lab.client(), 10).await?;
+    let stored = async || (lab.messages("RESULTS").await.ok()? == 10).then_some(());
+    eventually("the results wait", LONG, stored).await?;
+    lab.sql("UPDATE ingress.jobs SET queued_at = now() - interval '1 hour', deadline = now()").await?;
+    // A job that nothing is stored of shows that rounds go by.
+    lab.stop_worker(0).await?;
+    for round in 0..4 {
+        let witness = submit(lab.client(), 1).await?;
+        lab.sql(&format!("UPDATE ingress.jobs SET deadline = now() WHERE id = '{}'", witness[0])).await?;
+        lab.until_state(&witness[0], "failed").await?;
+        let open = format!(
+            "SELECT count(*) FROM ingress.jobs WHERE id IN ({}) AND finished_at IS NULL",
+            list(&jobs)
+        );
+        assert_eq!(lab.count(&open).await?, 10, "round {round}");
+    }
+    results.resume_consumer("recorder").await?;
+    for job in &jobs {
+        assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
+    }
+    assert!(lost_metric(&lab).await < 1.0);
+    lab.stop().await
+}
+
+// No false alarm: retries, killed workers, a killed broker and a database that is away, while the sweeper looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_called_lost_that_is_not() -> Result<()> {
+    const JOBS: usize = 120;
+    let workers = vec![Worker::simulated(100).fault("panic").attempts(1)];
+    let mut lab = Lab::start(Setup { workers, ack_wait: 2, ..Setup::default() }).await?;
+    let jobs = submit(lab.client(), JOBS).await?;
+    // As if they had waited for long: every round looks at every one of them.
+    lab.sql("UPDATE ingress.jobs SET queued_at = now() - interval '1 hour'").await?;
+    let done = "SELECT count(*) FROM ingress.jobs WHERE finished_at IS NOT NULL";
+    for part in 1..=4 {
+        let some = async || (lab.count(done).await.ok()? >= part * 20).then_some(());
+        eventually("jobs are worked off", REPORTED, some).await?;
+        lab.kill_worker(0).await?;
+        match part {
+            1 | 3 => {
+                lab.kill_nats().await?;
+                lab.restart_nats().await?;
+            }
+            2 => {
+                lab.kill_postgres().await?;
+                lab.restart_postgres().await?;
+            }
+            _ => {
+                lab.kill_ingress(0).await?;
+                lab.restart_ingress(0).await?;
+            }
+        }
+        lab.restart_worker(0).await?;
+    }
+    for job in &jobs {
+        assert_eq!(lab.client().poll(job, 2 * REPORTED).await?.status, 200);
+    }
+    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE actor = 'sweeper'").await?, 0);
+    assert!(lost_metric(&lab).await < 1.0);
     lab.stop().await
 }

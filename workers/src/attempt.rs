@@ -6,11 +6,14 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use async_nats::jetstream::{AckKind, Message};
+use async_nats::jetstream::{
+    AckKind, Message,
+    object_store::{GetError, GetErrorKind},
+};
 use bytes::Bytes;
 use dermflow_schemas::{
     clock,
-    envelope::{Carrier, Failure, JobHeader, Payload, Progress, ResultHeader},
+    envelope::{Carrier, Failure, JobHeader, Payload, Progress, ResultHeader, job_of},
     error::Code,
     fhir::Resource,
     id::JobId,
@@ -19,6 +22,7 @@ use dermflow_schemas::{
         RESULT_PATIENCE,
     },
     queue::{self, Publisher},
+    random,
     seal::{Keyring, Purpose, Sealed},
 };
 use time::OffsetDateTime;
@@ -32,6 +36,7 @@ use crate::{
     cancel::{Cancels, Held},
     executor::{ExecutorError, Executors, Slot},
     model::Model,
+    quarantine::Quarantine,
     report::{self, Case},
     timing::Timing,
 };
@@ -52,6 +57,8 @@ pub struct Attempts {
     pub timing: Timing,
     /// What was withdrawn.
     pub cancels: Cancels,
+    /// Who may run beside whom.
+    pub quarantine: Quarantine,
 }
 
 /// How an attempt ended.
@@ -64,6 +71,8 @@ enum Verdict {
     GiveBack,
     /// The client withdrew it: nothing is published.
     Withdrawn,
+    /// It was never begun, as a job that may take the process down has come before it.
+    StepAside,
 }
 
 /// A job with what its message says about it.
@@ -87,6 +96,8 @@ impl Attempts {
         if let Err(error) = message.ack_with(ack).await {
             tracing::warn!(%error, "an ack was not sent; the job will run again");
         }
+        // The place of this job is taken until then, so that no other comes in.
+        self.quarantine.over().await;
     }
 
     /// Returns the ack, or `None` when the message must be redelivered.
@@ -96,7 +107,7 @@ impl Attempts {
             Ok(decoded) => decoded,
             Err(error) => {
                 tracing::error!(%error, "not a job envelope");
-                return self.bury_unread(message).await.then_some(AckKind::Term);
+                return self.give_up_unread(message).await.then_some(AckKind::Term);
             }
         };
         let redelivered = u32::try_from(delivered - 1).unwrap_or(0);
@@ -110,11 +121,15 @@ impl Attempts {
         let (outcome, published) = match verdict {
             Verdict::GiveBack => return Some(AckKind::Nak(None)),
             Verdict::Withdrawn => ("withdrawn", true),
+            Verdict::StepAside => ("aside", self.queue_again(&delivery, attempt, Duration::ZERO).await),
             Verdict::Result(header, report) => {
                 let outcome = if report.is_empty() { "failed" } else { "report" };
                 (outcome, self.publish_result(&delivery, &header, &report).await)
             }
-            Verdict::Again(_) if attempt < MAX_ATTEMPTS => ("retry", self.retry(&delivery).await),
+            Verdict::Again(_) if attempt < MAX_ATTEMPTS => {
+                let pause = pause_after(attempt, random::fraction());
+                ("retry", self.queue_again(&delivery, attempt + 1, pause).await)
+            }
             Verdict::Again(code) => ("dead", self.give_up(&delivery, code).await),
         };
         let (job, lane) = (delivery.header.job, delivery.header.lane.as_str());
@@ -132,6 +147,8 @@ impl Attempts {
             slot
         } else {
             tokio::select! {
+                biased;
+                () = self.quarantine.begins() => return Verdict::StepAside,
                 slot = self.executors.slot() => match slot {
                     Some(slot) => slot,
                     None => return Verdict::GiveBack,
@@ -139,6 +156,10 @@ impl Attempts {
                 () = delivery.held.token().cancelled() => return Verdict::Withdrawn,
             }
         };
+        // Tried before, it may be what ended its worker.
+        let suspect = delivery.attempt > 1;
+        let pass = if suspect { self.quarantine.alone().await } else { self.quarantine.together() };
+        let Some(_pass) = pass else { return Verdict::StepAside };
         delivery.began = clock::now();
         if delivery.began > delivery.header.deadline {
             return delivery.failed(Code::DeadlineExceeded, None);
@@ -150,9 +171,9 @@ impl Attempts {
         let job = delivery.header.job;
         let payload = match self.payload(delivery).await {
             Ok(payload) => Arc::new(payload),
-            Err(reason) => {
-                tracing::error!(%job, reason, "the payload does not open");
-                return Verdict::Again(Code::AttemptsExhausted);
+            Err((code, reason)) => {
+                tracing::error!(%job, %code, reason, "the payload does not open");
+                return Verdict::Again(code);
             }
         };
         let (model, attempt, files) = (self.model.clone(), delivery.attempt, payload.clone());
@@ -182,18 +203,21 @@ impl Attempts {
         let _ = self.client.publish(queue::progress_subject(job), body.into()).await;
     }
 
-    async fn payload(&self, delivery: &Delivery) -> Result<Payload, String> {
+    /// The payload, or what the job fails with when no further attempt gets at it, and why. All of it is
+    /// transient: another worker may have the key, and a replica of the object store may be behind.
+    async fn payload(&self, delivery: &Delivery) -> Result<Payload, (Code, String)> {
         let job = delivery.header.job;
         let bytes = match delivery.header.carrier {
             Carrier::Inline => delivery.tail.clone(),
             Carrier::Object => timeout(OBJECT_DEADLINE, self.object(job))
                 .await
                 .unwrap_or_else(|_| Err("the object store does not answer".into()))
-                .map_err(|error| error.to_string())?,
+                .map_err(|error| (no_object(&error), error.to_string()))?,
         };
         let sealed = Sealed { key_id: delivery.header.key.clone(), bytes };
-        let plain = self.keys.open(Purpose::Payload, job, &sealed).map_err(|error| error.to_string())?;
-        Payload::decode(plain).map_err(|error| error.to_string())
+        let plain = self.keys.open(Purpose::Payload, job, &sealed);
+        let plain = plain.map_err(|error| (Code::PayloadUnreadable, error.to_string()))?;
+        Payload::decode(plain).map_err(|error| (Code::PayloadUnreadable, error.to_string()))
     }
 
     async fn object(&self, job: JobId) -> Result<Bytes, async_nats::Error> {
@@ -230,17 +254,16 @@ impl Attempts {
     }
 
     async fn publish_result(&self, delivery: &Delivery, header: &ResultHeader, report: &[u8]) -> bool {
-        let job = delivery.header.job;
-        let id = format!("{job}:{}", delivery.attempt);
-        self.publish(queue::Message::new(queue::result_subject(job), id, header.encode(report))).await
+        let JobHeader { job, requeues, .. } = delivery.header;
+        let id = delivery.header.message_id(delivery.attempt);
+        let body = header.clone().after_requeues(requeues).encode(report);
+        self.publish(queue::Message::new(queue::result_subject(job), id, body)).await
     }
 
-    /// The next attempt: stored now, delivered by the broker when the back-off ends.
-    async fn retry(&self, delivery: &Delivery) -> bool {
+    /// The job again as attempt `attempt`: stored now, delivered by the broker after `pause`.
+    async fn queue_again(&self, delivery: &Delivery, attempt: u32, pause: Duration) -> bool {
         let JobHeader { job, lane, client, .. } = delivery.header;
-        let pause = BACKOFF[(delivery.attempt as usize - 1).min(BACKOFF.len() - 1)];
-        let mut header = delivery.header.clone();
-        header.attempt = delivery.attempt + 1;
+        let header = delivery.header.clone().at_attempt(attempt);
         let body = header.encode(&delivery.tail);
         self.publish(queue::Message::retry(lane, client, job, clock::now() + pause, body)).await
     }
@@ -249,8 +272,9 @@ impl Attempts {
     async fn give_up(&self, delivery: &Delivery, code: Code) -> bool {
         let JobHeader { job, lane, client, .. } = delivery.header;
         tracing::error!(%job, attempt = delivery.attempt, %code, "the job is given up");
-        let id = format!("{job}:{}", delivery.attempt);
-        let body = delivery.header.encode(&delivery.tail);
+        let id = delivery.header.message_id(delivery.attempt);
+        let header = delivery.header.clone().at_attempt(delivery.attempts());
+        let body = header.encode(&delivery.tail);
         if !self.bury(queue::dead_subject(lane, client), id, body, code).await {
             return false;
         }
@@ -258,11 +282,25 @@ impl Attempts {
         self.publish_result(delivery, &header, &report).await
     }
 
-    /// A dead letter for a message that says nothing about itself but its subject.
-    async fn bury_unread(&self, message: &Message) -> bool {
+    /// A dead letter for a message that this build cannot read, as one of a newer build may be; and the end of
+    /// its job, which messages of every version name.
+    async fn give_up_unread(&self, message: &Message) -> bool {
         let Some(subject) = queue::dead_subject_of(&message.subject) else { return true };
-        let id = message.info().map(|info| format!("unread:{}", info.stream_sequence)).unwrap_or_default();
-        self.bury(subject, id, message.payload.clone(), Code::Internal).await
+        let job = job_of(&message.payload);
+        let id = match (job, message.info()) {
+            (Some(job), _) => format!("{job}:unread"),
+            (None, Ok(info)) => format!("unread:{}", info.stream_sequence),
+            (None, Err(_)) => String::new(),
+        };
+        let code = Code::PayloadUnreadable;
+        if !self.bury(subject, id.clone(), message.payload.clone(), code).await {
+            return false;
+        }
+        let Some(job) = job else { return true };
+        let (failure, now) = (Failure { code, image: None }, clock::now());
+        // Of any life of the job: how often it was put back is in what cannot be read.
+        let header = ResultHeader::failed(job, failure, MAX_ATTEMPTS, now, now).after_requeues(u32::MAX >> 1);
+        self.publish(queue::Message::new(queue::result_subject(job), id, header.encode(&[]))).await
     }
 
     async fn bury(&self, subject: String, id: String, body: Bytes, code: Code) -> bool {
@@ -289,10 +327,31 @@ impl Attempts {
     }
 }
 
+/// The pause before the attempt after `attempt`: up to half as much again by `chance`, from 0 to 1, so that jobs
+/// which failed together do not come back together.
+fn pause_after(attempt: u32, chance: f64) -> Duration {
+    let base = BACKOFF[(attempt.max(1) as usize - 1).min(BACKOFF.len() - 1)];
+    base + base.mul_f64(chance.clamp(0.0, 1.0) / 2.0)
+}
+
+/// What it means that an object cannot be had.
+fn no_object(error: &async_nats::Error) -> Code {
+    match error.downcast_ref::<GetError>().map(GetError::kind) {
+        Some(GetErrorKind::NotFound) => Code::PayloadLost,
+        _ => Code::AttemptsExhausted,
+    }
+}
+
 impl Delivery {
+    /// The attempts that were made: the delivery after the last one only finds that there were as many.
+    fn attempts(&self) -> u32 {
+        self.attempt.min(MAX_ATTEMPTS)
+    }
+
     fn failed(&self, code: Code, image: Option<usize>) -> Verdict {
         let failure = Failure { code, image };
-        let header = ResultHeader::failed(self.header.job, failure, self.attempt, self.began, clock::now());
+        let header =
+            ResultHeader::failed(self.header.job, failure, self.attempts(), self.began, clock::now());
         Verdict::Result(header, Bytes::new())
     }
 
@@ -312,5 +371,21 @@ async fn keep_alive(message: &Message, period: Duration) -> Infallible {
     loop {
         beat.tick().await;
         let _ = message.ack_with(AckKind::Progress).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_grows_and_is_spread() {
+        for (attempt, base) in (1..).zip(BACKOFF) {
+            assert_eq!(pause_after(attempt, 0.0), base);
+            assert_eq!(pause_after(attempt, 1.0), base.mul_f64(1.5));
+            assert!(pause_after(attempt, 0.3) < pause_after(attempt, 0.4));
+        }
+        assert_eq!(pause_after(0, 0.0), BACKOFF[0]);
+        assert_eq!(pause_after(99, 0.0), BACKOFF[3]);
     }
 }

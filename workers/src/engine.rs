@@ -168,7 +168,9 @@ struct SimulatedEngine {
 impl Engine for SimulatedEngine {
     fn classify(&mut self, question: Question<'_>) -> Result<Vec<f32>, EngineError> {
         thread::sleep(Duration::from_millis(self.simulated.latency_ms));
-        let faulty = self.simulated.fault_attempts.is_none_or(|last| question.attempt <= last);
+        let Simulated { fault_attempts, fault_image, .. } = &self.simulated;
+        let faulty = fault_attempts.is_none_or(|last| question.attempt <= last)
+            && fault_image.as_ref().is_none_or(|image| question.digest.starts_with(image));
         match self.simulated.fault.filter(|_| faulty) {
             None => Ok(simulated_logits(question.digest, self.classes)),
             Some(Fault::Nan) => Ok(vec![f32::NAN; self.classes]),

@@ -20,6 +20,7 @@ pub mod executor;
 pub mod fair;
 pub mod model;
 pub mod pull;
+pub mod quarantine;
 pub mod report;
 pub mod schedule;
 #[cfg(test)]

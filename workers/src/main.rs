@@ -25,6 +25,7 @@ use dermflow_workers::{
     executor::Executors,
     model::Model,
     pull::{Pull, find},
+    quarantine::Quarantine,
     schedule::{LINES, Source},
     timing::Timing,
     watch::Watch,
@@ -127,6 +128,7 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
         executors: executors.clone(),
         timing,
         cancels,
+        quarantine: Quarantine::default(),
     };
     Ok((Consumer::new(pulls, watch, executors, count, attempts), client, timing.grace))
 }

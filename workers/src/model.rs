@@ -158,6 +158,8 @@ pub struct Simulated {
     pub fault: Option<Fault>,
     /// The fault happens on attempts up to this one; on every attempt when absent.
     pub fault_attempts: Option<u32>,
+    /// The fault happens with images whose SHA-256 begins like this; with every image when absent.
+    pub fault_image: Option<String>,
 }
 
 #[derive(Deserialize)]

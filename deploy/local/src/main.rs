@@ -19,6 +19,7 @@ use tokio::{
 };
 
 const DEMO: &str = "demo";
+const OPERATOR: &str = "operator";
 const SAMPLES: [&str; 2] = ["tests/images/ham10000-mel.jpg", "tests/images/isic2017-nv.png"];
 
 /// Brings Dermflow up on this machine: NATS, PostgreSQL, ingress and workers, with a demo client and two sample
@@ -35,8 +36,9 @@ struct Args {
     /// Folder for keys, data and logs [default: .state/local in the repository].
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// HTTPS port; plain HTTP listens on this less 363, health and metrics on this plus 1000.
-    #[arg(long, value_name = "P", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1_387..=64_535))]
+    /// HTTPS port; plain HTTP listens on this less 363, health and metrics on this plus 1000, the operators' API
+    /// on this plus 1001.
+    #[arg(long, value_name = "P", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1_387..=64_534))]
     port: u16,
     /// Erase this state first: keys, users, jobs and reports.
     #[arg(long)]
@@ -128,9 +130,11 @@ async fn prepare(args: &Args) -> Result<Option<Stack>> {
 async fn work(stack: &mut Stack, args: &Args) -> Result<()> {
     say("starting NATS and PostgreSQL");
     stack.start_servers().await?;
-    let password_file = demo_client(stack)?;
+    let password_file = user(stack, DEMO, "integrator")?;
+    user(stack, OPERATOR, "operator")?;
     say("starting ingress");
     stack.add_ingress(Ports::around(args.port), &[])?.process.spawn_ready(READY_WITHIN).await?;
+    stack.add_operate(args.port + 1_001)?.process.spawn_ready(READY_WITHIN).await?;
     say(&format!("starting {} workers", args.workers));
     for _ in 0..args.workers {
         stack.add_worker(&[])?.spawn_ready(READY_WITHIN).await?;
@@ -153,12 +157,14 @@ async fn work(stack: &mut Stack, args: &Args) -> Result<()> {
     supervise(stack).await
 }
 
-/// Registers the demo client, once.
-fn demo_client(stack: &Stack) -> Result<PathBuf> {
-    let file = stack.state.path(&format!("{DEMO}.password"));
+/// Registers a user, once. Returns the file with the password.
+fn user(stack: &Stack, name: &str, role: &str) -> Result<PathBuf> {
+    let file = stack.state.path(&format!("{name}.password"));
     if !file.exists() {
-        say("registering the demo client");
-        let password = stack.auth(&["user", "create", DEMO]).context("cannot register the demo client")?;
+        say(&format!("registering the {role} {name}"));
+        let password = stack
+            .auth(&["user", "create", name, "--role", role])
+            .with_context(|| format!("cannot register {name}"))?;
         write_private(&file, &password)?;
     }
     Ok(file)
@@ -197,7 +203,7 @@ curl -i "$STATUS" -H "Authorization: Bearer $TOKEN""#
 
 /// Starts again what ends although nobody asked it to. Returns only when NATS or PostgreSQL cannot be revived.
 async fn supervise(stack: &mut Stack) -> Result<()> {
-    let ours = stack.ingress.len() + stack.workers.len();
+    let ours = stack.ingress.len() + stack.operate.iter().len() + stack.workers.len();
     let mut due: Vec<(Backoff, Option<Instant>)> = (0..ours).map(|_| (Backoff::default(), None)).collect();
     loop {
         sleep(Duration::from_millis(100)).await;
@@ -209,8 +215,9 @@ async fn supervise(stack: &mut Stack) -> Result<()> {
             say("PostgreSQL has ended: starting it again");
             stack.postgres.start().await?;
         }
-        let processes =
-            stack.ingress.iter_mut().map(|ingress| &mut ingress.process).chain(&mut stack.workers);
+        let ingress = stack.ingress.iter_mut().map(|ingress| &mut ingress.process);
+        let operate = stack.operate.iter_mut().map(|operate| &mut operate.process);
+        let processes = ingress.chain(operate).chain(&mut stack.workers);
         for (process, (backoff, due)) in processes.zip(&mut due) {
             revive(process, backoff, due);
         }

@@ -44,6 +44,7 @@ pub const INGRESS: Permissions = Permissions {
         "$JS.API.STREAM.CREATE.JOBS",
         "$JS.API.STREAM.UPDATE.JOBS",
         "$JS.API.STREAM.INFO.JOBS",
+        "$JS.API.STREAM.MSG.GET.JOBS",
         "$JS.API.STREAM.MSG.DELETE.JOBS",
         "$JS.API.STREAM.CREATE.RETRIES",
         "$JS.API.STREAM.UPDATE.RETRIES",
@@ -65,6 +66,7 @@ pub const INGRESS: Permissions = Permissions {
         "$JS.API.CONSUMER.CREATE.RETRIES.>",
         "$JS.API.CONSUMER.DURABLE.CREATE.RETRIES.>",
         "$JS.API.CONSUMER.CREATE.RESULTS.>",
+        "$JS.API.CONSUMER.LIST.*",
         "$JS.API.CONSUMER.INFO.RESULTS.*",
         "$JS.API.CONSUMER.MSG.NEXT.RESULTS.*",
         "$JS.ACK.RESULTS.>",
@@ -99,11 +101,19 @@ pub const WORKER: Permissions = Permissions {
     subscribe: &["wake.bulk.*", "cancel.*", "_INBOX_worker.>"],
 };
 
-/// The operator's user, who may do everything.
+/// The operators' API reads and removes dead letters, and puts them back into the queue. It can read nothing
+/// else, and it creates nothing.
+pub const OPERATOR: Permissions = Permissions {
+    user: "operator",
+    publish: &["jobs.>", "$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.STREAM.MSG.DELETE.DEAD"],
+    subscribe: &["_INBOX_operator.>"],
+};
+
+/// The user of who runs the broker, who may do everything.
 pub const ADMIN: Permissions = Permissions { user: "admin", publish: &[">"], subscribe: &[">"] };
 
 /// Every user.
-pub const USERS: [Permissions; 3] = [INGRESS, WORKER, ADMIN];
+pub const USERS: [Permissions; 4] = [INGRESS, WORKER, OPERATOR, ADMIN];
 
 /// What a benchmark or a fault test changes.
 #[derive(Debug, Clone)]
@@ -385,10 +395,16 @@ mod tests {
 
     /// What ingress and a worker do with the queue, and then what they must not do.
     #[tokio::test]
+    #[expect(clippy::too_many_lines, reason = "one sequence: what is allowed, then what is not")]
     async fn each_user_can_do_its_work_and_no_more() {
         let (state, mut nats) = nats().await;
-        let (admin, ingress, worker) =
-            tokio::try_join!(nats.connect("admin"), nats.connect("ingress"), nats.connect("worker")).unwrap();
+        let (admin, ingress, worker, operator) = tokio::try_join!(
+            nats.connect("admin"),
+            nats.connect("ingress"),
+            nats.connect("worker"),
+            nats.connect("operator")
+        )
+        .unwrap();
         let (at_ingress, at_worker) = (queue::context(ingress.clone()), queue::context(worker.clone()));
         queue::ensure(&at_ingress, Duration::from_secs(30), 1).await.unwrap();
         queue::ensure(&at_ingress, Duration::from_secs(31), 1).await.unwrap();
@@ -436,10 +452,19 @@ mod tests {
         at_ingress.get_stream(queue::RETRIES).await.unwrap().purge().filter("due.*.*.*.j2").await.unwrap();
         let withdrawn = at_ingress.publish("jobs.bulk.3.c", "job".into()).await.unwrap().await.unwrap();
         let stream = at_ingress.get_stream(queue::JOBS).await.unwrap();
+        stream.get_raw_message(withdrawn.sequence).await.unwrap();
         stream.delete_message(withdrawn.sequence).await.unwrap();
         for (stream, left) in [(queue::JOBS, 0), (queue::RETRIES, 0), (queue::RESULTS, 0), (queue::DEAD, 1)] {
             assert_eq!(count(&admin, stream).await, left, "{stream}");
         }
+        let at_operator = queue::context(operator.clone());
+        let dead = at_operator.get_stream_no_info(queue::DEAD).await.unwrap();
+        let first = dead.raw_message_builder().sequence(1).next_by_subject(queue::ALL_DEAD).send();
+        let letter = first.await.unwrap();
+        at_operator.publish("jobs.interactive.3.c", letter.payload).await.unwrap().await.unwrap();
+        dead.delete_message(letter.sequence).await.unwrap();
+        assert_eq!((count(&admin, queue::DEAD).await, count(&admin, queue::JOBS).await), (0, 1));
+        jetstream::new(admin.clone()).get_stream(queue::JOBS).await.unwrap().purge().await.unwrap();
         assert_eq!(violations(&nats), Vec::<String>::new());
 
         let mut spied = worker.subscribe("jobs.>").await.unwrap();
@@ -457,6 +482,18 @@ mod tests {
                 timeout(Duration::from_millis(200), ingress.request(subject, "{\"seq\":1}".into())).await;
             assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
         }
+        let refused = [
+            "$JS.API.STREAM.MSG.GET.JOBS",
+            "$JS.API.STREAM.MSG.GET.RESULTS",
+            "$JS.API.STREAM.PURGE.DEAD",
+            "$JS.API.CONSUMER.CREATE.DEAD.x",
+            "results.j1",
+        ];
+        for subject in refused {
+            let answer =
+                timeout(Duration::from_millis(200), operator.request(subject, "{\"seq\":1}".into())).await;
+            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
+        }
         worker.flush().await.unwrap();
         let at_admin = jetstream::new(admin.clone());
         for subject in ["dead.interactive.3.d", "jobs.interactive.3.d"] {
@@ -467,7 +504,7 @@ mod tests {
             let heard = timeout(Duration::from_millis(200), spy.next()).await;
             assert!(!matches!(heard, Ok(Some(_))), "{heard:?}");
         }
-        assert_eq!(violations(&nats).len(), 10);
+        assert_eq!(violations(&nats).len(), 10 + 5);
         nats.stop().await.unwrap();
         std::fs::remove_dir_all(state.path("")).unwrap();
     }

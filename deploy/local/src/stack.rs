@@ -107,6 +107,22 @@ pub struct Detours {
     pub database: Option<String>,
 }
 
+/// The operators' `ingress operate`.
+#[derive(Debug)]
+pub struct Operate {
+    /// Its process; start it with [`Process::spawn_ready`].
+    pub process: Process,
+    /// Where it listens, on 127.0.0.1.
+    pub port: u16,
+}
+
+impl Operate {
+    /// Its origin.
+    pub fn url(&self) -> String {
+        format!("https://localhost:{}", self.port)
+    }
+}
+
 /// One instance. Nothing runs until it is started, part by part or with [`Stack::start_servers`].
 ///
 /// Dropping it kills every process at once; [`Stack::stop`] ends them in order.
@@ -114,6 +130,8 @@ pub struct Detours {
 pub struct Stack {
     /// Ingress processes, in the order in which they were added.
     pub ingress: Vec<Ingress>,
+    /// The operators' process, if one was added.
+    pub operate: Option<Operate>,
     /// Worker processes, in the order in which they were added.
     pub workers: Vec<Process>,
     /// The broker.
@@ -138,8 +156,17 @@ impl Stack {
         let pki = Pki::prepare(&state)?;
         let nats = Nats::prepare(&state, &pki, &options.servers.nats_server, &options.nats)?;
         let postgres = Postgres::prepare(&state, &options.servers.postgres_bin)?;
-        let detours = Detours::default();
-        Ok(Self { ingress: Vec::new(), workers: Vec::new(), nats, postgres, pki, detours, state, options })
+        Ok(Self {
+            ingress: Vec::new(),
+            operate: None,
+            workers: Vec::new(),
+            nats,
+            postgres,
+            pki,
+            detours: Detours::default(),
+            state,
+            options,
+        })
     }
 
     /// Starts PostgreSQL and NATS.
@@ -178,6 +205,30 @@ impl Stack {
         let process = self.with_queue(process, nats::INGRESS.user, broker)?.args(extra);
         self.ingress.push(Ingress { process, ports });
         Ok(&mut self.ingress[number])
+    }
+
+    /// Adds the operators' process, for the origin of the first `ingress`; it is not started yet.
+    ///
+    /// # Errors
+    /// When a path cannot be made, or there is no `ingress`.
+    pub fn add_operate(&mut self, port: u16) -> Result<&mut Operate> {
+        let public = self.ingress.first().context("operators sign in at an ingress")?.url();
+        let path = self.options.programs.join("ingress");
+        let process = Process::new("operate", path, self.state.log("operate")?)
+            .arg("operate")
+            .args(["--listen".into(), address(port), "--public-url".into(), public])
+            .arg("--tls-cert")
+            .arg(&self.pki.cert)
+            .arg("--tls-key")
+            .arg(&self.pki.key)
+            .arg("--signing-key")
+            .arg(&self.pki.signing_key)
+            .arg("--database")
+            .arg(self.postgres.url("dermflow_ingress"))
+            .arg("--database-password-file")
+            .arg(self.postgres.password_file("dermflow_ingress")?);
+        let process = self.with_broker(process, nats::OPERATOR.user, None)?;
+        Ok(self.operate.insert(Operate { process, port }))
     }
 
     /// Adds a `worker` with further flags; it is not started yet.
@@ -225,7 +276,8 @@ impl Stack {
     /// When something had to be killed; the rest is stopped all the same.
     pub async fn stop(&mut self) -> Result<()> {
         let ingress = self.ingress.iter_mut().map(|ingress| &mut ingress.process);
-        let mut ours: Vec<_> = ingress.chain(&mut self.workers).collect();
+        let operate = self.operate.iter_mut().map(|operate| &mut operate.process);
+        let mut ours: Vec<_> = ingress.chain(operate).chain(&mut self.workers).collect();
         for process in &mut ours {
             process.signal(Signal::TERM);
             process.resume();
@@ -257,15 +309,18 @@ impl Stack {
     }
 
     fn with_queue(&self, process: Process, user: &str, broker: Option<String>) -> Result<Process> {
+        let process = self.with_broker(process, user, broker)?;
+        Ok(process.arg("--sealing-keys").arg(&self.pki.sealing_keys))
+    }
+
+    fn with_broker(&self, process: Process, user: &str, broker: Option<String>) -> Result<Process> {
         let broker = broker.unwrap_or_else(|| self.nats.url());
         Ok(process
             .args(["--nats-url".into(), broker, "--nats-user".into(), user.into()])
             .arg("--nats-ca")
             .arg(&self.pki.ca)
             .arg("--nats-password-file")
-            .arg(self.nats.password_file(user)?)
-            .arg("--sealing-keys")
-            .arg(&self.pki.sealing_keys))
+            .arg(self.nats.password_file(user)?))
     }
 }
 

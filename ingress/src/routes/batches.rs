@@ -148,7 +148,7 @@ impl Progress {
     }
 
     fn to_json(&self, app: &App) -> Value {
-        let url = batch_url(app, self.batch.id);
+        let url = batch_url(&app.public_url, self.batch.id);
         let counts: serde_json::Map<String, Value> =
             STATES.iter().map(|state| (state.to_string(), json!(self.tally.of(*state)))).collect();
         json!({
@@ -198,7 +198,7 @@ pub(crate) async fn manifest(
         headers.insert(header::RETRY_AFTER, HeaderValue::from(POLL_INTERVAL.as_secs()));
         return Ok(response);
     }
-    let url = batch_url(&app, id);
+    let url = batch_url(&app.public_url, id);
     let failed = progress.tally.of(JobState::Failed) + progress.tally.of(JobState::Cancelled);
     let file = |kind: &str, name: &str, count: i64| json!([{"type": kind, "url": format!("{url}/{name}?_format={FHIR_NDJSON}"), "count": count}]);
     let ended = progress.tally.last_finished.or(batch.closed_at).unwrap_or(now);

@@ -123,7 +123,7 @@ fn finished(ended: Ended) -> Result<Value, Problem> {
 fn goes_on(app: &App, job: JobId) -> Value {
     let outcome = answer::information_outcome("job-accepted", "The analysis is queued. Poll the location.");
     let outcome = Resource::OperationOutcome(outcome);
-    json!({"response": {"status": "202", "location": status_url(app, job), "outcome": outcome}})
+    json!({"response": {"status": "202", "location": status_url(&app.public_url, job), "outcome": outcome}})
 }
 
 fn refused(problem: &Problem) -> Value {

@@ -40,7 +40,7 @@ pub(crate) async fn get(
     let client = caller.with_scope(SCOPE_ANALYZE)?;
     let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
     let place = place(&app, client, &record).await;
-    Ok(answer::json(to_json(&app, &record, place)))
+    Ok(answer::json(shown(&app.public_url, &record, place)))
 }
 
 /// What a list is asked for.
@@ -85,7 +85,7 @@ pub(crate) async fn list(
     let more = records.len() > limit;
     records.truncate(limit);
     let next = records.last().filter(|_| more).map(|last| next_page(&app, &uri.0, last.id));
-    let jobs: Vec<_> = records.iter().map(|record| to_json(&app, record, None)).collect();
+    let jobs: Vec<_> = records.iter().map(|record| shown(&app.public_url, record, None)).collect();
     Ok(answer::json(json!({"jobs": jobs, "next": next})))
 }
 
@@ -97,8 +97,8 @@ fn next_page(app: &App, uri: &Uri, last: JobId) -> String {
     format!("{}{}?{query}", app.public_url, uri.path())
 }
 
-/// Times are RFC 3339 in UTC; `model_ms` is the time in the model, all images together.
-fn to_json(app: &App, record: &Record, place: Option<Place>) -> serde_json::Value {
+/// A record as JSON. Times are RFC 3339 in UTC; `model_ms` is the time in the model, all images together.
+pub(crate) fn shown(public_url: &str, record: &Record, place: Option<Place>) -> serde_json::Value {
     let has_report = record.state == JobState::Succeeded && !record.deleted;
     let error = record.failure.as_ref().map(|failure| {
         let kind = failure.code.kind();
@@ -125,10 +125,10 @@ fn to_json(app: &App, record: &Record, place: Option<Place>) -> serde_json::Valu
         "model_ms": record.model_us.map(|us| us as f64 / 1e3),
         "error": error,
         "links": {
-            "self": format!("{}/jobs/{}", app.public_url, record.id),
-            "status": status_url(app, record.id),
-            "report": has_report.then(|| format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id)),
-            "batch": record.batch.map(|batch| batch_url(app, batch)),
+            "self": format!("{public_url}/jobs/{}", record.id),
+            "status": status_url(public_url, record.id),
+            "report": has_report.then(|| format!("{public_url}/fhir/DiagnosticReport/{}", record.id)),
+            "batch": record.batch.map(|batch| batch_url(public_url, batch)),
         },
     })
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use dermflow_auth::{
     password::PasswordError,
     token::LIFETIME,
-    users::{self, UserError},
+    users::{self, User, UserError},
 };
 use dermflow_schemas::{clock, error::Code, limits::MAX_FORM_BYTES};
 use secrecy::{ExposeSecret, SecretString};
@@ -47,11 +47,11 @@ pub(crate) async fn post(
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let Credentials { username, password } = read(headers, bytes).await?;
     let user = users::authenticate(app.store.pool(), &app.hasher, &username, password).await;
-    let client = user.map_err(unavailable)?.ok_or_else(|| {
+    let User { client, role } = user.map_err(unavailable)?.ok_or_else(|| {
         tracing::info!("login refused");
         Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
     })?;
-    let token = app.tokens.issue(client, clock::now()).map_err(|error| internal(&error))?;
+    let token = app.tokens.issue(client, role.scope(), clock::now()).map_err(|error| internal(&error))?;
     tracing::info!(%client, "login");
     Ok(answer::json(json!({
         "access_token": token.expose_secret(),

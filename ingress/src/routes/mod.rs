@@ -16,6 +16,7 @@ use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLaye
 use crate::{
     answer::{Problem, render},
     app::App,
+    dead::Operators,
     extract::request_id,
     linger::linger,
 };
@@ -23,6 +24,7 @@ use crate::{
 mod analyze;
 mod batches;
 mod bundle;
+mod dead;
 mod health;
 mod jobs;
 mod login;
@@ -46,7 +48,7 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
         .route("/jobs/{id}", get(jobs::get));
-    dressed(routes, app)
+    measured(routes, app)
 }
 
 /// What operators reach, on the loopback interface only.
@@ -55,15 +57,32 @@ pub(crate) fn internal(app: Arc<App>) -> Router {
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics));
-    dressed(routes, app)
+    measured(routes, app)
 }
 
-fn dressed(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
-    let header = |name, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));
+/// What operators reach in a process of its own, on the loopback interface only, with a token for it.
+pub(crate) fn operators(operators: Arc<Operators>) -> Router {
+    let routes = Router::new()
+        .route("/dead", get(dead::list))
+        .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
+        .route("/dead/{sequence}/requeue", post(dead::requeue));
+    dressed(bounded(routes), operators)
+}
+
+fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
+    dressed(bounded(routes).layer(from_fn_with_state(app.clone(), measure)), app)
+}
+
+/// With an answer for what is not in the table.
+fn bounded<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
     routes
         .fallback(async || Problem::from(Code::NotFound))
         .method_not_allowed_fallback(async || Problem::from(Code::MethodNotAllowed))
-        .layer(from_fn_with_state(app.clone(), measure))
+}
+
+fn dressed<S: Clone + Send + Sync + 'static>(routes: Router<S>, state: S) -> Router {
+    let header = |name, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));
+    routes
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn(render))
         .layer(from_fn(linger))
@@ -71,7 +90,7 @@ fn dressed(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
         .layer(header(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
         .layer(header(header::CACHE_CONTROL, "no-store"))
-        .with_state(app)
+        .with_state(state)
 }
 
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {

@@ -96,7 +96,7 @@ pub(crate) fn accepted(app: &App, job: JobId) -> Response {
     let text = "The analysis is queued. Poll the URL in Content-Location.";
     let mut response = answer::fhir(StatusCode::ACCEPTED, answer::information("job-accepted", text));
     let headers = response.headers_mut();
-    insert(headers, &header::CONTENT_LOCATION, &status_url(app, job));
+    insert(headers, &header::CONTENT_LOCATION, &status_url(&app.public_url, job));
     insert(headers, &header::RETRY_AFTER, &POLL_INTERVAL.as_secs().to_string());
     response
 }

@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 use tokio_postgres::{Row, types::Json};
 use uuid::Uuid;
 
-use super::{OPEN, Open, RECORD, Record, Result, Store, open_states, release};
+use super::{ENDING, Ending, RECORD, Record, Result, Store, open_states, release};
 
 /// A batch as recorded.
 #[derive(Debug, Clone, Copy)]
@@ -274,12 +274,12 @@ impl Store {
             let mut connection = self.pool.get().await?;
             let transaction = connection.transaction().await?;
             let select = format!(
-                "SELECT {OPEN}, lane, state, stream_seq, claim_check FROM jobs \
+                "SELECT {ENDING}, lane, state, stream_seq, claim_check FROM jobs \
                  WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) AND finished_at IS NULL \
                  ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED"
             );
             let rows = transaction.query(&select, &[&SWEEP_BATCH]).await?;
-            let open: Vec<Open> = rows.iter().map(Open::from).collect();
+            let open: Vec<Ending> = rows.iter().map(Ending::from).collect();
             let events = release(&transaction, &open).await?;
             let ids: Vec<Uuid> = open.iter().map(|open| open.id).collect();
             let update = "UPDATE jobs SET state = 'cancelled', finished_at = $1, event = ended.event \

@@ -1,0 +1,218 @@
+//! What the sweeper reads and settles.
+
+use deadpool_postgres::{ClientWrapper, Object};
+use dermflow_auth::db::within;
+use dermflow_schemas::{
+    error::Code,
+    id::JobId,
+    limits::{ACCEPTED_GRACE, RETENTION, SWEEP_BATCH, SWEEP_LEASE},
+};
+use serde_json::json;
+use time::OffsetDateTime;
+use tokio_postgres::{Row, types::Json};
+use uuid::Uuid;
+
+use super::{Act, Audit, Result, Settled, Store, give_up};
+
+/// The session that holds the lock of the one replica that sweeps.
+#[derive(Debug, Default)]
+pub(crate) struct Leader {
+    session: Option<ClientWrapper>,
+}
+
+/// An open job, and the message with its payload in JOBS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Open {
+    pub(crate) id: JobId,
+    pub(crate) stream_seq: i64,
+}
+
+/// Which sequences JOBS has no message at.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Gaps {
+    /// Nothing below.
+    pub(crate) first: i64,
+    /// Nothing above.
+    pub(crate) last: i64,
+    /// Nothing here, as far as the broker has told.
+    pub(crate) between: Vec<i64>,
+}
+
+fn open(row: &Row) -> Open {
+    Open { id: row.get::<_, Uuid>(0).into(), stream_seq: row.get(1) }
+}
+
+/// Jobs that were in JOBS before `$1` and have not ended.
+const QUEUED: &str =
+    "finished_at IS NULL AND state <> 'accepted' AND stream_seq IS NOT NULL AND queued_at <= $1";
+
+impl Store {
+    /// Whether this replica sweeps. The lock is its session's: it goes to another replica when this process
+    /// ends, loses the database, or does not come round for [`SWEEP_LEASE`].
+    pub(crate) async fn lead(&self, leader: &mut Leader) -> Result<bool> {
+        const LOCK: i64 = 0x7377_6565_7065_7200;
+        within(async {
+            if let Some(session) = &leader.session {
+                if session.simple_query("SELECT 1").await.is_ok() {
+                    return Ok(true);
+                }
+                leader.session = None;
+            }
+            let connection = self.pool.get().await?;
+            let leads: bool = connection.query_one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?.get(0);
+            if leads {
+                let session = Object::take(connection);
+                let lease = format!("SET idle_session_timeout = {}", SWEEP_LEASE.as_millis());
+                session.batch_execute(&lease).await?;
+                leader.session = Some(session);
+            }
+            Ok(leads)
+        })
+        .await
+    }
+
+    /// Fails jobs that never reached the queue. Nothing was accepted: their keys are free for a new try.
+    pub(crate) async fn settle_unqueued(&self, now: OffsetDateTime) -> Result<Vec<Settled>> {
+        within(async {
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let stuck = "state = 'accepted' AND (accepted_at <= $3 OR deadline <= $1)";
+            let code = Code::NeverQueued;
+            let settled = give_up(&transaction, stuck, &(now - ACCEPTED_GRACE), now, code).await?;
+            let ids: Vec<Uuid> = settled.iter().map(|job| job.id.uuid()).collect();
+            transaction.execute("DELETE FROM idempotency_keys WHERE job = ANY($1)", &[&ids]).await?;
+            entry(Act::JobSettled, code, now).of_jobs(&transaction, &ids).await?;
+            transaction.commit().await?;
+            Ok(settled)
+        })
+        .await
+    }
+
+    /// Jobs past their deadline, but for `held`.
+    pub(crate) async fn late(&self, now: OffsetDateTime, held: &[Uuid]) -> Result<Vec<JobId>> {
+        within(async {
+            let select = "SELECT id FROM jobs WHERE finished_at IS NULL AND state <> 'accepted' \
+                          AND deadline <= $1 AND id <> ALL($2) ORDER BY deadline LIMIT $3";
+            let rows = self.pool.get().await?.query(select, &[&now, &held, &SWEEP_BATCH]).await?;
+            Ok(rows.iter().map(|row| row.get::<_, Uuid>(0).into()).collect())
+        })
+        .await
+    }
+
+    /// Fails those of these jobs that are past their deadline.
+    pub(crate) async fn settle_late(&self, jobs: &[JobId], now: OffsetDateTime) -> Result<Vec<Settled>> {
+        within(async {
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let ids: Vec<Uuid> = jobs.iter().map(|job| job.uuid()).collect();
+            let late = "state <> 'accepted' AND deadline <= $1 AND id = ANY($3)";
+            let code = Code::DeadlineExceeded;
+            let settled = give_up(&transaction, late, &ids, now, code).await?;
+            let ids: Vec<Uuid> = settled.iter().map(|job| job.id.uuid()).collect();
+            entry(Act::JobSettled, code, now).of_jobs(&transaction, &ids).await?;
+            transaction.commit().await?;
+            Ok(settled)
+        })
+        .await
+    }
+
+    /// Fails those of these jobs that are open, and whose payload was in this message and not in a newer one.
+    pub(crate) async fn settle_lost(&self, jobs: &[Open], now: OffsetDateTime) -> Result<Vec<Settled>> {
+        within(async {
+            let mut connection = self.pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let pairs: Vec<(Uuid, i64)> = jobs.iter().map(|job| (job.id.uuid(), job.stream_seq)).collect();
+            let same = "state <> 'accepted' AND (id, stream_seq) IN \
+                        (SELECT (pair ->> 0)::uuid, (pair ->> 1)::bigint FROM jsonb_array_elements($3) pair)";
+            let code = Code::PayloadLost;
+            let settled = give_up(&transaction, same, &Json(pairs), now, code).await?;
+            let ids: Vec<Uuid> = settled.iter().map(|job| job.id.uuid()).collect();
+            entry(Act::PayloadLost, code, now).of_jobs(&transaction, &ids).await?;
+            transaction.commit().await?;
+            Ok(settled)
+        })
+        .await
+    }
+
+    /// Erases what is past its retention.
+    pub(crate) async fn erase(&self, now: OffsetDateTime) -> Result<()> {
+        within(async {
+            let erase = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2)";
+            self.pool.get().await?.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Open jobs, queued before `before`, at whose sequence there is no message, or one that two of them claim:
+    /// after a loss the broker hands the lost sequences out again. `elsewhere` are known to be in other streams.
+    pub(crate) async fn misplaced(
+        &self,
+        before: OffsetDateTime,
+        gaps: &Gaps,
+        elsewhere: &[Uuid],
+        limit: i64,
+    ) -> Result<Vec<Open>> {
+        within(async {
+            let select = format!(
+                "SELECT id, stream_seq FROM jobs WHERE {QUEUED} AND id <> ALL($2) AND (stream_seq < $3 \
+                 OR stream_seq > $4 OR stream_seq = ANY($5) OR EXISTS (SELECT FROM jobs other \
+                 WHERE other.finished_at IS NULL AND other.stream_seq = jobs.stream_seq AND other.id <> jobs.id)) \
+                 LIMIT $6"
+            );
+            let connection = self.pool.get().await?;
+            let Gaps { first, last, between } = gaps;
+            let rows =
+                connection.query(&select, &[&before, &elsewhere, first, last, between, &limit]).await?;
+            Ok(rows.iter().map(open).collect())
+        })
+        .await
+    }
+
+    /// The job of each client and lane that has waited longest. One that the broker passed over comes to this
+    /// place sooner or later, and stays there.
+    pub(crate) async fn first_in_line(&self, before: OffsetDateTime, limit: i64) -> Result<Vec<Open>> {
+        within(async {
+            let select = format!(
+                "SELECT id, stream_seq FROM (SELECT DISTINCT ON (client, lane) id, stream_seq FROM jobs \
+                 WHERE {QUEUED} AND state = 'queued' ORDER BY client, lane, stream_seq) first \
+                 ORDER BY stream_seq LIMIT $2"
+            );
+            let rows = self.pool.get().await?.query(&select, &[&before, &limit]).await?;
+            Ok(rows.iter().map(open).collect())
+        })
+        .await
+    }
+
+    /// Open jobs after `after` in the order of their ids: with each call the next ones.
+    pub(crate) async fn next_in_line(
+        &self,
+        before: OffsetDateTime,
+        after: JobId,
+        limit: i64,
+    ) -> Result<Vec<Open>> {
+        within(async {
+            let select = format!(
+                "SELECT id, stream_seq FROM jobs WHERE {QUEUED} AND state = 'queued' AND id > $2 \
+                 ORDER BY id LIMIT $3"
+            );
+            let rows = self.pool.get().await?.query(&select, &[&before, &after.uuid(), &limit]).await?;
+            Ok(rows.iter().map(open).collect())
+        })
+        .await
+    }
+
+    /// Open jobs whose payload is in the object store.
+    pub(crate) async fn claim_checked(&self, before: OffsetDateTime, limit: i64) -> Result<Vec<Open>> {
+        within(async {
+            let select = format!("SELECT id, stream_seq FROM jobs WHERE {QUEUED} AND claim_check LIMIT $2");
+            let rows = self.pool.get().await?.query(&select, &[&before, &limit]).await?;
+            Ok(rows.iter().map(open).collect())
+        })
+        .await
+    }
+}
+
+fn entry(act: Act, code: Code, now: OffsetDateTime) -> Audit {
+    Audit { at: now, actor: "sweeper".into(), act, detail: json!({ "code": code }) }
+}
