@@ -16,7 +16,10 @@ use dermflow_schemas::{
     limits::{GROUP_BYTES, GROUP_JOBS, GROUP_QUEUE, GROUPS, PUBLISH_DEADLINE},
     queue::{Message, PublishError},
 };
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     answer::Problem,
@@ -35,6 +38,8 @@ pub(crate) struct Entry {
     pub(crate) header: JobHeader,
     /// The message's body; `None` when the payload goes to the object store once the job is on record.
     pub(crate) body: Option<Bytes>,
+    /// When its caller is answered at the latest, but for what the database takes.
+    pub(crate) end: Instant,
 }
 
 /// What came of an entry.
@@ -50,39 +55,61 @@ pub(crate) enum Committed {
 
 type Reply = oneshot::Sender<Result<Committed, Problem>>;
 
-/// The way into a group.
+/// The way into a group: callers who wait for an answer go before lines of uploads.
 #[derive(Debug, Clone)]
 pub(crate) struct Commits {
-    entries: mpsc::Sender<(Entry, Reply)>,
+    requests: mpsc::Sender<(Entry, Reply)>,
+    lines: mpsc::Sender<(Entry, Reply)>,
 }
 
 /// The entries on their way to [`run`].
-pub(crate) type Entries = mpsc::Receiver<(Entry, Reply)>;
+#[derive(Debug)]
+pub(crate) struct Entries {
+    requests: mpsc::Receiver<(Entry, Reply)>,
+    lines: mpsc::Receiver<(Entry, Reply)>,
+}
 
 impl Commits {
     /// The way in, and its other end.
     pub(crate) fn new() -> (Self, Entries) {
-        let (entries, received) = mpsc::channel(GROUP_QUEUE);
-        (Self { entries }, received)
+        let (requests, received) = mpsc::channel(GROUP_QUEUE);
+        let (lines, read) = mpsc::channel(GROUP_QUEUE);
+        (Self { requests, lines }, Entries { requests: received, lines: read })
     }
 
-    /// Commits an entry with the next group.
+    /// Commits an entry with the next group that has room.
     pub(crate) async fn commit(&self, entry: Entry) -> Result<Committed, Problem> {
         let (reply, answer) = oneshot::channel();
-        self.entries.send((entry, reply)).await.map_err(|_| Code::Overloaded)?;
+        let way = if entry.job.member.is_some() { &self.lines } else { &self.requests };
+        way.send((entry, reply)).await.map_err(|_| Code::Overloaded)?;
         answer.await.unwrap_or_else(|_| Err(Code::Internal.into()))
+    }
+}
+
+impl Entries {
+    async fn next(&mut self) -> Option<(Entry, Reply)> {
+        tokio::select! {
+            biased;
+            entry = self.requests.recv() => entry,
+            entry = self.lines.recv() => entry,
+        }
+    }
+
+    fn next_now(&mut self) -> Option<(Entry, Reply)> {
+        self.requests.try_recv().or_else(|_| self.lines.try_recv()).ok()
     }
 }
 
 /// Forms groups and commits them, [`GROUPS`] at once, until every [`Commits`] is gone.
 pub(crate) async fn run(app: Arc<App>, mut entries: Entries) {
     let groups = Arc::new(Semaphore::new(GROUPS));
-    while let Some(first) = entries.recv().await {
+    loop {
         let Ok(permit) = groups.clone().acquire_owned().await else { return };
+        let Some(first) = entries.next().await else { return };
         let (mut bytes, mut group) = (size(&first), vec![first]);
         while group.len() < GROUP_JOBS
             && bytes < GROUP_BYTES
-            && let Ok(next) = entries.try_recv()
+            && let Some(next) = entries.next_now()
         {
             bytes += size(&next);
             group.push(next);
@@ -116,6 +143,13 @@ async fn record_and_publish(
     app: &Arc<App>,
     entries: Vec<Entry>,
 ) -> Result<Vec<Result<Committed, Problem>>, Problem> {
+    // With a broker that does not answer, groups take all the time that they have, and callers spend theirs waiting
+    // for one: nothing is recorded for who would be told so only now.
+    let now = Instant::now();
+    let end = entries.iter().map(|entry| entry.end).fold(now + PUBLISH_DEADLINE, Instant::min);
+    if end <= now {
+        return Err(Code::QueueUnavailable.into());
+    }
     let jobs: Vec<NewJob> = entries.iter().map(|entry| entry.job.clone()).collect();
     let claims = app.store.claim(&jobs).await?;
     let (mut outcomes, mut fresh, mut messages) = (Vec::new(), Vec::new(), Vec::new());
@@ -136,7 +170,7 @@ async fn record_and_publish(
             (Claim::OverQuota, _) => Err(over_quota(app, job).into()),
         });
     }
-    for (fresh, outcome) in fresh.iter().zip(publish(app, &fresh, messages).await) {
+    for (fresh, outcome) in fresh.iter().zip(publish(app, &fresh, messages, end).await) {
         outcomes[fresh.place] = outcome.map(|()| Committed::Queued);
     }
     Ok(outcomes)
@@ -153,18 +187,23 @@ fn message(app: &App, header: &JobHeader, body: Bytes) -> Message {
     Message::job(header.lane, header.client, header.job, header.attempt, weight, body)
 }
 
-async fn publish(app: &Arc<App>, fresh: &[Fresh], messages: Vec<Message>) -> Vec<Result<(), Problem>> {
+async fn publish(
+    app: &Arc<App>,
+    fresh: &[Fresh],
+    messages: Vec<Message>,
+    end: Instant,
+) -> Vec<Result<(), Problem>> {
     if fresh.is_empty() {
         return Vec::new();
     }
     let clients: HashSet<(Lane, ClientId)> =
         fresh.iter().map(|fresh| (fresh.header.lane, fresh.header.client)).collect();
     for (lane, client) in &clients {
-        if let Err(problem) = lanes::prepare(app, *lane, *client).await {
+        if let Err(problem) = prepare(app, *lane, *client, end).await {
             return fresh.iter().map(|_| Err(problem.clone())).collect();
         }
     }
-    let published = app.publisher.publish_all(messages, PUBLISH_DEADLINE).await;
+    let published = app.publisher.publish_all(messages, end.saturating_duration_since(Instant::now())).await;
     for (lane, client) in clients {
         lanes::announce(app, lane, client).await;
     }
@@ -198,6 +237,11 @@ async fn publish(app: &Arc<App>, fresh: &[Fresh], messages: Vec<Message>) -> Vec
     headers().zip(published).map(outcome).collect()
 }
 
+async fn prepare(app: &App, lane: Lane, client: ClientId, end: Instant) -> Result<(), Problem> {
+    let prepared = timeout_at(end, lanes::prepare(app, lane, client)).await;
+    prepared.unwrap_or_else(|_| Err(Code::QueueUnavailable.into()))
+}
+
 /// Without this mark the sweeper would take the jobs for ones that never were in the queue.
 async fn mark(app: &App, marks: &[Queued]) -> Result<Vec<JobId>, Problem> {
     if marks.is_empty() {
@@ -208,9 +252,10 @@ async fn mark(app: &App, marks: &[Queued]) -> Result<Vec<JobId>, Problem> {
 
 /// Publishes one job by itself.
 pub(crate) async fn publish_one(app: &Arc<App>, header: &JobHeader, body: Bytes) -> Result<(), Problem> {
-    lanes::prepare(app, header.lane, header.client).await?;
+    let end = Instant::now() + PUBLISH_DEADLINE;
+    prepare(app, header.lane, header.client, end).await?;
     let message = message(app, header, body);
-    let published = app.publisher.publish(message, PUBLISH_DEADLINE).await;
+    let published = app.publisher.publish(message, end.saturating_duration_since(Instant::now())).await;
     let sequence = published.map_err(|error| not_queued(app, header.job, &error))?;
     lanes::announce(app, header.lane, header.client).await;
     let mark = Queued { job: header.job, sequence, deadline: header.deadline };

@@ -89,7 +89,9 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
     };
     let wake_up = listen(&app, job.id, lane).await;
     let body = (!claim_check).then(|| header.encode(&sealed.bytes));
-    match patiently(&app, Entry { job, header: header.clone(), body }, patience).await? {
+    let end = Instant::now() + limits::PUBLISH_DEADLINE + patience;
+    let entry = Entry { job, header: header.clone(), body, end };
+    match patiently(&app, entry, patience).await? {
         Committed::Queued => Ok(Submitted { job: header.job, ended: false, wake_up }),
         Committed::Recorded => {
             check_in(&app, &mut header, &sealed).await?;
@@ -115,7 +117,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
 }
 
 /// Commits; what is refused for want of room is tried again while patience lasts.
-async fn patiently(app: &App, entry: Entry, patience: Duration) -> Result<Committed, Problem> {
+async fn patiently(app: &App, mut entry: Entry, patience: Duration) -> Result<Committed, Problem> {
     let end = Instant::now() + patience;
     loop {
         let problem = match app.commits.commit(entry.clone()).await {
@@ -127,6 +129,7 @@ async fn patiently(app: &App, entry: Entry, patience: Duration) -> Result<Commit
             return Err(problem);
         }
         sleep(pause).await;
+        entry.end = end + limits::PUBLISH_DEADLINE;
     }
 }
 

@@ -84,7 +84,6 @@ async fn r7_a_power_loss_costs_nothing_that_was_acknowledged() -> Result<()> {
 
 // R7: with JetStream's own setting it does cost some, and each of those is reported.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "lost payloads are not detected yet"]
 async fn r7_what_a_power_loss_costs_without_flushing_is_reported() -> Result<()> {
     let mut lab = Lab::start(Setup { sync_interval: "2m", ..Setup::without_workers() }).await?;
     let ledger = Ledger::default();
@@ -182,21 +181,18 @@ async fn damaged_payload(kind: Damage, in_order: bool) -> Result<()> {
 
 // R8: one bit. After a crash the broker rebuilds its index and drops everything behind the damage in that file.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "lost payloads are not detected yet"]
 async fn r8_a_flipped_bit_is_reported_after_a_crash() -> Result<()> {
     damaged_payload(Damage::Flip, false).await
 }
 
 // R8: one bit. With its index in order, the broker skips the message in silence.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "lost payloads are not detected yet"]
 async fn r8_a_flipped_bit_that_the_broker_skips_in_silence_is_reported() -> Result<()> {
     damaged_payload(Damage::Flip, true).await
 }
 
 // R8: a file that ends too early.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "lost payloads are not detected yet"]
 async fn r8_a_truncated_file_is_reported() -> Result<()> {
     damaged_payload(Damage::Truncate, false).await
 }
@@ -218,7 +214,6 @@ fn alarmed(lab: &Lab, name: &str) -> Result<bool> {
 
 // R9: every consumer is deleted under load: all are there again within 10 s, and no job is lost.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "streams and consumers are not re-created yet"]
 async fn r9_deleted_consumers_come_back() -> Result<()> {
     let lab = Lab::start(Setup { ack_wait: 3, ..Setup::simulated(5) }).await?;
     let ledger = Ledger::default();
@@ -250,7 +245,6 @@ async fn r9_deleted_consumers_come_back() -> Result<()> {
 // R9: the streams themselves are deleted: they are there again within 10 s, jobs are accepted and worked on again,
 // and what was in them is reported.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "lost payloads are not detected yet"]
 async fn r9_deleted_streams_come_back_and_their_jobs_are_reported() -> Result<()> {
     let mut lab = Lab::start(Setup { ack_wait: 3, ..Setup::without_workers() }).await?;
     let ledger = Ledger::default();
