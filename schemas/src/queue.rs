@@ -25,7 +25,7 @@ use async_nats::{
         object_store,
         publish::PublishAck,
         response::Response,
-        stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
+        stream::{ClusterInfo, Config, DiscardPolicy, RetentionPolicy, StorageType},
     },
 };
 use bytes::Bytes;
@@ -388,7 +388,7 @@ async fn leave_lonely_servers(client: Client) {
     loop {
         look.tick().await;
         let served = match timeout(limits::CLUSTER_LOOK, context.get_stream(JOBS)).await {
-            Ok(Ok(_)) => true,
+            Ok(Ok(stream)) => stream.cached_info().cluster.as_ref().is_none_or(has_majority),
             // Nobody has created it yet: that is an answer.
             Ok(Err(error)) => matches!(error.kind(), GetStreamErrorKind::JetStream(e)
                 if e.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND),
@@ -401,6 +401,12 @@ async fn leave_lonely_servers(client: Client) {
             silent = 0;
         }
     }
+}
+
+/// A leader that is cut off goes on answering for 20 s, and a server that follows none answers without naming one.
+fn has_majority(cluster: &ClusterInfo) -> bool {
+    let heard = cluster.replicas.iter().filter(|replica| replica.active < limits::CLUSTER_CONTACT).count();
+    cluster.leader.is_some() && 2 * (heard + 1) > cluster.replicas.len() + 1
 }
 
 /// Reconnects until the server is another one: the client library takes any, perhaps the same.
