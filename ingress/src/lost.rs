@@ -36,8 +36,10 @@ type Answer<T> = Result<T, async_nats::Error>;
 pub(crate) enum Found {
     /// The job's own, of so many bytes.
     Own(usize),
-    /// Another job's, or none.
-    Not,
+    /// Another job's.
+    Others,
+    /// None; or one that the broker counts and cannot read.
+    Nothing,
 }
 
 /// What earlier rounds have seen.
@@ -147,12 +149,12 @@ pub(crate) async fn jobs_in(context: &Context, stream: &str) -> Answer<HashSet<J
 
 /// Whether the message at the job's sequence is its own.
 pub(crate) async fn find(context: &Context, job: Open) -> Answer<Found> {
-    let Ok(sequence) = u64::try_from(job.stream_seq) else { return Ok(Found::Not) };
+    let Ok(sequence) = u64::try_from(job.stream_seq) else { return Ok(Found::Nothing) };
     let stream = context.get_stream_no_info(queue::JOBS).await?;
     match stream.get_raw_message(sequence).await {
         Ok(message) if job_of(&message.payload) == Some(job.id) => Ok(Found::Own(message.payload.len())),
-        Ok(_) => Ok(Found::Not),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(Found::Not),
+        Ok(_) => Ok(Found::Others),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(Found::Nothing),
         Err(error) => Err(error.into()),
     }
 }
@@ -161,7 +163,7 @@ pub(crate) async fn find(context: &Context, job: Open) -> Answer<Found> {
 async fn absent(context: &Context, jobs: Vec<Open>) -> Answer<Vec<Open>> {
     let look = |job: Open| async move {
         let found = find(context, job).await?;
-        Ok::<_, async_nats::Error>((found == Found::Not).then_some(job))
+        Ok::<_, async_nats::Error>((!matches!(found, Found::Own(_))).then_some(job))
     };
     let found: Vec<Option<Open>> =
         stream::iter(jobs).map(look).buffer_unordered(LOST_AT_ONCE).try_collect().await?;
@@ -174,7 +176,7 @@ async fn absent_among(context: &Context, samples: Vec<Open>) -> Answer<Vec<Open>
     for job in samples {
         match find(context, job).await? {
             Found::Own(bytes) => read += bytes,
-            Found::Not => missing.push(job),
+            Found::Others | Found::Nothing => missing.push(job),
         }
         if read >= LOST_SAMPLE_BYTES {
             break;
