@@ -132,16 +132,17 @@ impl Attempts {
         if delivery.attempt > MAX_ATTEMPTS {
             return Verdict::Again(Code::AttemptsExhausted);
         }
-        let slot = match slot {
-            Some(slot) => slot,
-            None => tokio::select! {
+        let slot = if let Some(slot) = slot {
+            slot
+        } else {
+            tokio::select! {
                 biased;
                 () = self.quarantine.begins() => return Verdict::StepAside,
                 slot = self.executors.slot() => match slot {
                     Some(slot) => slot,
                     None => return Verdict::GiveBack,
                 },
-            },
+            }
         };
         // Tried before, it may be what ended its worker.
         let suspect = delivery.attempt > 1;

@@ -321,7 +321,15 @@ mod tests {
         jetstream::new(admin.clone()).get_stream(stream).await.unwrap().cached_info().state.messages
     }
 
-    /// What ingress and a worker do with the queue, and then what they must not do.
+    async fn refused(client: &Client, subjects: &[&'static str]) {
+        for subject in subjects {
+            let request = client.request(*subject, "{\"seq\":1}".into());
+            let answer = timeout(Duration::from_millis(200), request).await;
+            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
+        }
+    }
+
+    /// What ingress, a worker and the operators' API do with the queue, and then what they must not do.
     #[tokio::test]
     async fn each_user_can_do_its_work_and_no_more() {
         let (state, mut nats) = nats().await;
@@ -398,25 +406,12 @@ mod tests {
         worker.publish("jobs.interactive.3.c", "forged".into()).await.unwrap();
         worker.publish("due.interactive.3.c", "forged".into()).await.unwrap();
         worker.publish("$O.payloads.C.x", "forged".into()).await.unwrap();
-        let refused =
-            ["$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x", "$JS.API.STREAM.DELETE.JOBS"];
-        for subject in refused {
-            let answer =
-                timeout(Duration::from_millis(200), ingress.request(subject, "{\"seq\":1}".into())).await;
-            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
-        }
-        let refused = [
-            "$JS.API.STREAM.MSG.GET.JOBS",
-            "$JS.API.STREAM.MSG.GET.RESULTS",
-            "$JS.API.STREAM.PURGE.DEAD",
-            "$JS.API.CONSUMER.CREATE.DEAD.x",
-            "results.j1",
-        ];
-        for subject in refused {
-            let answer =
-                timeout(Duration::from_millis(200), operator.request(subject, "{\"seq\":1}".into())).await;
-            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
-        }
+        let queue_of_others = ["$JS.API.STREAM.MSG.GET.JOBS", "$JS.API.STREAM.MSG.GET.RESULTS", "results.j1"];
+        let dead_letters = ["$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x"];
+        refused(&ingress, &dead_letters).await;
+        refused(&ingress, &["$JS.API.STREAM.DELETE.JOBS"]).await;
+        refused(&operator, &queue_of_others).await;
+        refused(&operator, &["$JS.API.STREAM.PURGE.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x"]).await;
         worker.flush().await.unwrap();
         let at_admin = jetstream::new(admin.clone());
         for subject in ["dead.interactive.3.d", "jobs.interactive.3.d"] {
