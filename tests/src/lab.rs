@@ -666,6 +666,14 @@ impl Lab {
         Ok(())
     }
 
+    /// SIGTERM for the broker.
+    ///
+    /// # Errors
+    /// When it had to be killed in the end.
+    pub async fn stop_nats(&mut self) -> Result<()> {
+        self.stack.nats.stop().await
+    }
+
     /// Erases everything that the broker has stored. It must not run.
     ///
     /// # Errors

@@ -1,8 +1,12 @@
 //! Step 9: no job stays open past its deadline, and nothing is kept past its retention.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use dermflow_schemas::clock;
 use dermflow_tests::{
     client::{Client, sample},
@@ -116,6 +120,51 @@ async fn every_lost_payload_is_reported_by_its_id() -> Result<()> {
     }
     assert_eq!(reported(&lab, &kept).await, Some(0));
     lab.stop().await
+}
+
+// R8: one bit of one waiting payload is wrong on the broker's disk. The broker itself notices nothing before it
+// reads the message, and then passes over it without a word: that job alone is reported, with nobody to work.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_payload_is_reported_and_no_other() -> Result<()> {
+    let mut lab = Lab::start(Setup { ack_wait: 2, ..Setup::without_workers() }).await?;
+    let jobs = submit(lab.client(), 5).await?;
+    lab.stop_nats().await?;
+    let block = blocks(&lab.storage()[0].join("jetstream"))?
+        .into_iter()
+        .find(|path| path.to_string_lossy().contains("/JOBS/msgs/"))
+        .context("JOBS has no block")?;
+    let mut bytes = fs::read(&block)?;
+    // The header of the message names the job in clear; the sealed payload follows.
+    let header = format!("\"job\":\"{}\"", jobs[2]);
+    let at =
+        bytes.windows(header.len()).position(|window| window == header.as_bytes()).context("not there")?;
+    bytes[at + 2_000] ^= 1;
+    fs::write(&block, bytes)?;
+    lab.restart_nats().await?;
+    let begun = Instant::now();
+    let one = async || (reported(&lab, &jobs).await? == 1).then_some(());
+    eventually("the damaged one is reported", REPORTED, one).await?;
+    println!("a damaged payload reported after {:.1} s", begun.elapsed().as_secs_f64());
+    assert_eq!(reported(&lab, &jobs[2..3]).await, Some(1));
+    lab.start_worker(Worker::simulated(1)).await?;
+    for job in [&jobs[0], &jobs[1], &jobs[3], &jobs[4]] {
+        assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
+    }
+    lab.stop().await
+}
+
+// The block files below a folder.
+fn blocks(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.extend(blocks(&path)?);
+        } else if path.extension().is_some_and(|kind| kind == "blk") {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 // R9: streams, consumers and the bucket are deleted while the system runs: they are back within seconds, with an

@@ -393,9 +393,16 @@ mod tests {
         assert!(queue::clients_with_bulk(&at_worker).await.unwrap().is_empty());
     }
 
-    /// What ingress and a worker do with the queue, and then what they must not do.
+    async fn refused(client: &Client, subjects: &[&'static str]) {
+        for subject in subjects {
+            let request = client.request(*subject, "{\"seq\":1}".into());
+            let answer = timeout(Duration::from_millis(200), request).await;
+            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
+        }
+    }
+
+    /// What ingress, a worker and the operators' API do with the queue, and then what they must not do.
     #[tokio::test]
-    #[expect(clippy::too_many_lines, reason = "one sequence: what is allowed, then what is not")]
     async fn each_user_can_do_its_work_and_no_more() {
         let (state, mut nats) = nats().await;
         let (admin, ingress, worker, operator) = tokio::try_join!(
@@ -475,25 +482,12 @@ mod tests {
         worker.publish("wake.bulk.c", "forged".into()).await.unwrap();
         worker.publish("cancel.j1", "forged".into()).await.unwrap();
         worker.publish("$O.payloads.C.x", "forged".into()).await.unwrap();
-        let refused =
-            ["$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x", "$JS.API.STREAM.DELETE.JOBS"];
-        for subject in refused {
-            let answer =
-                timeout(Duration::from_millis(200), ingress.request(subject, "{\"seq\":1}".into())).await;
-            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
-        }
-        let refused = [
-            "$JS.API.STREAM.MSG.GET.JOBS",
-            "$JS.API.STREAM.MSG.GET.RESULTS",
-            "$JS.API.STREAM.PURGE.DEAD",
-            "$JS.API.CONSUMER.CREATE.DEAD.x",
-            "results.j1",
-        ];
-        for subject in refused {
-            let answer =
-                timeout(Duration::from_millis(200), operator.request(subject, "{\"seq\":1}".into())).await;
-            assert!(!matches!(answer, Ok(Ok(_))), "{subject} was answered");
-        }
+        let queue_of_others = ["$JS.API.STREAM.MSG.GET.JOBS", "$JS.API.STREAM.MSG.GET.RESULTS", "results.j1"];
+        let dead_letters = ["$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x"];
+        refused(&ingress, &dead_letters).await;
+        refused(&ingress, &["$JS.API.STREAM.DELETE.JOBS"]).await;
+        refused(&operator, &queue_of_others).await;
+        refused(&operator, &["$JS.API.STREAM.PURGE.DEAD", "$JS.API.CONSUMER.CREATE.DEAD.x"]).await;
         worker.flush().await.unwrap();
         let at_admin = jetstream::new(admin.clone());
         for subject in ["dead.interactive.3.d", "jobs.interactive.3.d"] {
