@@ -11,7 +11,7 @@ use dermflow_schemas::{
     error::Code,
     id::{ClientId, JobId},
     job::Lane,
-    limits::{BULK_CLIENTS, BULK_CONSUMER_DEADLINE, BULK_CONSUMER_SEEN, PUBLISH_DEADLINE, WAKE_INTERVAL},
+    limits::{BULK_CLIENTS, BULK_CONSUMER_SEEN, PUBLISH_DEADLINE, WAKE_INTERVAL},
     queue,
 };
 use futures_util::TryStreamExt;
@@ -88,7 +88,7 @@ pub(crate) async fn ensure_consumer(
     }
     let config = queue::bulk_consumer(client, app.lanes.ack_wait, max_ack_pending);
     let create = app.publisher.context().create_consumer_on_stream(config, queue::JOBS);
-    match timeout(BULK_CONSUMER_DEADLINE, create).await {
+    match timeout(PUBLISH_DEADLINE, create).await {
         Ok(Ok(_)) => {
             app.lanes.see(client, max_ack_pending);
             Ok(())
@@ -97,7 +97,10 @@ pub(crate) async fn ensure_consumer(
             tracing::warn!(%client, %error, "no consumer for bulk jobs");
             Err(Code::QueueUnavailable.into())
         }
-        Err(_) => Err(Code::QueueUnavailable.into()),
+        Err(_) => {
+            tracing::warn!(%client, "no consumer for bulk jobs: no answer");
+            Err(Code::QueueUnavailable.into())
+        }
     }
 }
 

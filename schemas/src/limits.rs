@@ -213,8 +213,6 @@ pub const BULK_CLIENTS: usize = 10_000;
 pub const BULK_CONSUMER_IDLE: Duration = Duration::from_hours(1);
 /// How long ingress relies on having seen a client's consumer.
 pub const BULK_CONSUMER_SEEN: Duration = Duration::from_mins(5);
-/// What ingress waits for the broker to make a client's consumer: leaves half of [`PUBLISH_DEADLINE`].
-pub const BULK_CONSUMER_DEADLINE: Duration = Duration::from_secs(1);
 /// Between two wake-ups for one client: a burst costs workers 20 messages a second.
 pub const WAKE_INTERVAL: Duration = Duration::from_millis(50);
 /// Wake-ups that a worker may be behind; one that is lost costs up to [`BULK_LOOK`].

@@ -14,10 +14,20 @@ use futures_util::{StreamExt, stream};
 const LONG: Duration = Duration::from_mins(2);
 const WINDOW: f64 = 5.0;
 
+// Submits a job until it is accepted, as a careful client does; 200 when it is done already.
+async fn submit_one(client: &Client) -> Result<String> {
+    let (request, key) = (sample("isic2017-nv.jpg"), uuid::Uuid::new_v4().to_string());
+    let headers = [("prefer", "respond-async"), ("idempotency-key", key.as_str())];
+    eventually("a job is accepted", LONG, async || match client.analyze(&request, &headers).await {
+        Ok(answer) if [200, 202].contains(&answer.status) => Some(answer.job().to_owned()),
+        _ => None,
+    })
+    .await
+}
+
 // Submits `jobs` jobs without waiting for their ends.
 async fn submit(client: &Client, jobs: usize) -> Result<Vec<String>> {
-    let request = sample("isic2017-nv.jpg");
-    let one = |_| async { client.submit(&request).await };
+    let one = |_| submit_one(client);
     stream::iter(0..jobs).map(one).buffer_unordered(12).collect::<Vec<_>>().await.into_iter().collect()
 }
 
@@ -126,7 +136,7 @@ async fn fifty_jobs_do_not_wait_behind_a_backlog() -> Result<()> {
 async fn a_wake_up_starts_a_job_at_once() -> Result<()> {
     let lab = Lab::start(Setup::simulated(1)).await?;
     for _ in 0..21 {
-        let job = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+        let job = submit_one(lab.client()).await?;
         lab.client().poll(&job, LONG).await?;
     }
     let late = "SELECT (extract(epoch FROM percentile_disc(0.5) WITHIN GROUP \
@@ -152,7 +162,7 @@ async fn a_lost_wake_up_costs_two_seconds_at_most() -> Result<()> {
     let mut lab = Lab::start(Setup::without_workers()).await?;
     let mut messages = Vec::new();
     for _ in 0..3 {
-        let job = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+        let job = submit_one(lab.client()).await?;
         messages.push((job, take_out(&lab).await?));
     }
     lab.start_worker(Worker::simulated(1)).await?;
@@ -171,7 +181,7 @@ async fn a_lost_wake_up_costs_two_seconds_at_most() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_is_gone_is_made_again() -> Result<()> {
     let mut lab = Lab::start(Setup::without_workers()).await?;
-    let job = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+    let job = submit_one(lab.client()).await?;
     let stream = lab.jetstream().await?.get_stream(queue::JOBS).await?;
     let names: Vec<String> = stream.consumer_names().filter_map(async |name| name.ok()).collect().await;
     let own =
@@ -204,7 +214,8 @@ async fn a_limit_of_jobs_in_flight_holds_and_does_not_stall() -> Result<()> {
                 FROM ingress.jobs";
     let took = lab.count(took).await?;
     println!("{JOBS} jobs of 50 ms, one at a time: {took} ms");
-    ensure!(took < 3 * 50 * JOBS as i64, "{took} ms");
+    // Stalled it would wait for the workers' next look, a second, again and again.
+    ensure!(took < 8 * 50 * JOBS as i64, "{took} ms");
     assert_eq!(lab.count("SELECT max(attempts)::bigint FROM ingress.jobs").await?, 1);
     lab.stop().await
 }
@@ -220,7 +231,7 @@ async fn a_withdrawn_job_stops_at_its_next_image() -> Result<()> {
     lab.until_state(&job, "running").await?;
     let begun = Instant::now();
     assert_eq!(lab.client().delete(&format!("/fhir/_async/{job}")).await?.status, 202);
-    let next = lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+    let next = submit_one(lab.client()).await?;
     lab.until_state(&next, "running").await?;
     let free = begun.elapsed();
     println!("the next job runs {free:?} after the withdrawal");
