@@ -330,6 +330,7 @@ impl Lab {
     /// When the name is taken.
     pub async fn register_operator(&self, name: &str) -> Result<Client> {
         let password = self.auth(&["user", "create", name, "--role", "operator"])?;
+        fs::write(self.stack.state.path(&format!("client-{name}")), &password)?;
         Client::new(&self.ca(), &self.url(0))?.login(name, &password).await
     }
 

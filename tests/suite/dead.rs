@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use dermflow_local::stack::programs;
 use dermflow_schemas::{
     clock,
     envelope::{Failure, ResultHeader},
@@ -95,6 +96,59 @@ async fn a_dead_letter_is_shown_and_put_back() -> Result<()> {
                    AND actor = (SELECT id::text FROM auth.users WHERE username = 'olga')";
     assert_eq!(lab.count(entries).await?, 1);
     lab.stop().await
+}
+
+// The same with the `dermflow` command, as an operator types it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_lists_requeues_and_purges() -> Result<()> {
+    let mut lab = deadly().await?;
+    lab.start_operate("olga").await?;
+    let mut jobs = Vec::new();
+    for _ in 0..2 {
+        jobs.push(lab.client().submit(&sample("ham10000-mel.jpg")).await?);
+    }
+    until_given_up(&mut lab, 0, &jobs).await?;
+    let password = tempfile(&lab.password("olga")?)?;
+    let (url, operate_url, ca) = (lab.url(0), lab.operate_url()?, lab.ca());
+    let dermflow = |args: &[&str]| -> Result<(Option<i32>, String)> {
+        let output = std::process::Command::new(programs()?.join("dermflow"))
+            .args(["dead", "--url", &url, "--operate-url", &operate_url, "--user", "olga"])
+            .arg("--ca")
+            .arg(&ca)
+            .arg("--password-file")
+            .arg(&password)
+            .args(args)
+            .output()?;
+        let text =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        Ok((output.status.code(), text))
+    };
+    let (code, list) = dermflow(&["list", "--json"])?;
+    assert_eq!(code, Some(0), "{list}");
+    let letters: Vec<serde_json::Value> = list.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    assert_eq!(letters.len(), 2, "{list}");
+    let sequence = |n: usize| letters[n]["sequence"].to_string();
+    let (code, shown) = dermflow(&["show", &sequence(0), "--json"])?;
+    assert!(code == Some(0) && shown.contains("\"record\""), "{shown}");
+    assert_eq!(dermflow(&["show", "4711"])?.0, Some(1));
+    lab.stop_worker(0).await?;
+    let (code, text) = dermflow(&["requeue", &sequence(0)])?;
+    assert_eq!(code, Some(0), "{text}");
+    let (code, text) = dermflow(&["purge", &sequence(1), "--yes"])?;
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(lab.messages("DEAD").await?, 0);
+    lab.start_worker(Worker::simulated(1)).await?;
+    let again = letters[0]["job"].as_str().context("no job")?;
+    assert_eq!(lab.client().poll(again, LONG).await?.status, 200);
+    std::fs::remove_file(password)?;
+    lab.stop().await
+}
+
+// A file that only this test knows.
+fn tempfile(text: &str) -> Result<std::path::PathBuf> {
+    let path = std::env::temp_dir().join(format!("dermflow-test-{}", uuid::Uuid::new_v4().simple()));
+    std::fs::write(&path, text)?;
+    Ok(path)
 }
 
 // A job that dies again after it was put back is a dead letter again, within the broker's dedupe window, and a

@@ -76,6 +76,8 @@ struct Session {
 #[derive(Debug)]
 pub struct Api {
     http: reqwest::Client,
+    /// Where it signs in.
+    login: String,
     base: String,
     user: String,
     password: SecretString,
@@ -102,7 +104,15 @@ impl Api {
         }
         let http = http.build().map_err(|error| Failure::Usage(described(&error)))?;
         let (base, user) = (origin(&options.url)?, options.user.clone());
-        Ok(Self { http, base, user, password, session: Mutex::new(None) })
+        Ok(Self { http, login: base.clone(), base, user, password, session: Mutex::new(None) })
+    }
+
+    /// The same client of another server, which takes the tokens of this one.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] when the URL is no HTTPS origin.
+    pub fn at(self, url: &str) -> Result<Self, Failure> {
+        Ok(Self { base: origin(url)?, ..self })
     }
 
     /// The server's origin.
@@ -194,7 +204,7 @@ impl Api {
         }
         let form = [("username", self.user.as_str()), ("password", self.password.expose_secret())];
         let asked = Instant::now();
-        let response = answer(self.http.post(format!("{}/login", self.base)).form(&form)).await?;
+        let response = answer(self.http.post(format!("{}/login", self.login)).form(&form)).await?;
         let response = checked(response).await.map_err(|trouble| match trouble {
             Trouble::Final(status, what) => Trouble::Final(status, format!("cannot sign in: {what}")),
             again @ Trouble::Again(..) => again,

@@ -85,8 +85,19 @@ enum Command {
     #[command(subcommand)]
     Batch(BatchCommand),
     /// Jobs that were given up: for operators.
-    #[command(subcommand)]
-    Dead(DeadCommand),
+    Dead {
+        /// The origin of the operators' API, which only the server's own network reaches.
+        #[arg(
+            long,
+            global = true,
+            env = "DERMFLOW_OPERATE_URL",
+            value_name = "URL",
+            default_value = "https://localhost:9444"
+        )]
+        operate_url: String,
+        #[command(subcommand)]
+        command: DeadCommand,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -147,7 +158,7 @@ async fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Submit(options) => submit(&api, options, json).await,
         Command::Jobs(command) => jobs::run(&api, command, json).await,
         Command::Batch(command) => jobs::run_batch(&api, command, json).await,
-        Command::Dead(command) => dead::run(&api, command, json).await,
+        Command::Dead { operate_url, command } => dead::run(&api.at(&operate_url)?, command, json).await,
     }
 }
 
