@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Dead letters asked for at once.
-const PAGE: usize = 200;
+const PAGE: usize = 100;
 const COLUMNS: &[(&str, usize)] = &[
     ("sequence", 8),
     ("dead_at", 24),

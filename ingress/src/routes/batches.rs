@@ -200,7 +200,7 @@ pub(crate) async fn manifest(
     }
     let url = batch_url(&app.public_url, id);
     let failed = progress.tally.of(JobState::Failed) + progress.tally.of(JobState::Cancelled);
-    let file = |kind: &str, name: &str, count: i64| json!([{"type": kind, "url": format!("{url}/{name}?_format={FHIR_NDJSON}"), "count": count}]);
+    let file = |kind: &str, name: &str, count: i64| json!([{"type": kind, "url": format!("{url}/{name}?_format=application/fhir%2Bndjson"), "count": count}]);
     let ended = progress.tally.last_finished.or(batch.closed_at).unwrap_or(now);
     Ok(answer::json(json!({
         "transactionTime": instant(ended),
@@ -272,7 +272,8 @@ async fn file(
     })?;
     let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let form = match wanted.format.as_deref().unwrap_or(accept) {
-        format if format.contains("fhir+ndjson") => Form::Fhir,
+        // Most callers write the plus as it is, which a query reads as a space.
+        format if format.contains("fhir+ndjson") || format.contains("fhir ndjson") => Form::Fhir,
         _ => Form::Plain,
     };
     app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
