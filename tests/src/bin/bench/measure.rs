@@ -146,6 +146,13 @@ pub(crate) struct Offered {
     pub(crate) millis: f64,
 }
 
+impl Offered {
+    /// Whether it is a job: 200 when that has ended before the answer was written.
+    pub(crate) fn is_accepted(&self) -> bool {
+        [200, 202].contains(&self.status)
+    }
+}
+
 /// Submits a job without waiting for its result.
 pub(crate) async fn offer(client: &Client, body: String) -> Result<Offered> {
     let begun = Instant::now();
@@ -176,15 +183,15 @@ pub(crate) async fn submit_all(
     at_once: usize,
 ) -> Result<Vec<Offered>> {
     let accepted = offer_all(client, bodies, jobs, at_once).await?;
-    for Offered { status, code, .. } in &accepted {
-        ensure!(*status == 202, "{status} {code}");
+    for offered in &accepted {
+        ensure!(offered.is_accepted(), "{} {}", offered.status, offered.code);
     }
     Ok(accepted)
 }
 
 /// The jobs of those that were accepted.
 pub(crate) fn jobs_of(offered: &[Offered]) -> Vec<String> {
-    offered.iter().filter(|offered| offered.status == 202).map(|offered| offered.job.clone()).collect()
+    offered.iter().filter(|offered| offered.is_accepted()).map(|offered| offered.job.clone()).collect()
 }
 
 /// The milliseconds of each.
@@ -224,6 +231,18 @@ pub(crate) async fn open_loop(
         });
     }
     calls.join_all().await.into_iter().collect()
+}
+
+/// Prints how many answers are not a report, and which.
+pub(crate) fn all_answered(sent: &[Sent]) {
+    let mut wrong: Vec<u16> = sent.iter().map(|sent| sent.status).filter(|status| *status != 200).collect();
+    verdict(&format!("answers other than 200, of {}", sent.len()), wrong.len() as f64, wrong.is_empty(), "0");
+    let count = wrong.len();
+    wrong.sort_unstable();
+    wrong.dedup();
+    if count > 0 {
+        println!("statuses of these: {wrong:?}");
+    }
 }
 
 /// The model's own time, as the server tells it.

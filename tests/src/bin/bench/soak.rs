@@ -8,7 +8,9 @@ use dermflow_tests::{
     lab::{Lab, Setup, Worker},
 };
 
-use crate::measure::{Sent, descriptors, maximum, minimum, open_loop, percentile, rss_mb, verdict};
+use crate::measure::{
+    Sent, all_answered, descriptors, maximum, minimum, open_loop, percentile, rss_mb, verdict,
+};
 
 /// Workers, each with a model of [`MODEL_MS`].
 const WORKERS: usize = 4;
@@ -85,8 +87,7 @@ fn slope(samples: &[Sample]) -> f64 {
 }
 
 fn answers(sent: &[Sent], time: Duration) {
-    let wrong = sent.iter().filter(|sent| sent.status != 200).count();
-    verdict("answers other than 200", wrong as f64, wrong == 0, "0");
+    all_answered(sent);
     let window = (time.as_secs_f64() / 4.0).min(60.0);
     let p99 = |from: f64| {
         let within = sent.iter().filter(|sent| (from..from + window).contains(&sent.due));
