@@ -576,11 +576,23 @@ impl Lab {
     /// # Errors
     /// When it does not become ready; the error quotes its last line.
     pub async fn start_worker(&mut self, worker: Worker) -> Result<()> {
-        let flags = worker.flags(&self.stack.state, self.stack.workers.len())?;
-        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-        let process = self.stack.add_worker(&flags)?;
-        process.set_env("RUST_LOG", self.log);
-        process.spawn_ready(READY_WITHIN).await
+        self.start_workers(vec![worker]).await
+    }
+
+    /// Starts further workers, all at once.
+    ///
+    /// # Errors
+    /// When one does not become ready; the error quotes its last line.
+    pub async fn start_workers(&mut self, workers: Vec<Worker>) -> Result<()> {
+        let first = self.stack.workers.len();
+        for worker in workers {
+            let flags = worker.flags(&self.stack.state, self.stack.workers.len())?;
+            let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+            self.stack.add_worker(&flags)?.set_env("RUST_LOG", self.log);
+        }
+        let start = self.stack.workers[first..].iter_mut().map(|worker| worker.spawn_ready(READY_WITHIN));
+        futures_util::future::try_join_all(start).await?;
+        Ok(())
     }
 
     /// SIGKILL for worker `n`.

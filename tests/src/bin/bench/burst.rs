@@ -7,17 +7,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_tests::{
-    client::{Client, sample_bytes},
+    client::{Client, parameters, sample_bytes},
     lab::{Lab, Setup, Worker},
-    wait::eventually,
 };
-use futures_util::{StreamExt, stream};
 use image::{DynamicImage, codecs::jpeg::JpegEncoder, imageops::FilterType};
-use serde_json::json;
 
-use crate::measure::{bare_rate, peak_rss_mb, percentile, verdict};
+use crate::measure::{
+    bare_rate, check, jobs_of, millis_of, offer_all, peak_rss_mb, percentile, submit_all, until_ended,
+    verdict,
+};
 
 /// Jobs of the client with the backlog.
 const LARGE: usize = 4_900;
@@ -34,12 +33,12 @@ const IDLE: usize = 20;
 /// Jobs in hand when the queue is capped.
 const CAP: usize = 1_000;
 
-/// Photographs of [`IMAGE_BYTES`], made from a sample at 1,024 × 768 pixels.
-pub(crate) fn photographs() -> Result<Vec<Vec<u8>>> {
+/// So many photographs of [`IMAGE_BYTES`], made from a sample at 1,024 × 768 pixels.
+pub(crate) fn photographs(count: usize) -> Result<Vec<Vec<u8>>> {
     let sample = image::load_from_memory(&sample_bytes("ham10000-mel.jpg"))?;
     let large = sample.resize_exact(1_024, 768, FilterType::CatmullRom).into_rgb8();
     let mut photographs = Vec::new();
-    for n in 0..IMAGES {
+    for n in 0..count {
         let mut photograph = large.clone();
         // Detail that JPEG has to keep, another one in each, without a generator of random numbers.
         for (x, y, pixel) in photograph.enumerate_pixels_mut() {
@@ -64,43 +63,6 @@ pub(crate) fn photographs() -> Result<Vec<Vec<u8>>> {
     Ok(photographs)
 }
 
-/// The requests that carry them.
-pub(crate) fn requests(photographs: &[Vec<u8>]) -> Vec<String> {
-    let request = |bytes: &Vec<u8>| {
-        let attachment = json!({"contentType": "image/jpeg", "data": STANDARD.encode(bytes)});
-        let part = json!([{"name": "content", "valueAttachment": attachment}]);
-        json!({"resourceType": "Parameters", "parameter": [{"name": "image", "part": part}]}).to_string()
-    };
-    photographs.iter().map(request).collect()
-}
-
-/// A job as its client saw it accepted.
-#[derive(Debug, Clone)]
-struct Accepted {
-    job: String,
-    millis: f64,
-}
-
-async fn submit(client: &Client, body: String) -> Result<Accepted> {
-    let begun = Instant::now();
-    let answer = client.analyze_raw(body, &[("prefer", "respond-async")]).await?;
-    ensure!(answer.status == 202, "{} {}", answer.status, answer.text);
-    Ok(Accepted { job: answer.job().to_owned(), millis: begun.elapsed().as_secs_f64() * 1e3 })
-}
-
-async fn submit_all(
-    client: Client,
-    bodies: Arc<Vec<String>>,
-    jobs: usize,
-    at_once: usize,
-) -> Result<Vec<Accepted>> {
-    let one = |n: usize| {
-        let (client, body) = (client.clone(), bodies[n % bodies.len()].clone());
-        async move { submit(&client, body).await }
-    };
-    stream::iter(0..jobs).map(one).buffer_unordered(at_once).collect::<Vec<_>>().await.into_iter().collect()
-}
-
 /// Seconds from the first acceptance of these clients' jobs to the last end.
 async fn worked_off(lab: &Lab, client: &str) -> Result<f64> {
     let query = format!(
@@ -110,18 +72,13 @@ async fn worked_off(lab: &Lab, client: &str) -> Result<f64> {
     Ok(lab.sql(&query).await?.first().context("no row")?.get(0))
 }
 
-async fn until_ended(lab: &Lab, within: Duration) -> Result<()> {
-    let open = "SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL";
-    let ended = async || (lab.count(open).await.ok()? == 0).then_some(());
-    eventually("every job has ended", within, ended).await
-}
-
 /// The burst, then the same with a full queue.
 pub(crate) async fn burst() -> Result<()> {
-    let photographs = photographs()?;
+    let photographs = photographs(IMAGES)?;
     println!("images: {} of {} kB", photographs.len(), photographs[0].len() / 1_000);
     let bare = bare_rate(&photographs).await?;
-    let bodies = Arc::new(requests(&photographs));
+    let requests = photographs.iter().map(|file| parameters(std::slice::from_ref(file)).to_string());
+    let bodies = Arc::new(requests.collect::<Vec<_>>());
     let lab = Lab::start(Setup { workers: vec![Worker::derm7(); 2], ..Setup::default() }).await?;
     let alone = lab.register("alone").await?;
     submit_all(alone, bodies.clone(), SMALL, 4).await?;
@@ -153,7 +110,7 @@ pub(crate) async fn burst() -> Result<()> {
     until_ended(&lab, Duration::from_mins(10)).await?;
     let drained = begun.elapsed().as_secs_f64();
     probing.abort();
-    let mut accepts: Vec<f64> = flood.iter().map(|accepted| accepted.millis).collect();
+    let mut accepts = millis_of(&flood);
     let rate = LARGE as f64 / accepted_in;
     verdict("accepted a second", rate, rate >= 200.0, "at least 200 with sync_interval always");
     let p99 = percentile(&mut accepts, 99);
@@ -173,7 +130,7 @@ pub(crate) async fn burst() -> Result<()> {
         percentile(&mut waits, 50)
     );
     verdict("synchronous p99, in times of idle", times, times <= 3.0, "at most 3");
-    check(&lab, &flood).await?;
+    check(&lab, &jobs_of(&flood)).await?;
     for (name, pid) in lab.pids().into_iter().filter(|(name, _)| name.starts_with("ingress")) {
         let rss = peak_rss_mb(pid)? as f64;
         verdict(&format!("{name}: peak RSS, MB"), rss, rss <= 512.0, "at most 512");
@@ -247,17 +204,6 @@ async fn honest(lab: &Lab, promises: Vec<(String, String, String)>) -> Result<()
     Ok(())
 }
 
-async fn check(lab: &Lab, accepted: &[Accepted]) -> Result<()> {
-    let rows = lab.sql("SELECT job::text FROM ingress.reports").await?;
-    let reports: std::collections::HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
-    let lost = accepted.iter().filter(|accepted| !reports.contains(&accepted.job)).count();
-    let billed = lab.count("SELECT sum(jobs)::bigint FROM ingress.usage").await?;
-    let doubled = billed - lab.count("SELECT count(*) FROM ingress.jobs WHERE state = 'succeeded'").await?;
-    verdict("lost", lost as f64, lost == 0, "0");
-    verdict("doubled", doubled as f64, doubled == 0, "0");
-    Ok(())
-}
-
 /// The queue holds [`CAP`] jobs and nobody works: exactly the excess is refused, soon.
 async fn capped(bodies: &Arc<Vec<String>>) -> Result<()> {
     let lab = Lab::start(Setup::without_workers()).await?;
@@ -265,20 +211,11 @@ async fn capped(bodies: &Arc<Vec<String>>) -> Result<()> {
     let mut config = jetstream.get_stream("JOBS").await?.cached_info().config.clone();
     config.max_messages = CAP as i64;
     jetstream.update_stream(&config).await?;
-    let one = |n: usize| {
-        let (client, body) = (lab.client().clone(), bodies[n % IMAGES].clone());
-        async move {
-            let begun = Instant::now();
-            let answer = client.analyze_raw(body, &[("prefer", "respond-async")]).await?;
-            anyhow::Ok((answer.status, answer.code().to_owned(), begun.elapsed().as_secs_f64() * 1e3))
-        }
-    };
-    let answers: Vec<_> = stream::iter(0..CAP + 500).map(one).buffer_unordered(4).collect().await;
-    let answers = answers.into_iter().collect::<Result<Vec<_>>>()?;
-    let accepted = answers.iter().filter(|(status, ..)| *status == 202).count();
+    let offered = offer_all(lab.client().clone(), bodies.clone(), CAP + 500, 4).await?;
+    let accepted = jobs_of(&offered).len();
     verdict("accepted with a cap of 1,000", accepted as f64, accepted == CAP, "1,000 of 1,500");
-    let refused = answers.iter().filter(|(status, code, _)| *status == 503 && code == "queue-full");
-    let mut refused: Vec<f64> = refused.map(|(.., millis)| *millis).collect();
+    let refused = offered.iter().filter(|offered| offered.status == 503 && offered.code == "queue-full");
+    let mut refused: Vec<f64> = refused.map(|offered| offered.millis).collect();
     verdict("refused as queue-full", refused.len() as f64, refused.len() == 500, "500");
     let p99 = percentile(&mut refused, 99);
     verdict("refusal p99, ms", p99, p99 <= 50.0, "at most 50");

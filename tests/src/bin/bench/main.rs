@@ -1,5 +1,4 @@
-//! `bench sustained | latency | burst`: the pipeline against a bare ONNX Runtime loop, the time it adds, and what
-//! a burst does to others.
+//! Figures of the running system, each beside its goal: see [`USAGE`].
 //!
 //! Machines are shared and noisy: blocks alternate, ratios are taken side by side, medians are reported.
 
@@ -10,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, bail, ensure};
 use dermflow_local::{
     servers::{Given, Servers},
     stack::repo,
@@ -23,10 +22,24 @@ use dermflow_tests::{
 use dermflow_workers::{engine, model::Model};
 use futures_util::{StreamExt, stream};
 
-use crate::measure::{bare, cpu_seconds, maximum, median, minimum, payload, peak_rss_mb};
+use crate::measure::{bare, cpu_seconds, maximum, median, minimum, model_millis, payload, peak_rss_mb};
 
 mod burst;
+mod degradation;
 mod measure;
+mod publish;
+mod scale;
+mod soak;
+mod upload;
+
+const USAGE: &str = "usage: bench COMMAND
+  sustained                   the pipeline against a bare ONNX Runtime loop
+  latency                     what it adds to the model's own time
+  burst                       5,000 jobs at once, and what becomes of others
+  degradation [ROW] [--long]  what goes wrong, case by case
+  scale [--long]              1 to 16 workers (--long: 64), and workers that come, leave and die
+  upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
+  publish                     durable publications a second, single and in batches, and accepted jobs";
 
 /// The images of a run, in turn.
 const IMAGES: [&str; 4] = ["ham10000-mel.jpg", "ham10000-nv.jpg", "ham10000-bcc.jpg", "isic2017-mel.jpg"];
@@ -43,21 +56,32 @@ const SIMULATED_MS: u64 = 20;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let outcome = match std::env::args().nth(1).as_deref() {
-        Some("sustained") => sustained().await,
-        Some("latency") => latency().await,
-        Some("burst") => Box::pin(burst::burst()).await,
-        _ => {
-            eprintln!("usage: bench sustained | latency | burst");
-            return ExitCode::from(2);
-        }
-    };
-    match outcome {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match Box::pin(run(&args)).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+async fn run(args: &[&str]) -> Result<()> {
+    match args {
+        ["sustained"] => sustained().await,
+        ["latency"] => latency().await,
+        ["burst"] => Box::pin(burst::burst()).await,
+        ["degradation"] => degradation::all(false).await,
+        ["degradation", "--long"] => degradation::all(true).await,
+        ["degradation", row] => degradation::one(row, false).await,
+        ["degradation", row, "--long"] => degradation::one(row, true).await,
+        ["scale"] => scale::scale(false).await,
+        ["scale", "--long"] => scale::scale(true).await,
+        ["upload"] => upload::memory(2_000_000_000).await,
+        ["upload", "--short"] => upload::memory(256_000_000).await,
+        ["publish"] => Box::pin(publish::publish()).await,
+        _ => bail!("{USAGE}"),
     }
 }
 
@@ -137,9 +161,4 @@ async fn latency() -> Result<()> {
         lab.stop().await?;
     }
     Ok(())
-}
-
-fn model_millis(server_timing: &str) -> Result<f64> {
-    let phase = server_timing.split(", ").find_map(|phase| phase.strip_prefix("model;dur="));
-    Ok(phase.context("no model in Server-Timing")?.parse()?)
 }

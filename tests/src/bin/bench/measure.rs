@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use dermflow_local::{
     servers::{Given, Servers},
     stack::repo,
@@ -19,12 +19,14 @@ use dermflow_schemas::{
     envelope::{ImageEntry, Manifest, Payload},
     image::Format,
 };
-use dermflow_tests::lab::Lab;
+use dermflow_tests::{client::Client, lab::Lab, wait::eventually};
 use dermflow_workers::{
     analyse::analyse,
     engine::{self, Factory},
     model::Model,
 };
+use futures_util::{StreamExt, stream};
+use tokio::task::JoinSet;
 
 /// Images a second of `threads` loops, each with a session of its own.
 pub(crate) fn bare(
@@ -108,9 +110,164 @@ pub(crate) fn cpu_seconds(lab: &Lab) -> Result<Vec<(String, f64)>> {
 
 /// Peak resident memory of a process, in MB.
 pub(crate) fn peak_rss_mb(pid: u32) -> Result<u64> {
+    Ok(memory_kb(pid, "VmHWM:")? / 1024)
+}
+
+/// Resident memory of a process, in MB.
+pub(crate) fn rss_mb(pid: u32) -> Result<f64> {
+    Ok(memory_kb(pid, "VmRSS:")? as f64 / 1024.0)
+}
+
+fn memory_kb(pid: u32, field: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? / 1024)
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// Makes the peak what is resident now (proc(5), `clear_refs`).
+pub(crate) fn forget_peak(pid: u32) -> Result<()> {
+    Ok(fs::write(format!("/proc/{pid}/clear_refs"), "5")?)
+}
+
+/// Open descriptors of a process.
+pub(crate) fn descriptors(pid: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+}
+
+/// A submission, and what became of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Offered {
+    pub(crate) status: u16,
+    /// The error's code; empty when it was accepted.
+    pub(crate) code: String,
+    /// The job; empty when it was refused.
+    pub(crate) job: String,
+    /// Until the answer.
+    pub(crate) millis: f64,
+}
+
+impl Offered {
+    /// Whether it is a job: 200 when that has ended before the answer was written.
+    pub(crate) fn is_accepted(&self) -> bool {
+        [200, 202].contains(&self.status)
+    }
+}
+
+/// Submits a job without waiting for its result.
+pub(crate) async fn offer(client: &Client, body: String) -> Result<Offered> {
+    let begun = Instant::now();
+    let answer = client.analyze_raw(body, &[("prefer", "respond-async")]).await?;
+    let millis = begun.elapsed().as_secs_f64() * 1e3;
+    Ok(Offered { status: answer.status, code: answer.code().into(), job: answer.job().into(), millis })
+}
+
+/// Submits `jobs` bodies, in turn, `at_once` at a time.
+pub(crate) async fn offer_all(
+    client: Client,
+    bodies: Arc<Vec<String>>,
+    jobs: usize,
+    at_once: usize,
+) -> Result<Vec<Offered>> {
+    let one = |n: usize| {
+        let (client, body) = (client.clone(), bodies[n % bodies.len()].clone());
+        async move { offer(&client, body).await }
+    };
+    stream::iter(0..jobs).map(one).buffer_unordered(at_once).collect::<Vec<_>>().await.into_iter().collect()
+}
+
+/// [`offer_all`], of which none may be refused.
+pub(crate) async fn submit_all(
+    client: Client,
+    bodies: Arc<Vec<String>>,
+    jobs: usize,
+    at_once: usize,
+) -> Result<Vec<Offered>> {
+    let accepted = offer_all(client, bodies, jobs, at_once).await?;
+    for offered in &accepted {
+        ensure!(offered.is_accepted(), "{} {}", offered.status, offered.code);
+    }
+    Ok(accepted)
+}
+
+/// The jobs of those that were accepted.
+pub(crate) fn jobs_of(offered: &[Offered]) -> Vec<String> {
+    offered.iter().filter(|offered| offered.is_accepted()).map(|offered| offered.job.clone()).collect()
+}
+
+/// The milliseconds of each.
+pub(crate) fn millis_of(offered: &[Offered]) -> Vec<f64> {
+    offered.iter().map(|offered| offered.millis).collect()
+}
+
+/// A synchronous request in an open loop.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sent {
+    /// When it was due, in seconds since the loop began.
+    pub(crate) due: f64,
+    pub(crate) status: u16,
+    /// From when it was due to the answer.
+    pub(crate) millis: f64,
+    /// Of these, in the model.
+    pub(crate) model: f64,
+}
+
+/// Sends `per_second` synchronous requests a second, whatever becomes of those before.
+pub(crate) async fn open_loop(
+    client: &Client,
+    body: &str,
+    per_second: f64,
+    time: Duration,
+) -> Result<Vec<Sent>> {
+    let period = Duration::from_secs_f64(1.0 / per_second);
+    let (begun, mut calls) = (tokio::time::Instant::now(), JoinSet::new());
+    for n in 0..(time.as_secs_f64() * per_second) as u32 {
+        tokio::time::sleep_until(begun + period * n).await;
+        let (client, body) = (client.clone(), body.to_owned());
+        calls.spawn(async move {
+            let answer = client.analyze_raw(body, &[]).await?;
+            let millis = (begun + period * n).elapsed().as_secs_f64() * 1e3;
+            let model = model_millis(answer.header("server-timing")).unwrap_or_default();
+            anyhow::Ok(Sent { due: (period * n).as_secs_f64(), status: answer.status, millis, model })
+        });
+    }
+    calls.join_all().await.into_iter().collect()
+}
+
+/// Prints how many answers are not a report, and which.
+pub(crate) fn all_answered(sent: &[Sent]) {
+    let mut wrong: Vec<u16> = sent.iter().map(|sent| sent.status).filter(|status| *status != 200).collect();
+    verdict(&format!("answers other than 200, of {}", sent.len()), wrong.len() as f64, wrong.is_empty(), "0");
+    let count = wrong.len();
+    wrong.sort_unstable();
+    wrong.dedup();
+    if count > 0 {
+        println!("statuses of these: {wrong:?}");
+    }
+}
+
+/// The model's own time, as the server tells it.
+pub(crate) fn model_millis(server_timing: &str) -> Result<f64> {
+    let phase = server_timing.split(", ").find_map(|phase| phase.strip_prefix("model;dur="));
+    Ok(phase.context("no model in Server-Timing")?.parse()?)
+}
+
+/// Waits until every job has ended.
+pub(crate) async fn until_ended(lab: &Lab, within: Duration) -> Result<()> {
+    let open = "SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL";
+    let ended = async || (lab.count(open).await.ok()? == 0).then_some(());
+    eventually("every job has ended", within, ended).await
+}
+
+/// Every one of `jobs` has a report, and none was billed twice.
+pub(crate) async fn check(lab: &Lab, jobs: &[String]) -> Result<()> {
+    let rows = lab.sql("SELECT job::text FROM ingress.reports").await?;
+    let reports: std::collections::HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    let lost = jobs.iter().filter(|job| !reports.contains(*job)).count();
+    let billed = lab.count("SELECT coalesce(sum(jobs), 0)::bigint FROM ingress.usage").await?;
+    let doubled = billed - lab.count("SELECT count(*) FROM ingress.jobs WHERE state = 'succeeded'").await?;
+    verdict(&format!("lost of {}", jobs.len()), lost as f64, lost == 0, "0");
+    verdict("doubled", doubled as f64, doubled == 0, "0");
+    Ok(())
 }
 
 /// Sorts, and takes the middle one.
