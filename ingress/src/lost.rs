@@ -36,10 +36,8 @@ type Answer<T> = Result<T, async_nats::Error>;
 pub(crate) enum Found {
     /// The job's own, of so many bytes.
     Own(usize),
-    /// Another job's.
-    Others,
-    /// None; or one that the broker counts and cannot read.
-    Nothing,
+    /// Another job's, or none, or one that the broker counts and can neither read nor remove.
+    Not,
 }
 
 /// What earlier rounds have seen.
@@ -149,12 +147,12 @@ pub(crate) async fn jobs_in(context: &Context, stream: &str) -> Answer<HashSet<J
 
 /// Whether the message at the job's sequence is its own.
 pub(crate) async fn find(context: &Context, job: Open) -> Answer<Found> {
-    let Ok(sequence) = u64::try_from(job.stream_seq) else { return Ok(Found::Nothing) };
+    let Ok(sequence) = u64::try_from(job.stream_seq) else { return Ok(Found::Not) };
     let stream = context.get_stream_no_info(queue::JOBS).await?;
     match stream.get_raw_message(sequence).await {
         Ok(message) if job_of(&message.payload) == Some(job.id) => Ok(Found::Own(message.payload.len())),
-        Ok(_) => Ok(Found::Others),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(Found::Nothing),
+        Ok(_) => Ok(Found::Not),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(Found::Not),
         Err(error) => Err(error.into()),
     }
 }
@@ -176,7 +174,7 @@ async fn absent_among(context: &Context, samples: Vec<Open>) -> Answer<Vec<Open>
     for job in samples {
         match find(context, job).await? {
             Found::Own(bytes) => read += bytes,
-            Found::Others | Found::Nothing => missing.push(job),
+            Found::Not => missing.push(job),
         }
         if read >= LOST_SAMPLE_BYTES {
             break;

@@ -157,9 +157,8 @@ pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
         if let Some(stream_seq) = stream_seq {
             // After a loss the broker hands sequences out again: the message there may be another job's.
             let open = Open { id, stream_seq };
-            if lost::find(context, open).await? != Found::Others {
-                // It is an error when there is none any more, and then there is nothing to do. One that the broker
-                // cannot read takes up room for ever if nobody removes it.
+            if let Found::Own(_) = lost::find(context, open).await? {
+                // It is an error when a worker has acked it meanwhile, and then there is nothing to do.
                 let jobs = context.get_stream_no_info(queue::JOBS).await?;
                 let _ = jobs.delete_message(stream_seq as u64).await;
             }

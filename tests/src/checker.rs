@@ -197,8 +197,11 @@ impl Ledger {
         let billed = lab.count("SELECT coalesce(sum(jobs), 0)::bigint FROM ingress.usage").await?;
         ensure!(billed == tally.succeeded as i64, "{billed} billed of {}", tally.succeeded);
         self.read_back(lab).await?;
+        // A damaged message stays: the broker counts it, and can neither read nor remove it.
+        let damaged = tally.failed.get("payload-lost").map_or(0, Vec::len) as u64;
         let emptied = async || {
-            (lab.messages("JOBS").await.ok()? + lab.messages("RESULTS").await.ok()? == 0).then_some(())
+            let (jobs, results) = (lab.messages("JOBS").await.ok()?, lab.messages("RESULTS").await.ok()?);
+            (jobs <= damaged && results == 0).then_some(())
         };
         eventually("the queue is empty", within, emptied).await?;
         println!("{tally:?}");
