@@ -37,7 +37,7 @@ const USAGE: &str = "usage: bench COMMAND
   latency                     what it adds to the model's own time
   burst                       5,000 jobs at once, and what becomes of others
   degradation [ROW] [--long]  what goes wrong, case by case
-  scale [--long]              1 to 16 workers (--long: 64), and workers that come, leave and die
+  scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
   publish                     durable publications a second, single and in batches, and accepted jobs";
 
@@ -78,6 +78,7 @@ async fn run(args: &[&str]) -> Result<()> {
         ["degradation", row, "--long"] => degradation::one(row, true).await,
         ["scale"] => scale::scale(false).await,
         ["scale", "--long"] => scale::scale(true).await,
+        ["scale", "elastic"] => scale::elastic(4, 16).await,
         ["upload"] => upload::memory(2_000_000_000).await,
         ["upload", "--short"] => upload::memory(256_000_000).await,
         ["publish"] => Box::pin(publish::publish()).await,

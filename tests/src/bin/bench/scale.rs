@@ -71,7 +71,7 @@ async fn steady(count: usize) -> Result<()> {
 }
 
 /// From `few` to `many` workers, then half of them are told to leave, come back, and are killed.
-async fn elastic(few: usize, many: usize) -> Result<()> {
+pub(crate) async fn elastic(few: usize, many: usize) -> Result<()> {
     let half = many / 2;
     let mut lab = Lab::start(Setup { ack_wait: ACK_WAIT, ..Setup::without_workers() }).await?;
     let jobs = upload(lab.client(), &sample_bytes(IMAGE), worth(many, 16.0)).await?;
