@@ -198,11 +198,6 @@ async fn publish(
     }
     let clients: HashSet<(Lane, ClientId)> =
         fresh.iter().map(|fresh| (fresh.header.lane, fresh.header.client)).collect();
-    for (lane, client) in &clients {
-        if let Err(problem) = prepare(app, *lane, *client, end).await {
-            return fresh.iter().map(|_| Err(problem.clone())).collect();
-        }
-    }
     let published = app.publisher.publish_all(messages, end.saturating_duration_since(Instant::now())).await;
     for (lane, client) in clients {
         lanes::announce(app, lane, client).await;
@@ -237,7 +232,9 @@ async fn publish(
     headers().zip(published).map(outcome).collect()
 }
 
-async fn prepare(app: &App, lane: Lane, client: ClientId, end: Instant) -> Result<(), Problem> {
+/// Before a job of a client is committed: makes sure, until `end`, that workers can be asked for it. Not a group's
+/// affair, as the first job of a client would hold the others up.
+pub(crate) async fn prepare(app: &App, lane: Lane, client: ClientId, end: Instant) -> Result<(), Problem> {
     let prepared = timeout_at(end, lanes::prepare(app, lane, client)).await;
     prepared.unwrap_or_else(|_| Err(Code::QueueUnavailable.into()))
 }

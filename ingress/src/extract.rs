@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use axum::{
-    body::{self, Body as AxumBody},
+    body::Body as AxumBody,
     extract::{FromRequest, FromRequestParts, Path, Request},
     http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts},
     middleware::Next,
     response::Response,
 };
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use dermflow_auth::token;
 use dermflow_schemas::{
     clock,
@@ -17,6 +17,7 @@ use dermflow_schemas::{
     id::{ClientId, JobId},
     limits::BODY_TIMEOUT,
 };
+use futures_util::StreamExt;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use uuid::Uuid;
 
@@ -98,30 +99,38 @@ impl Body {
         self.body
     }
 
-    /// Reads the body: `limit` bytes, within [`BODY_TIMEOUT`], and only while there is memory for it.
+    /// Reads the body: `limit` bytes, within [`BODY_TIMEOUT`], and only while there is memory for it. Memory is
+    /// taken as the bytes arrive: who announces much and sends little keeps nobody else out.
     pub(crate) async fn read(self, bounds: &Bounds, limit: usize) -> Result<Held, Problem> {
-        let too_large = || ApiError::from(Code::BodyTooLarge).detail(format!("limit {limit} bytes"));
-        let expected = self.announced.unwrap_or(limit);
-        if expected > limit {
-            return Err(too_large().into());
+        if self.announced.is_some_and(|length| length > limit) {
+            return Err(too_large(limit));
         }
-        let kib = |bytes: usize| bytes.div_ceil(1024).max(1);
-        let memory = bounds.body_kib.clone().try_acquire_many_owned(kib(expected) as u32);
-        let mut memory = memory.map_err(|_| Code::Overloaded)?;
-        let bytes = timeout(BODY_TIMEOUT, body::to_bytes(self.body, limit))
-            .await
-            .map_err(|_| Code::BodyTimeout)?
-            .map_err(|error| read_error(&error, too_large))?;
-        // What was not announced was counted as the most it could be.
-        let memory = memory.split(kib(bytes.len())).unwrap_or(memory);
-        Ok(Held { bytes, memory })
+        let read = async {
+            let mut chunks = self.body.into_data_stream();
+            let mut memory = take(bounds, 1)?;
+            let mut bytes = BytesMut::new();
+            while let Some(chunk) = chunks.next().await {
+                // The sender is gone: nobody reads the answer.
+                let chunk = chunk.map_err(|_| Code::BodyTimeout)?;
+                if bytes.len() + chunk.len() > limit {
+                    return Err(too_large(limit));
+                }
+                bytes.extend_from_slice(&chunk);
+                let missing = bytes.len().div_ceil(1024).saturating_sub(memory.num_permits());
+                memory.merge(take(bounds, missing)?);
+            }
+            Ok(Held { bytes: bytes.freeze(), memory })
+        };
+        timeout(BODY_TIMEOUT, read).await.map_err(|_| Code::BodyTimeout)?
     }
 }
 
-fn read_error(error: &axum::Error, too_large: impl Fn() -> ApiError) -> Problem {
-    use std::error::Error;
-    let over_limit = error.source().is_some_and(<dyn Error>::is::<http_body_util::LengthLimitError>);
-    if over_limit { too_large().into() } else { Code::BodyTimeout.into() }
+fn take(bounds: &Bounds, kib: usize) -> Result<OwnedSemaphorePermit, Problem> {
+    Ok(bounds.body_kib.clone().try_acquire_many_owned(kib as u32).map_err(|_| Code::Overloaded)?)
+}
+
+fn too_large(limit: usize) -> Problem {
+    ApiError::from(Code::BodyTooLarge).detail(format!("limit {limit} bytes")).into()
 }
 
 /// The job that a path names. Whatever is no job id names no job.

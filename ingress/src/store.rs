@@ -154,7 +154,8 @@ impl Store {
             .await
     }
 
-    /// The queue acknowledged payloads, whose headers have these deadlines. Returns the jobs that are on record.
+    /// The queue acknowledged payloads, whose headers have these deadlines. Returns the jobs that
+    /// are on record: not those that the sweeper has given up meanwhile as never queued, whose keys are free.
     pub(crate) async fn queued(&self, marks: &[Queued], now: OffsetDateTime) -> Result<Vec<JobId>> {
         within(async {
             let connection = self.pool.get().await?;
@@ -163,14 +164,18 @@ impl Store {
                       UPDATE jobs SET stream_seq = mark.sequence, queued_at = coalesce(queued_at, $4), \
                       deadline = CASE WHEN state = ANY($5) THEN mark.deadline ELSE jobs.deadline END, \
                       state = CASE WHEN state = ANY($5) THEN 'queued' ELSE state END \
-                      FROM mark WHERE jobs.id = mark.id RETURNING jobs.id";
+                      FROM mark WHERE jobs.id = mark.id \
+                      RETURNING jobs.id, coalesce(failure->>'code' = $6, false) AS settled";
             let update = connection.prepare_cached(update).await?;
             let ids: Vec<Uuid> = marks.iter().map(|mark| mark.job.uuid()).collect();
             let sequences: Vec<i64> = marks.iter().map(|mark| mark.sequence as i64).collect();
             let deadlines: Vec<OffsetDateTime> = marks.iter().map(|mark| mark.deadline).collect();
             let open = open_states(Event::Queued);
-            let rows = connection.query(&update, &[&ids, &sequences, &deadlines, &now, &open]).await?;
-            Ok(rows.iter().map(|row| row.get::<_, Uuid>(0).into()).collect())
+            let never = Code::NeverQueued.kind().code;
+            let rows =
+                connection.query(&update, &[&ids, &sequences, &deadlines, &now, &open, &never]).await?;
+            let kept = rows.iter().filter(|row| !row.get::<_, bool>("settled"));
+            Ok(kept.map(|row| row.get::<_, Uuid>(0).into()).collect())
         })
         .await
     }

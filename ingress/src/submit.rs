@@ -23,7 +23,7 @@ use tokio::{
 use crate::{
     answer::Problem,
     app::App,
-    commit::{Committed, Entry, publish_one},
+    commit::{Committed, Entry, prepare, publish_one},
     recorder,
     store::{
         Record,
@@ -87,9 +87,10 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
         quota: app.access.quota(client),
         member,
     };
+    let end = Instant::now() + limits::PUBLISH_DEADLINE + patience;
     let wake_up = listen(&app, job.id, lane).await;
     let body = (!claim_check).then(|| header.encode(&sealed.bytes));
-    let end = Instant::now() + limits::PUBLISH_DEADLINE + patience;
+    prepare(&app, lane, client, end).await?;
     let entry = Entry { job, header: header.clone(), body, end };
     match patiently(&app, entry, patience).await? {
         Committed::Queued => Ok(Submitted { job: header.job, ended: false, wake_up }),
