@@ -115,13 +115,10 @@ pub const ATOMIC_BYTES: usize = 16 * 1024 * 1024;
 /// Between two looks, in a cluster, at whether the server that we are connected to still serves the queue, and the
 /// time that it has to answer.
 pub const CLUSTER_LOOK: Duration = Duration::from_secs(1);
-/// Looks in a row without an answer after which we go to another server. Elections of a leader take longer at times,
-/// and going elsewhere meanwhile does no harm.
+/// Looks in a row without a good answer after which we ask the other servers.
 pub const CLUSTER_SILENCE: u32 = 2;
 /// A leader that has not heard from another server for this long has lost it: they talk every second.
 pub const CLUSTER_CONTACT: Duration = Duration::from_secs(3);
-/// Reconnections until we give up finding another server for now: of three, one comes up again once in three times.
-pub const CLUSTER_TRIES: u32 = 4;
 /// Commands that wait for a connection to the broker that is away: at the largest message, 256 MiB.
 pub const BROKER_COMMANDS: usize = 32;
 /// A connection from the pool to PostgreSQL, and each statement on it.

@@ -357,7 +357,8 @@ impl NatsOptions {
     /// When the password cannot be read, or the broker cannot be reached or refuses.
     pub async fn connect(&self) -> Result<Client, async_nats::Error> {
         let password: SecretString = read_secret(&self.nats_password_file)?;
-        let client = ConnectOptions::new()
+        let servers: Vec<String> = self.nats_url.split(',').map(str::to_owned).collect();
+        let options = ConnectOptions::new()
             .name(&self.nats_user)
             .user_and_password(self.nats_user.clone(), password.expose_secret().to_owned())
             .add_root_certificates(self.nats_ca.clone())
@@ -368,62 +369,74 @@ impl NatsOptions {
             .request_timeout(Some(Duration::from_secs(5)))
             .client_capacity(limits::BROKER_COMMANDS)
             .max_reconnects(None)
-            .event_callback(|event| async move { tracing::info!(%event, "broker connection") })
-            .connect(self.nats_url.split(',').collect::<Vec<_>>())
-            .await?;
-        if self.nats_url.contains(',') {
-            tokio::spawn(leave_lonely_servers(client.clone()));
+            .event_callback(|event| async move { tracing::info!(%event, "broker connection") });
+        let client = options.clone().connect(servers.as_slice()).await?;
+        if servers.len() > 1 {
+            tokio::spawn(leave_lonely_servers(client.clone(), options, servers));
         }
         Ok(client)
     }
 }
 
 /// A server that is cut off from its cluster keeps its connections and serves nothing, which only its clients can
-/// notice: they ask for JOBS, and go to another server when there is no good answer several times in a row.
-async fn leave_lonely_servers(client: Client) {
-    let context = jetstream::new(client.clone());
+/// notice. When ours does not serve, and another one does, `client` goes there; while a new leader is elected nobody
+/// serves, and it stays.
+async fn leave_lonely_servers(client: Client, options: ConnectOptions, servers: Vec<String>) {
     let mut look = interval(limits::CLUSTER_LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut silent = 0;
     loop {
         look.tick().await;
-        let served = match timeout(limits::CLUSTER_LOOK, context.get_stream(JOBS)).await {
-            Ok(Ok(stream)) => stream.cached_info().cluster.as_ref().is_none_or(has_majority),
-            // Nobody has created it yet: that is an answer.
-            Ok(Err(error)) => matches!(error.kind(), GetStreamErrorKind::JetStream(e)
-                if e.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND),
-            Err(_) => false,
-        };
-        silent = if served { 0 } else { silent + 1 };
-        if silent == limits::CLUSTER_SILENCE {
-            tracing::warn!("the broker's server does not serve the queue; going to another one");
-            leave(&client).await;
-            silent = 0;
+        silent = if serves(&client).await { 0 } else { silent + 1 };
+        if silent < limits::CLUSTER_SILENCE {
+            continue;
+        }
+        for server in &servers {
+            let probe = timeout(limits::CLUSTER_LOOK, options.clone().connect(server)).await;
+            let Ok(Ok(probe)) = probe else { continue };
+            if serves(&probe).await {
+                tracing::warn!(
+                    server,
+                    "the broker's server does not serve the queue; going to one that does"
+                );
+                go(&client, server, &probe.server_info().server_id).await;
+                let _ = client.set_server_pool(servers.as_slice()).await;
+                silent = 0;
+                break;
+            }
         }
     }
+}
+
+/// Whether the server at the other end serves JOBS.
+async fn serves(client: &Client) -> bool {
+    let context = jetstream::new(client.clone());
+    match timeout(limits::CLUSTER_LOOK, context.get_stream(JOBS)).await {
+        Ok(Ok(stream)) => stream.cached_info().cluster.as_ref().is_none_or(has_majority),
+        // Nobody has created it yet: that is an answer.
+        Ok(Err(error)) => matches!(error.kind(), GetStreamErrorKind::JetStream(e)
+            if e.error_code() == jetstream::ErrorCode::STREAM_NOT_FOUND),
+        Err(_) => false,
+    }
+}
+
+/// Reconnects to this server.
+async fn go(client: &Client, server: &str, id: &str) {
+    let moved = async {
+        client.set_server_pool([server].as_slice()).await.ok()?;
+        client.force_reconnect().await.ok()?;
+        while client.connection_state() != State::Connected || client.server_info().server_id != id {
+            sleep(limits::BROKER_PAUSE / 10).await;
+        }
+        Some(())
+    };
+    let _ = timeout(2 * limits::CLUSTER_LOOK, moved).await;
 }
 
 /// A leader that is cut off goes on answering for 20 s, and a server that follows none answers without naming one.
 fn has_majority(cluster: &ClusterInfo) -> bool {
     let heard = cluster.replicas.iter().filter(|replica| replica.active < limits::CLUSTER_CONTACT).count();
     cluster.leader.is_some() && 2 * (heard + 1) > cluster.replicas.len() + 1
-}
-
-/// Reconnects until the server is another one: the client library takes any, perhaps the same.
-async fn leave(client: &Client) {
-    let lonely = client.server_info().server_id;
-    let elsewhere = async {
-        while client.connection_state() != State::Connected || client.server_info().server_id == lonely {
-            sleep(limits::BROKER_PAUSE / 10).await;
-        }
-    };
-    tokio::pin!(elsewhere);
-    for _ in 0..limits::CLUSTER_TRIES {
-        let _ = client.force_reconnect().await;
-        if timeout(limits::CLUSTER_LOOK, &mut elsewhere).await.is_ok() {
-            return;
-        }
-    }
 }
 
 /// JetStream on `client`, with a time-out that leaves a slow broker to the publisher's own deadline.
