@@ -212,7 +212,7 @@ async fn publish(
         .collect();
     let refused: Vec<JobId> = headers()
         .zip(&published)
-        .filter(|(_, published)| matches!(published, Err(PublishError::Full | PublishError::Refused(_))))
+        .filter(|(_, published)| matches!(published, Err(PublishError::Full)))
         .map(|(header, _)| header.job)
         .collect();
     let marked = mark(app, &marks).await;

@@ -25,7 +25,7 @@ use async_nats::{
         object_store,
         publish::PublishAck,
         response::Response,
-        stream::{ClusterInfo, Config, DiscardPolicy, RetentionPolicy, StorageType},
+        stream::{ClusterInfo, Config, DiscardPolicy, PeerInfo, RetentionPolicy, StorageType},
     },
 };
 use bytes::Bytes;
@@ -435,7 +435,9 @@ async fn go(client: &Client, server: &str, id: &str) {
 
 /// A leader that is cut off goes on answering for 20 s, and a server that follows none answers without naming one.
 fn has_majority(cluster: &ClusterInfo) -> bool {
-    let heard = cluster.replicas.iter().filter(|replica| replica.active < limits::CLUSTER_CONTACT).count();
+    // Zero stands for never.
+    let contact = |replica: &&PeerInfo| !replica.active.is_zero() && replica.active < limits::CLUSTER_CONTACT;
+    let heard = cluster.replicas.iter().filter(contact).count();
     cluster.leader.is_some() && 2 * (heard + 1) > cluster.replicas.len() + 1
 }
 
@@ -651,6 +653,8 @@ async fn send(context: &Context, message: Message) -> Result<u64, PublishError> 
 
 /// JetStream's error code for a stream at a limit.
 const STREAM_STORE_FAILED: u64 = 10077;
+/// JetStream's error code for a message whose first copy has not found a majority yet.
+const STILL_IN_PROCESS: u64 = 10158;
 
 fn classify(error: &jetstream::context::PublishError) -> PublishError {
     use std::error::Error;
@@ -658,6 +662,7 @@ fn classify(error: &jetstream::context::PublishError) -> PublishError {
         error.source().and_then(|source| source.downcast_ref::<jetstream::Error>()).map(|e| e.error_code().0);
     match (error.kind(), api_error) {
         (_, Some(STREAM_STORE_FAILED)) => PublishError::Full,
+        (_, Some(STILL_IN_PROCESS)) => PublishError::Unknown,
         (PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe | PublishErrorKind::MaxAckPending, _) => {
             PublishError::Unknown
         }

@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use async_nats::jetstream::{
-    self,
-    stream::{Config, StorageType},
+    self, consumer,
+    stream::{ClusterInfo, Config, PeerInfo, StorageType},
 };
 use dermflow_local::{
     nats::{ADMIN, Member, Nats, Settings, free_port},
     stack::Stack,
 };
 use dermflow_schemas::queue;
-use futures_util::future::try_join_all;
+use futures_util::{TryStreamExt, future::try_join_all};
 
 use crate::{
     chaos::{Mode, Proxy},
@@ -145,4 +145,26 @@ pub async fn leader(at: &Nats) -> Result<usize> {
     let name = info.cluster.and_then(|cluster| cluster.leader).context("nobody leads")?;
     let number: usize = name.rsplit('-').next().unwrap_or_default().parse()?;
     Ok(number - 1)
+}
+
+/// Whether every stream and every consumer has a leader, and all copies are up to date.
+///
+/// # Errors
+/// When nobody answers.
+pub async fn in_step(context: &jetstream::Context) -> Result<bool> {
+    let complete = |cluster: &Option<ClusterInfo>| {
+        cluster.as_ref().is_some_and(|cluster| {
+            let copy = |replica: &PeerInfo| replica.current && !replica.active.is_zero();
+            cluster.leader.is_some() && cluster.replicas.iter().all(copy)
+        })
+    };
+    let names: Vec<String> = context.stream_names().try_collect().await?;
+    for name in names {
+        let stream = context.get_stream(name).await?;
+        let consumers: Vec<consumer::Info> = stream.consumers().try_collect().await?;
+        if !complete(&stream.cached_info().cluster) || !consumers.iter().all(|info| complete(&info.cluster)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

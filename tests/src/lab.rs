@@ -28,7 +28,7 @@ use tokio_postgres::Row;
 use crate::{
     chaos::Proxy,
     client::Client,
-    cluster::{Cluster, leader},
+    cluster::{Cluster, in_step, leader},
     wait::eventually,
 };
 
@@ -488,6 +488,20 @@ impl Lab {
             None
         };
         eventually("somebody leads the stream of jobs", Duration::from_secs(30), find).await
+    }
+
+    /// Waits until every copy of every stream and consumer is up to date: from then on the brokers' cluster
+    /// survives another failure.
+    ///
+    /// # Errors
+    /// When one is not within a minute.
+    pub async fn until_in_step(&self) -> Result<()> {
+        let begun = std::time::Instant::now();
+        let context = self.jetstream().await?;
+        let reached = async || in_step(&context).await.ok()?.then_some(());
+        eventually("every copy is up to date", Duration::from_mins(1), reached).await?;
+        println!("in step after {:?}", begun.elapsed());
+        Ok(())
     }
 
     /// The resident memory of replica `n`, in bytes.
