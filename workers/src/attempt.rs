@@ -88,14 +88,17 @@ struct Delivery {
 impl Attempts {
     /// Sees one message to its end. `slot` is the executor in hand, if there is one.
     pub async fn run(&self, message: &Message, slot: Option<Slot>) {
+        let in_hand = self.quarantine.take();
         let done = tokio::select! {
             done = self.settle(message, slot) => done,
             never = keep_alive(message, self.timing.progress) => match never {},
         };
-        let Some(ack) = done else { return };
-        if let Err(error) = message.ack_with(ack).await {
+        if let Some(ack) = done
+            && let Err(error) = message.ack_with(ack).await
+        {
             tracing::warn!(%error, "an ack was not sent; the job will run again");
         }
+        drop(in_hand);
         // The place of this job is taken until then, so that no other comes in.
         self.quarantine.over().await;
     }
@@ -158,8 +161,10 @@ impl Attempts {
         };
         // Tried before, it may be what ended its worker.
         let suspect = delivery.attempt > 1;
-        let pass = if suspect { self.quarantine.alone().await } else { self.quarantine.together() };
-        let Some(_pass) = pass else { return Verdict::StepAside };
+        let seat = if suspect { self.quarantine.alone().await } else { None };
+        if seat.is_none() && (suspect || self.quarantine.is_taken()) {
+            return Verdict::StepAside;
+        }
         delivery.began = clock::now();
         if delivery.began > delivery.header.deadline {
             return delivery.failed(Code::DeadlineExceeded, None);
