@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use dermflow_local::nats::free_port;
+use dermflow_local::ports;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -73,7 +73,7 @@ impl Proxy {
     /// # Errors
     /// When no port is free.
     pub async fn tcp(to: u16) -> Result<Self> {
-        let port = free_port()?;
+        let port = ports::free()?;
         let first = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
         Ok(Self::start(Address::Tcp(port), Address::Tcp(to), Listener::Tcp(first)))
     }

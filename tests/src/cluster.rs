@@ -8,7 +8,8 @@ use async_nats::jetstream::{
     stream::{ClusterInfo, Config, PeerInfo, StorageType},
 };
 use dermflow_local::{
-    nats::{ADMIN, Member, Nats, Settings, free_port},
+    nats::{ADMIN, Member, Nats, Settings},
+    ports,
     stack::Stack,
 };
 use dermflow_schemas::queue;
@@ -39,7 +40,7 @@ impl Cluster {
         if nodes < 2 {
             return Ok(Self::default());
         }
-        let ports: Vec<u16> = (0..nodes).map(|_| free_port()).collect::<Result<_>>()?;
+        let ports: Vec<u16> = (0..nodes).map(|_| ports::free()).collect::<Result<_>>()?;
         let mut routes = Vec::new();
         for from in 0..nodes {
             for to in (0..nodes).filter(|to| *to != from) {

@@ -11,7 +11,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use async_nats::jetstream::{self, Context};
 use dermflow_local::{
-    nats::{ADMIN, Nats, Settings, free_port},
+    nats::{ADMIN, Nats, Settings},
+    ports,
     postgres::{Postgres, SUPERUSER},
     process::{Process, Signal},
     servers::{Given, Servers},
@@ -319,7 +320,7 @@ impl Lab {
     /// # Errors
     /// When the process does not become ready, or the name is taken.
     pub async fn start_operate(&mut self, name: &str) -> Result<Client> {
-        let url = self.stack.add_operate(free_port()?)?.url();
+        let url = self.stack.add_operate(ports::free()?)?.url();
         self.restart_operate().await?;
         Ok(self.register_operator(name).await?.at(&url))
     }

@@ -2,8 +2,11 @@
 
 use std::{fs, net::TcpListener, path::Path, process::Output};
 
-use anyhow::{Context, Result};
-use dermflow_local::stack::{Ports, programs};
+use anyhow::{Result, bail};
+use dermflow_local::{
+    ports,
+    stack::{Ports, programs},
+};
 use tokio::process::Command;
 
 async fn up(state: &Path, port: u16) -> Result<Output> {
@@ -14,8 +17,13 @@ async fn up(state: &Path, port: u16) -> Result<Output> {
 
 /// A port whose two companions are free as well.
 fn port() -> Result<u16> {
-    let begin = 20_000 + (std::process::id() % 10_000) as u16;
-    (begin..40_000).find(|port| Ports::around(*port).check().is_ok()).context("no free port")
+    for _ in 0..100 {
+        let around = Ports::around(ports::free()?);
+        if around.check().is_ok() && ports::take(around.plain) && ports::take(around.internal) {
+            return Ok(around.https);
+        }
+    }
+    bail!("no free port")
 }
 
 /// The processes that have `text` in their command line.

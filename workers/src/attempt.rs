@@ -294,7 +294,7 @@ impl Attempts {
         let job = job_of(&message.payload);
         let id = match (job, message.info()) {
             (Some(job), _) => format!("{job}:unread"),
-            (None, Ok(info)) => format!("unread:{}", info.stream_sequence),
+            (None, Ok(info)) => format!("unread:{}:{}", info.stream, info.stream_sequence),
             (None, Err(_)) => String::new(),
         };
         let code = Code::PayloadUnreadable;

@@ -22,8 +22,8 @@ enum Standing {
     Waiting,
     /// There was none.
     Idle,
-    /// There were more when the last one came, and then none was to be had: it has as many with workers as it
-    /// may, or other workers were faster.
+    /// There were more when the last one came, and since then none was to be had: it has as many with workers as
+    /// it may, or other workers were faster.
     Held,
 }
 
@@ -33,8 +33,10 @@ struct Share {
     /// Between equal passes: every worker has an order of its own, or all would serve the same client at once.
     order: u64,
     standing: Standing,
-    /// Whether there were more jobs when the last one came.
+    /// Whether there were more jobs when the last one came, and it was not asked in vain since.
     more: bool,
+    /// Whether it was [`Standing::Held`] since its last job.
+    held: bool,
     /// Whether a wake-up came since it was asked last.
     woken: bool,
 }
@@ -65,6 +67,11 @@ impl Fair {
         self.waiting.first().map(|(_, _, client)| *client)
     }
 
+    /// Whether there were more jobs when this client's last one came, and it was not asked in vain since.
+    pub fn has_more(&self, client: ClientId) -> bool {
+        self.clients.get(&client).is_some_and(|share| share.more)
+    }
+
     /// A client may have jobs. One that there is no room for comes in view later, with another wake-up.
     pub fn wake(&mut self, client: ClientId) {
         if self.enter(client) {
@@ -84,7 +91,9 @@ impl Fair {
     pub fn nothing(&mut self, client: ClientId) {
         let mut held = false;
         self.change(client, |share| {
-            share.standing = match (share.woken, share.more) {
+            share.held |= share.more;
+            share.more = false;
+            share.standing = match (share.woken, share.held) {
                 (true, _) => Standing::Waiting,
                 (false, true) => Standing::Held,
                 (false, false) => Standing::Idle,
@@ -105,7 +114,7 @@ impl Fair {
         self.change(client, |share| {
             served = share.pass;
             share.pass += STRIDE / u64::from(weight.clamp(1, MAX_WEIGHT));
-            share.more = more;
+            (share.more, share.held) = (more, false);
             share.standing = if more || share.woken { Standing::Waiting } else { Standing::Idle };
         });
         self.now = self.now.max(served);
@@ -130,6 +139,16 @@ impl Fair {
         });
     }
 
+    /// These, and no others, have jobs, be it with workers.
+    pub fn look(&mut self, clients: &HashSet<ClientId>) {
+        for client in clients {
+            self.wake(*client);
+        }
+        for (_, share) in self.clients.iter_mut().filter(|(client, _)| !clients.contains(client)) {
+            share.held = false;
+        }
+    }
+
     /// Makes sure that there is a share, at the present virtual time when it was not waiting. Returns false when
     /// there is no room for it.
     fn enter(&mut self, client: ClientId) -> bool {
@@ -150,7 +169,7 @@ impl Fair {
         let (high, low) = client.uuid().as_u64_pair();
         let order = mix(mix(self.seed ^ high) ^ low);
         let (pass, standing) = (self.now, Standing::Idle);
-        self.clients.insert(client, Share { pass, order, standing, more: false, woken: false });
+        self.clients.insert(client, Share { pass, order, standing, more: false, held: false, woken: false });
         true
     }
 
@@ -271,6 +290,26 @@ pub(crate) mod tests {
         assert_eq!(fair.next(), None);
         fair.ended(client(0));
         assert_eq!(fair.next(), Some(client(0)));
+    }
+
+    #[test]
+    fn who_is_held_is_expected_to_answer_once_and_forgotten_once_its_jobs_are_gone() {
+        let mut fair = with_backlog(2);
+        fair.asked(client(0));
+        fair.took(client(0), 1, true);
+        assert!(fair.has_more(client(0)) && !fair.has_more(client(1)));
+        for _ in 0..3 {
+            fair.asked(client(0));
+            fair.nothing(client(0));
+            assert!(!fair.has_more(client(0)));
+            fair.ended(client(0));
+            assert_eq!(fair.clients[&client(0)].standing, Standing::Waiting);
+        }
+        fair.look(&HashSet::from([client(1)]));
+        fair.asked(client(0));
+        fair.nothing(client(0));
+        fair.ended(client(0));
+        assert_eq!(fair.clients[&client(0)].standing, Standing::Idle);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Whom to ask for the next job. Pure: no clock, no broker.
 
+use std::collections::HashSet;
+
 use dermflow_schemas::{
     id::ClientId,
     job::Lane,
@@ -95,6 +97,11 @@ impl Schedule {
         self.order().into_iter().filter(|line| ready(*line)).find_map(find)
     }
 
+    /// Whether there were more jobs when the last one came from there.
+    pub fn has_more(&self, source: Source) -> bool {
+        matches!(source, Source::Bulk(client) if self.bulk.has_more(client))
+    }
+
     /// In which order to ask the lines for the next job.
     fn order(&self) -> [Line; 3] {
         const BULK_TURN: u32 = BULK_FLOOR - 1;
@@ -154,6 +161,11 @@ impl Schedule {
             Due => self.due = true,
             Bulk => {}
         }
+    }
+
+    /// These, and no other clients, have bulk jobs, be it with workers.
+    pub fn look_at(&mut self, clients: &HashSet<ClientId>) {
+        self.bulk.look(clients);
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     fmt::Write,
-    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,6 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     pki::Pki,
+    ports,
     process::{Process, Signal, TICK},
     state::{State, read, write_private},
 };
@@ -163,7 +163,7 @@ impl Nats {
     /// # Errors
     /// When a file cannot be written or no port is free.
     pub fn prepare(state: &State, pki: &Pki, server: &Path, settings: &Settings) -> Result<Self> {
-        let port = free_port()?;
+        let port = ports::free()?;
         let mut passwords = Vec::new();
         for user in USERS {
             passwords.push((user.user, state.password(&format!("nats-{}", user.user))?));
@@ -318,22 +318,6 @@ fn cluster(member: &Member, password: &str) -> String {
 }}
 "#
     )
-}
-
-/// A port of the loopback address that is free now, below those that the system hands out for outgoing
-/// connections: so it stays free while its owner is down.
-///
-/// # Errors
-/// When none is found.
-pub fn free_port() -> Result<u16> {
-    for _ in 0..1_000 {
-        let bytes = uuid::Uuid::new_v4().into_bytes();
-        let port = 20_000 + u16::from_le_bytes([bytes[0], bytes[1]]) % 12_000;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return Ok(port);
-        }
-    }
-    Err(anyhow!("no free port between 20000 and 32000"))
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! All parts of one instance, and the flags of our own programs.
 
 use std::{
-    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -10,8 +9,9 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    nats::{self, Nats, free_port},
+    nats::{self, Nats},
     pki::Pki,
+    ports,
     postgres::Postgres,
     process::{Process, Signal},
     servers::Servers,
@@ -58,7 +58,7 @@ impl Ports {
     /// # Errors
     /// When there are none.
     pub fn free() -> Result<Self> {
-        Ok(Self { https: free_port()?, plain: free_port()?, internal: free_port()? })
+        Ok(Self { https: ports::free()?, plain: ports::free()?, internal: ports::free()? })
     }
 
     /// Checks that nobody listens on them.
@@ -67,8 +67,10 @@ impl Ports {
     /// When another program does.
     pub fn check(self) -> Result<()> {
         for port in [self.https, self.plain, self.internal] {
-            let bound = TcpListener::bind((Ipv4Addr::LOCALHOST, port));
-            ensure!(bound.is_ok(), "port {port} is taken by another program: choose others with --port");
+            ensure!(
+                ports::is_free(port),
+                "port {port} is taken by another program: choose others with --port"
+            );
         }
         Ok(())
     }
