@@ -15,6 +15,9 @@ use dermflow_schemas::{
 /// The stride of a client of weight 1. Passes overflow after 2^40 jobs.
 const STRIDE: u64 = 1 << 24;
 
+/// So many jobs in a row make a backlog: a client at its limit has them in shorter runs.
+const STEADY: u32 = 8;
+
 /// What is known of a client's jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Standing {
@@ -71,7 +74,7 @@ impl Fair {
     /// was not asked in vain between them or since. One that has as many with workers as it may never looks like this
     /// for long.
     pub fn has_more(&self, client: ClientId) -> bool {
-        self.clients.get(&client).is_some_and(|share| share.streak > 1)
+        self.clients.get(&client).is_some_and(|share| share.streak >= STEADY)
     }
 
     /// A client may have jobs. One that there is no room for comes in view later, with another wake-up.
@@ -298,7 +301,7 @@ pub(crate) mod tests {
     #[test]
     fn who_is_held_is_expected_to_answer_once_and_forgotten_once_its_jobs_are_gone() {
         let mut fair = with_backlog(2);
-        for steady in [false, true] {
+        for steady in (1..=STEADY).map(|streak| streak == STEADY) {
             fair.asked(client(0));
             fair.took(client(0), 1, true);
             assert_eq!(fair.has_more(client(0)), steady);
