@@ -220,9 +220,6 @@ pub const BULK_LOOK: Duration = Duration::from_secs(1);
 /// open that comes while the client's jobs in flight are at their limit, and an ack that is on its way, or a
 /// job that was stored this moment, would be missed.
 pub const BULK_MOMENT: Duration = Duration::from_millis(2);
-/// The same while the client is known to have more jobs: the broker may have to read a block of the stream first,
-/// which takes it longer than [`BULK_MOMENT`].
-pub const BULK_BACKLOG_MOMENT: Duration = Duration::from_millis(50);
 /// Clients that a worker asks in vain before it looks at the other lines again.
 pub const BULK_PROBES: u32 = 4;
 

@@ -101,12 +101,11 @@ impl Consumer {
     /// Makes the request that the free executor allows: one source after the other without waiting, and when
     /// nobody has anything, the interactive line with waiting, which leaves a place for what the others report.
     async fn ask(&mut self) {
-        if self.slot.is_none() || self.pulls.iter().any(Pull::answers_soon) {
+        if self.slot.is_none() || self.pulls.iter().any(Pull::answers_now) {
             return;
         }
         let pulls = &self.pulls;
         match self.schedule.next(|line| pulls[line as usize].is_ready()) {
-            Some(source) if self.schedule.has_more(source) => self.ask_source(source, Patience::Soon).await,
             Some(source) => self.ask_source(source, Patience::Now).await,
             None if self.pull(Line::Interactive).is_ready() => {
                 self.ask_source(Source::Interactive, Patience::Wait).await;
@@ -126,7 +125,9 @@ impl Consumer {
         match news {
             News::Woken(client) => self.schedule.wake(client),
             News::Look(clients) => {
-                self.schedule.look_at(&clients);
+                for client in clients {
+                    self.schedule.wake(client);
+                }
                 self.schedule.look(Line::Due);
             }
         }

@@ -15,9 +15,6 @@ use dermflow_schemas::{
 /// The stride of a client of weight 1. Passes overflow after 2^40 jobs.
 const STRIDE: u64 = 1 << 24;
 
-/// So many jobs in a row make a backlog: a client at its limit has them in shorter runs.
-const STEADY: u32 = 8;
-
 /// What is known of a client's jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Standing {
@@ -25,8 +22,8 @@ enum Standing {
     Waiting,
     /// There was none.
     Idle,
-    /// There were more when the last one came, and since then none was to be had: it has as many with workers as
-    /// it may, or other workers were faster.
+    /// There were more when the last one came, and then none was to be had: it has as many with workers as it
+    /// may, or other workers were faster.
     Held,
 }
 
@@ -36,10 +33,8 @@ struct Share {
     /// Between equal passes: every worker has an order of its own, or all would serve the same client at once.
     order: u64,
     standing: Standing,
-    /// How many of its last jobs came with more behind them, and without its being asked in vain since.
-    streak: u32,
-    /// Whether it was [`Standing::Held`] since its last job.
-    held: bool,
+    /// Whether there were more jobs when the last one came.
+    more: bool,
     /// Whether a wake-up came since it was asked last.
     woken: bool,
 }
@@ -70,13 +65,6 @@ impl Fair {
         self.waiting.first().map(|(_, _, client)| *client)
     }
 
-    /// Whether this client has more jobs, as far as can be known: there were more when its last ones came, and it
-    /// was not asked in vain between them or since. One that has as many with workers as it may never looks like this
-    /// for long.
-    pub fn has_more(&self, client: ClientId) -> bool {
-        self.clients.get(&client).is_some_and(|share| share.streak >= STEADY)
-    }
-
     /// A client may have jobs. One that there is no room for comes in view later, with another wake-up.
     pub fn wake(&mut self, client: ClientId) {
         if self.enter(client) {
@@ -96,9 +84,7 @@ impl Fair {
     pub fn nothing(&mut self, client: ClientId) {
         let mut held = false;
         self.change(client, |share| {
-            share.held |= share.streak > 0;
-            share.streak = 0;
-            share.standing = match (share.woken, share.held) {
+            share.standing = match (share.woken, share.more) {
                 (true, _) => Standing::Waiting,
                 (false, true) => Standing::Held,
                 (false, false) => Standing::Idle,
@@ -119,8 +105,7 @@ impl Fair {
         self.change(client, |share| {
             served = share.pass;
             share.pass += STRIDE / u64::from(weight.clamp(1, MAX_WEIGHT));
-            share.streak = if more { share.streak.saturating_add(1) } else { 0 };
-            share.held = false;
+            share.more = more;
             share.standing = if more || share.woken { Standing::Waiting } else { Standing::Idle };
         });
         self.now = self.now.max(served);
@@ -145,16 +130,6 @@ impl Fair {
         });
     }
 
-    /// These, and no others, have jobs, be it with workers.
-    pub fn look(&mut self, clients: &HashSet<ClientId>) {
-        for client in clients {
-            self.wake(*client);
-        }
-        for (_, share) in self.clients.iter_mut().filter(|(client, _)| !clients.contains(client)) {
-            share.held = false;
-        }
-    }
-
     /// Makes sure that there is a share, at the present virtual time when it was not waiting. Returns false when
     /// there is no room for it.
     fn enter(&mut self, client: ClientId) -> bool {
@@ -175,7 +150,7 @@ impl Fair {
         let (high, low) = client.uuid().as_u64_pair();
         let order = mix(mix(self.seed ^ high) ^ low);
         let (pass, standing) = (self.now, Standing::Idle);
-        self.clients.insert(client, Share { pass, order, standing, streak: 0, held: false, woken: false });
+        self.clients.insert(client, Share { pass, order, standing, more: false, woken: false });
         true
     }
 
@@ -296,28 +271,6 @@ pub(crate) mod tests {
         assert_eq!(fair.next(), None);
         fair.ended(client(0));
         assert_eq!(fair.next(), Some(client(0)));
-    }
-
-    #[test]
-    fn who_is_held_is_expected_to_answer_once_and_forgotten_once_its_jobs_are_gone() {
-        let mut fair = with_backlog(2);
-        for steady in (1..=STEADY).map(|streak| streak == STEADY) {
-            fair.asked(client(0));
-            fair.took(client(0), 1, true);
-            assert_eq!(fair.has_more(client(0)), steady);
-        }
-        for _ in 0..3 {
-            fair.asked(client(0));
-            fair.nothing(client(0));
-            assert!(!fair.has_more(client(0)));
-            fair.ended(client(0));
-            assert_eq!(fair.clients[&client(0)].standing, Standing::Waiting);
-        }
-        fair.look(&HashSet::from([client(1)]));
-        fair.asked(client(0));
-        fair.nothing(client(0));
-        fair.ended(client(0));
-        assert_eq!(fair.clients[&client(0)].standing, Standing::Idle);
     }
 
     #[test]

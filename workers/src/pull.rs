@@ -11,7 +11,7 @@ use async_nats::{
     },
 };
 use dermflow_schemas::{
-    limits::{BROKER_PAUSE, BULK_BACKLOG_MOMENT, BULK_MOMENT, PULL_ANSWER, PULL_EXPIRES},
+    limits::{BROKER_PAUSE, BULK_MOMENT, PULL_ANSWER, PULL_EXPIRES},
     queue,
 };
 use futures_util::StreamExt;
@@ -28,8 +28,6 @@ use crate::schedule::{Line, Source};
 pub enum Patience {
     /// It answers at once, with a job or without; for a client's bulk jobs within [`BULK_MOMENT`].
     Now,
-    /// It should have one, and answers within [`BULK_BACKLOG_MOMENT`].
-    Soon,
     /// It may wait [`PULL_EXPIRES`] for a job to come in.
     Wait,
 }
@@ -89,9 +87,9 @@ impl Pull {
         matches!(self.state, State::Asked { .. })
     }
 
-    /// Whether the answer to an open request is due at once, or soon.
-    pub fn answers_soon(&self) -> bool {
-        matches!(self.state, State::Asked { patience: Patience::Now | Patience::Soon, .. })
+    /// Whether the answer to an open request is due at once.
+    pub fn answers_now(&self) -> bool {
+        matches!(self.state, State::Asked { patience: Patience::Now, .. })
     }
 
     /// Asks `source`, which is of this line, for one job, which will take `place`.
@@ -100,7 +98,6 @@ impl Pull {
         let (no_wait, expires) = match (patience, source) {
             (Patience::Now, Source::Bulk(_)) => (true, Some(BULK_MOMENT)),
             (Patience::Now, _) => (true, None),
-            (Patience::Soon, _) => (true, Some(BULK_BACKLOG_MOMENT)),
             (Patience::Wait, _) => (false, Some(PULL_EXPIRES)),
         };
         let request = BatchConfig { batch: 1, no_wait, expires, ..BatchConfig::default() };

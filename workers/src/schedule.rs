@@ -1,7 +1,5 @@
 //! Whom to ask for the next job. Pure: no clock, no broker.
 
-use std::collections::HashSet;
-
 use dermflow_schemas::{
     id::ClientId,
     job::Lane,
@@ -97,11 +95,6 @@ impl Schedule {
         self.order().into_iter().filter(|line| ready(*line)).find_map(find)
     }
 
-    /// Whether there is another job there, as far as can be known.
-    pub fn has_more(&self, source: Source) -> bool {
-        matches!(source, Source::Bulk(client) if self.bulk.has_more(client))
-    }
-
     /// In which order to ask the lines for the next job.
     fn order(&self) -> [Line; 3] {
         const BULK_TURN: u32 = BULK_FLOOR - 1;
@@ -161,11 +154,6 @@ impl Schedule {
             Due => self.due = true,
             Bulk => {}
         }
-    }
-
-    /// These, and no other clients, have bulk jobs, be it with workers.
-    pub fn look_at(&mut self, clients: &HashSet<ClientId>) {
-        self.bulk.look(clients);
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
-use dermflow_schemas::limits::{BULK_BACKLOG_MOMENT, BULK_FLOOR, BULK_LOOK, BULK_MOMENT};
+use dermflow_schemas::limits::{BULK_FLOOR, BULK_LOOK, BULK_MOMENT};
 
 use crate::{
     fair::{
@@ -150,9 +150,14 @@ impl World {
                 self.rouse(worker);
             }
             Event::Look(worker) => {
-                let found = self.clients.iter().filter(|(_, c)| c.waiting + c.in_flight > 0);
-                let found = found.map(|(n, _)| client(*n)).collect();
-                self.workers[worker].schedule.look_at(&found);
+                let found: Vec<usize> = self
+                    .clients
+                    .iter()
+                    .filter_map(|(n, c)| (c.waiting + c.in_flight > 0).then_some(*n))
+                    .collect();
+                for n in found {
+                    self.workers[worker].schedule.wake(client(n));
+                }
                 self.workers[worker].schedule.look(Line::Due);
                 self.rouse(worker);
                 self.plan(self.now + BULK_LOOK.as_micros() as Time, Event::Look(worker));
@@ -183,8 +188,7 @@ impl World {
             };
             let Some((n, weight, more)) = job else {
                 if source.line() == Line::Bulk {
-                    let more = self.workers[worker].schedule.has_more(source);
-                    asking += if more { BULK_BACKLOG_MOMENT } else { BULK_MOMENT }.as_micros() as Time;
+                    asking += BULK_MOMENT.as_micros() as Time;
                 }
                 self.workers[worker].schedule.nothing(source);
                 continue;

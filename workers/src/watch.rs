@@ -1,7 +1,5 @@
 //! Which clients have bulk jobs: wake-ups from ingress, and a look at the stream for what they missed.
 
-use std::collections::HashSet;
-
 use async_nats::{Client, jetstream::Context};
 use dermflow_schemas::{
     id::ClientId,
@@ -21,7 +19,7 @@ pub enum News {
     /// This client has a new job.
     Woken(ClientId),
     /// The time of a look, and the clients that had jobs then; none when the broker did not answer.
-    Look(HashSet<ClientId>),
+    Look(Vec<ClientId>),
 }
 
 /// Listens and looks until it is dropped.
@@ -67,12 +65,12 @@ async fn look(context: Context, news: Sender<News>) {
     loop {
         tick.tick().await;
         let clients = match timeout(PULL_ANSWER, queue::clients_with_bulk(&context)).await {
-            Ok(Ok(clients)) => clients.into_iter().collect(),
+            Ok(Ok(clients)) => clients,
             Ok(Err(error)) => {
                 tracing::debug!(%error, "no look at the stream");
-                HashSet::new()
+                Vec::new()
             }
-            Err(_) => HashSet::new(),
+            Err(_) => Vec::new(),
         };
         if news.send(News::Look(clients)).await.is_err() {
             return;
