@@ -68,7 +68,7 @@ use crate::{
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let tls = tls_config(&options.tls_cert, &options.tls_key)?;
-    let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
     store.migrate().await.context("cannot prepare the database")?;
@@ -140,7 +140,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let tls = tls_config(&options.tls_cert, &options.tls_key)?;
-    let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
     store.migrate().await.context("cannot prepare the database")?;
     let nats =

@@ -147,6 +147,10 @@ pub const BULK_DEADLINE: Duration = Duration::from_hours(24);
 pub const ACCEPTED_GRACE: Duration = Duration::from_mins(10);
 /// Between two looks at which users are shut out: less than half of the second within which it must show.
 pub const ACCESS_INTERVAL: Duration = Duration::from_millis(400);
+/// How old that look may be: then nobody is let in, as anybody may have been shut out since.
+pub const ACCESS_STALE: Duration = Duration::from_secs(5);
+/// Between two looks at the folder of signing keys.
+pub const KEYS_INTERVAL: Duration = Duration::from_secs(5);
 /// Between two looks at how fast the queue drains.
 pub const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 /// Over how long the rate is measured.

@@ -33,8 +33,8 @@ struct Share {
     /// Between equal passes: every worker has an order of its own, or all would serve the same client at once.
     order: u64,
     standing: Standing,
-    /// Whether there were more jobs when the last one came, and it was not asked in vain since.
-    more: bool,
+    /// How many of its last jobs came with more behind them, and without its being asked in vain since.
+    streak: u32,
     /// Whether it was [`Standing::Held`] since its last job.
     held: bool,
     /// Whether a wake-up came since it was asked last.
@@ -67,9 +67,11 @@ impl Fair {
         self.waiting.first().map(|(_, _, client)| *client)
     }
 
-    /// Whether there were more jobs when this client's last one came, and it was not asked in vain since.
+    /// Whether this client has more jobs, as far as can be known: there were more when its last ones came, and it
+    /// was not asked in vain between them or since. One that has as many with workers as it may never looks like this
+    /// for long.
     pub fn has_more(&self, client: ClientId) -> bool {
-        self.clients.get(&client).is_some_and(|share| share.more)
+        self.clients.get(&client).is_some_and(|share| share.streak > 1)
     }
 
     /// A client may have jobs. One that there is no room for comes in view later, with another wake-up.
@@ -91,8 +93,8 @@ impl Fair {
     pub fn nothing(&mut self, client: ClientId) {
         let mut held = false;
         self.change(client, |share| {
-            share.held |= share.more;
-            share.more = false;
+            share.held |= share.streak > 0;
+            share.streak = 0;
             share.standing = match (share.woken, share.held) {
                 (true, _) => Standing::Waiting,
                 (false, true) => Standing::Held,
@@ -114,7 +116,8 @@ impl Fair {
         self.change(client, |share| {
             served = share.pass;
             share.pass += STRIDE / u64::from(weight.clamp(1, MAX_WEIGHT));
-            (share.more, share.held) = (more, false);
+            share.streak = if more { share.streak.saturating_add(1) } else { 0 };
+            share.held = false;
             share.standing = if more || share.woken { Standing::Waiting } else { Standing::Idle };
         });
         self.now = self.now.max(served);
@@ -169,7 +172,7 @@ impl Fair {
         let (high, low) = client.uuid().as_u64_pair();
         let order = mix(mix(self.seed ^ high) ^ low);
         let (pass, standing) = (self.now, Standing::Idle);
-        self.clients.insert(client, Share { pass, order, standing, more: false, held: false, woken: false });
+        self.clients.insert(client, Share { pass, order, standing, streak: 0, held: false, woken: false });
         true
     }
 
@@ -295,9 +298,11 @@ pub(crate) mod tests {
     #[test]
     fn who_is_held_is_expected_to_answer_once_and_forgotten_once_its_jobs_are_gone() {
         let mut fair = with_backlog(2);
-        fair.asked(client(0));
-        fair.took(client(0), 1, true);
-        assert!(fair.has_more(client(0)) && !fair.has_more(client(1)));
+        for steady in [false, true] {
+            fair.asked(client(0));
+            fair.took(client(0), 1, true);
+            assert_eq!(fair.has_more(client(0)), steady);
+        }
         for _ in 0..3 {
             fair.asked(client(0));
             fair.nothing(client(0));

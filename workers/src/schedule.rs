@@ -97,7 +97,7 @@ impl Schedule {
         self.order().into_iter().filter(|line| ready(*line)).find_map(find)
     }
 
-    /// Whether there were more jobs when the last one came from there.
+    /// Whether there is another job there, as far as can be known.
     pub fn has_more(&self, source: Source) -> bool {
         matches!(source, Source::Bulk(client) if self.bulk.has_more(client))
     }

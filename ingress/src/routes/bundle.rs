@@ -7,7 +7,6 @@ use axum::{
     http::{HeaderMap, StatusCode},
     response::Response,
 };
-use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     envelope::Payload,
     error::{ApiError, Code},
@@ -24,7 +23,7 @@ use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
     element::{Faults, Node},
-    extract::{Body, Caller, Held},
+    extract::{Allowed, Body, Held, Submit},
     json::Json,
     parameters,
     prefer::Prefer,
@@ -42,11 +41,10 @@ const ANALYZE: &str = "DiagnosticReport/$analyze";
 /// that does not end within the wait is answered with 202 and where to poll, as with `respond-async` all are.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }

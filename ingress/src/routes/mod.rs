@@ -28,6 +28,7 @@ mod dead;
 mod health;
 mod jobs;
 mod login;
+mod oauth;
 mod status;
 mod tasks;
 
@@ -35,6 +36,12 @@ mod tasks;
 pub(crate) fn public(app: Arc<App>) -> Router {
     let routes = Router::new()
         .route("/login", post(login::post))
+        .route("/oauth/token", post(oauth::token))
+        .route("/oauth/revoke", post(oauth::revoke))
+        .route("/oauth/introspect", post(oauth::introspect))
+        .route("/.well-known/jwks.json", get(oauth::jwks))
+        .route("/.well-known/oauth-authorization-server", get(oauth::metadata))
+        .route("/fhir/.well-known/smart-configuration", get(oauth::smart))
         .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
         .route("/fhir/DiagnosticReport/{id}", get(status::report))
         .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
@@ -89,7 +96,10 @@ fn dressed<S: Clone + Send + Sync + 'static>(routes: Router<S>, state: S) -> Rou
         .layer(from_fn(request_id))
         .layer(header(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
-        .layer(header(header::CACHE_CONTROL, "no-store"))
+        .layer(SetResponseHeaderLayer::if_not_present(
+            header::CACHE_CONTROL,
+            HeaderValue::from_static("no-store"),
+        ))
         .with_state(state)
 }
 
