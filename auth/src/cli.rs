@@ -39,6 +39,8 @@ pub(crate) struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Brings the tables of accounts up to date, as every other command does first.
+    Migrate,
     /// Registers the first administrator, once, and prints the generated password.
     Bootstrap {
         /// 1 to 63 of a-z 0-9 . _ @ - beginning with a letter or digit.
@@ -238,6 +240,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     users::migrate(&pool).await?;
     let console = Console { pool, json: options.json, actor: actor(), now: clock::now() };
     match options.command {
+        Command::Migrate | Command::SigningKey(_) => Ok(()),
         Command::Bootstrap { name } => {
             let (id, password) =
                 registry::bootstrap(&console.pool, &console.actor, &name, console.now).await?;
@@ -245,7 +248,6 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         }
         Command::User(command) => console.user(command).await,
         Command::Credential(command) => console.credential(command).await,
-        Command::SigningKey(_) => Ok(()),
     }
 }
 
@@ -305,7 +307,7 @@ impl Console {
                 registry::change(pool, actor, &name, &change, *now).await.context("cannot change")?;
             }
             UserCommand::Disable { name } => {
-                self.set_disabled(&name, true).await.context("cannot disable")?
+                self.set_disabled(&name, true).await.context("cannot disable")?;
             }
             UserCommand::Enable { name } => {
                 self.set_disabled(&name, false).await.context("cannot enable")?;

@@ -233,7 +233,8 @@ mod tests {
             ("d", json!("AA"), BadKey::Private),
             ("crv", json!("P-256"), BadKey::Type),
             ("kid", json!(""), BadKey::NoId),
-            ("kty", json!("oct"), BadKey::NotJwk),
+            ("kty", json!("OKP"), BadKey::Type),
+            ("x", json!("!"), BadKey::NotJwk),
         ];
         for (name, value, why) in cases {
             let mut bad = good.clone();

@@ -190,9 +190,9 @@ pub(crate) async fn used(
     now: OffsetDateTime,
 ) -> Result<(), DbError> {
     let note = "WITH noted AS (UPDATE auth.credentials SET last_used_at = $2 WHERE id = $3 \
-                AND (last_used_at IS NULL OR last_used_at < $2 - interval '1 hour')) \
+                AND (last_used_at IS NULL OR last_used_at < $2::timestamptz - interval '1 hour')) \
                 UPDATE auth.users SET last_used_at = $2 WHERE id = $1 \
-                AND (last_used_at IS NULL OR last_used_at < $2 - interval '1 hour')";
+                AND (last_used_at IS NULL OR last_used_at < $2::timestamptz - interval '1 hour')";
     db::within(async {
         pool.get().await?.execute(note, &[&account.uuid(), &now, &credential]).await?;
         Ok(())

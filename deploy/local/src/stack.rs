@@ -171,13 +171,15 @@ impl Stack {
         })
     }
 
-    /// Starts PostgreSQL and NATS.
+    /// Starts PostgreSQL and NATS, and prepares the tables of accounts: ingress lets nobody in before it has seen them.
     ///
     /// # Errors
     /// When one of them does not become ready.
     pub async fn start_servers(&mut self) -> Result<()> {
         let (nats, postgres) = tokio::join!(self.nats.start(), self.postgres.start());
-        nats.and(postgres)
+        nats.and(postgres)?;
+        self.auth(&["migrate"])?;
+        Ok(())
     }
 
     /// Adds an `ingress` with these ports and further flags; it is not started yet. All of one instance say in
