@@ -1,5 +1,7 @@
 //! `auth`: the command line with which staff register clients.
 
+mod audit_command;
+
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -10,6 +12,8 @@ use dermflow_auth::{
 };
 use dermflow_schemas::{clock, process};
 use secrecy::ExposeSecret;
+
+use crate::audit_command::AuditCommand;
 
 /// Registers the clients of Dermflow.
 #[derive(Debug, Parser)]
@@ -26,6 +30,12 @@ enum Command {
     /// Users: the clients that may sign in.
     #[command(subcommand)]
     User(UserCommand),
+    /// The audit trail.
+    #[command(subcommand)]
+    Audit(AuditCommand),
+    /// Makes the tables, or brings them up to date, and does nothing else. Needed before ingress of a new version is
+    /// started; every other command does it as well.
+    Migrate,
 }
 
 #[derive(Debug, Subcommand)]
@@ -34,7 +44,8 @@ enum UserCommand {
     Create {
         /// 1 to 63 of a-z 0-9 . _ @ - beginning with a letter or digit.
         name: String,
-        /// `integrator`, who submits images, or `operator`, who looks after the queue.
+        /// `integrator`, who submits images, `operator`, who looks after the queue, or `auditor`, who reads the audit
+        /// trail.
         #[arg(long, default_value = "integrator")]
         role: Role,
     },
@@ -79,6 +90,8 @@ async fn run(options: Options) -> anyhow::Result<()> {
         Command::User(UserCommand::Quota { name, change }) => {
             users::set_quota(&pool, &name, change).await.context("cannot set the quota")?;
         }
+        Command::Audit(command) => audit_command::run(&pool, command).await?,
+        Command::Migrate => {}
     }
     Ok(())
 }

@@ -26,6 +26,8 @@ const MAX_TOKEN_BYTES: usize = 4_096;
 /// The scope that submitting and reading one's own analyses needs (SMART App Launch 2.2 syntax: create, read,
 /// search).
 pub const SCOPE_ANALYZE: &str = "system/DiagnosticReport.crs";
+/// The scope that reading the audit trail needs.
+pub const SCOPE_AUDIT: &str = "system/AuditEvent.rs";
 /// The scope that the operators' API needs.
 pub const SCOPE_OPERATE: &str = "dermflow/operate";
 const AUDIENCE: &str = "dermflow";

@@ -9,9 +9,10 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    audit::{Action, with_accounts},
     db::{self, DbError},
     password::{self, Hasher, PasswordError},
-    token::{SCOPE_ANALYZE, SCOPE_OPERATE},
+    token::{SCOPE_ANALYZE, SCOPE_AUDIT, SCOPE_OPERATE},
 };
 
 mod migrations {
@@ -26,10 +27,12 @@ pub enum Role {
     Integrator,
     /// Looks after the queue: dead letters.
     Operator,
+    /// Reads the audit trail.
+    Auditor,
 }
 
 /// Every role.
-pub const ROLES: [Role; 2] = [Role::Integrator, Role::Operator];
+pub const ROLES: [Role; 3] = [Role::Integrator, Role::Operator, Role::Auditor];
 
 impl Role {
     /// The word on the command line and in the database.
@@ -37,6 +40,7 @@ impl Role {
         match self {
             Self::Integrator => "integrator",
             Self::Operator => "operator",
+            Self::Auditor => "auditor",
         }
     }
 
@@ -45,13 +49,14 @@ impl Role {
         match self {
             Self::Integrator => SCOPE_ANALYZE,
             Self::Operator => SCOPE_OPERATE,
+            Self::Auditor => SCOPE_AUDIT,
         }
     }
 }
 
 /// A word that names no role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not a role: integrator or operator")]
+#[error("not a role: integrator, operator or auditor")]
 pub struct UnknownRole;
 
 impl FromStr for Role {
@@ -130,8 +135,11 @@ pub async fn create(
         .get()
         .await?
         .execute(
-            "INSERT INTO auth.users (id, username, password_hash, created_at, role) VALUES ($1, $2, $3, $4, $5)
-             ON CONFLICT (username) DO NOTHING",
+            &with_accounts(
+                Action::UserCreated,
+                "INSERT INTO auth.users (id, username, password_hash, created_at, role) \
+                 VALUES ($1, $2, $3, $4, $5) ON CONFLICT (username) DO NOTHING RETURNING id",
+            ),
             &[&Uuid::new_v4(), &name, &hash, &now, &role.as_str()],
         )
         .await?;
@@ -165,8 +173,8 @@ pub async fn authenticate(
 /// # Errors
 /// When there is no such user, or the database is away.
 pub async fn disable(pool: &Pool, name: &str) -> Result<(), UserError> {
-    let update = "UPDATE auth.users SET disabled = true WHERE username = $1";
-    match pool.get().await?.execute(update, &[&name]).await? {
+    let update = "UPDATE auth.users SET disabled = true WHERE username = $1 RETURNING id";
+    match pool.get().await?.execute(&with_accounts(Action::UserDisabled, update), &[&name]).await? {
         0 => Err(UserError::Unknown(name.into())),
         _ => Ok(()),
     }
@@ -220,9 +228,10 @@ pub struct QuotaChange {
 pub async fn set_quota(pool: &Pool, name: &str, change: QuotaChange) -> Result<(), UserError> {
     let update = "UPDATE auth.users SET quota_jobs = coalesce($2, quota_jobs), \
                   quota_bytes = coalesce($3, quota_bytes), quota_running = coalesce($4, quota_running), \
-                  weight = coalesce($5, weight) WHERE username = $1";
+                  weight = coalesce($5, weight) WHERE username = $1 RETURNING id";
+    let update = with_accounts(Action::QuotaChanged, update);
     let QuotaChange { jobs, bytes, running, weight } = change;
-    match pool.get().await?.execute(update, &[&name, &jobs, &bytes, &running, &weight]).await? {
+    match pool.get().await?.execute(&update, &[&name, &jobs, &bytes, &running, &weight]).await? {
         0 => Err(UserError::Unknown(name.into())),
         _ => Ok(()),
     }
@@ -278,7 +287,8 @@ mod tests {
         for role in ROLES {
             assert_eq!(role.as_str().parse(), Ok(role));
         }
-        assert_ne!(ROLES[0].scope(), ROLES[1].scope());
+        let scopes: std::collections::HashSet<&str> = ROLES.iter().map(|role| role.scope()).collect();
+        assert_eq!(scopes.len(), ROLES.len());
         assert_eq!("root".parse::<Role>(), Err(UnknownRole));
     }
 

@@ -10,7 +10,7 @@ use axum::{
     response::Response,
 };
 use bytes::{Bytes, BytesMut};
-use dermflow_auth::token;
+use dermflow_auth::{audit::Who, token};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -21,18 +21,23 @@ use futures_util::StreamExt;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem, app::Bounds};
+use crate::{access::Gate, answer::Problem, app::Bounds, audited::Origin};
 
-static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// A caller with a valid access token. A handler that takes one is closed to everybody else.
 #[derive(Debug)]
-pub(crate) struct Caller(token::Caller);
+pub(crate) struct Caller(token::Caller, Origin);
 
 impl Caller {
     /// The client, if its token carries `scope`.
     pub(crate) fn with_scope(&self, scope: &str) -> Result<ClientId, Problem> {
         if self.0.may(scope) { Ok(self.0.client) } else { Err(Code::Forbidden.into()) }
+    }
+
+    /// Who calls, for the audit trail.
+    pub(crate) fn who(&self) -> Who {
+        self.1.who()
     }
 }
 
@@ -51,8 +56,13 @@ impl<G: Gate> FromRequestParts<Arc<G>> for Caller {
         let bearer = value.to_str().ok().and_then(|value| value.split_once(' '));
         let token =
             bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
-        match gate.tokens().verify(token.unwrap_or_default(), clock::now()) {
-            Ok(caller) if gate.access().permits(caller.client) => Ok(Self(caller)),
+        let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
+        let verified = gate.tokens().verify(token.unwrap_or_default(), clock::now());
+        if let Ok(caller) = &verified {
+            origin.is(caller.client);
+        }
+        match verified {
+            Ok(caller) if gate.access().permits(caller.client) => Ok(Self(caller, origin)),
             Ok(caller) => {
                 tracing::info!(client = %caller.client, "access refused: disabled");
                 Err(refused())
@@ -152,8 +162,9 @@ impl<S: Send + Sync> FromRequestParts<S> for JobPath {
 }
 
 /// Gives every request an id, the caller's own if it is fit to be logged, and puts it in the answer.
-pub(crate) async fn request_id(request: Request, next: Next) -> Response {
+pub(crate) async fn request_id(mut request: Request, next: Next) -> Response {
     let id = callers_id(request.headers()).unwrap_or_else(new_id);
+    request.headers_mut().insert(REQUEST_ID.clone(), id.clone());
     let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
     let mut response = tracing::Instrument::instrument(next.run(request), span).await;
     response.headers_mut().insert(REQUEST_ID.clone(), id);

@@ -14,6 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use dermflow_auth::audit::Who;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code, Retry},
@@ -49,6 +50,8 @@ pub(crate) const NDJSON: &str = "application/x-ndjson";
 #[derive(Debug)]
 pub(crate) struct Upload {
     pub(crate) client: ClientId,
+    /// The client, and by which way it came.
+    pub(crate) who: Who,
     pub(crate) batch: Uuid,
     pub(crate) form: Form,
     /// Earlier uploads had lines refused, which this one may mend.
@@ -282,6 +285,7 @@ async fn accept(
     let custom_id = member.custom_id.clone();
     let submission = Submission {
         client: upload.client,
+        who: upload.who,
         lane: Lane::Bulk,
         // The space keeps it apart from every key that a caller can choose.
         key: Some(format!("batch {} {custom_id}", upload.batch)),

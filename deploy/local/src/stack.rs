@@ -177,7 +177,9 @@ impl Stack {
     /// When one of them does not become ready.
     pub async fn start_servers(&mut self) -> Result<()> {
         let (nats, postgres) = tokio::join!(self.nats.start(), self.postgres.start());
-        nats.and(postgres)
+        nats.and(postgres)?;
+        // Ingress has no right to make the tables of `auth`, and does not start without them.
+        self.auth(&["migrate"]).map(drop)
     }
 
     /// Adds an `ingress` with these ports and further flags; it is not started yet. All of one instance say in

@@ -56,7 +56,8 @@ pub(crate) async fn post(
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
     let patience = Duration::ZERO;
-    let submission = Submission { client, lane, key, payload, cancel_after, member, patience, memory };
+    let who = caller.who();
+    let submission = Submission { client, who, lane, key, payload, cancel_after, member, patience, memory };
     let submitted = submit(app.clone(), submission).await?;
     let job = submitted.job;
     match wait(&app, submitted, client, prefer.budget()).await.map_err(|p| with_status_url(p, &app, job))? {

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
+    audited::Deeds,
     element::{Faults, Node},
     extract::{Body, Caller, Held},
     json::Json,
@@ -61,7 +62,7 @@ pub(crate) async fn post(
     };
     let Held { bytes, mut memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
     let entries = blocking(move || parse(&bytes)).await??;
-    let end = Instant::now() + prefer.budget();
+    let (end, who) = (Instant::now() + prefer.budget(), caller.who());
     let key = |n| key.as_ref().map(|key| format!("bundle {n} {}", key.as_str()));
     let submissions = entries.into_iter().enumerate().map(|(n, entry)| {
         let memory = memory.split(1);
@@ -71,6 +72,7 @@ pub(crate) async fn post(
             let memory = memory.ok_or(Code::Overloaded)?;
             let submission = Submission {
                 client,
+                who,
                 lane: prefer.lane(),
                 key,
                 payload,
@@ -85,8 +87,10 @@ pub(crate) async fn post(
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
     let entries = join_all(answers).await;
+    let reports = entries.iter().filter_map(|entry| entry["resource"]["id"].as_str()?.parse().ok());
+    let deeds = Deeds::reports(reports);
     let bundle = json!({"resourceType": "Bundle", "type": "batch-response", "entry": entries});
-    Ok(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes()))
+    Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
 }
 
 async fn answer(

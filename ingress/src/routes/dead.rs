@@ -89,7 +89,8 @@ pub(crate) async fn requeue(
     caller: Caller,
     Sequence(sequence): Sequence,
 ) -> Result<Response, Problem> {
-    let operator = caller.with_scope(SCOPE_OPERATE)?;
+    caller.with_scope(SCOPE_OPERATE)?;
+    let operator = caller.who();
     // In a task of its own: what has begun is finished when the caller hangs up.
     let put_back = tokio::spawn(async move { dead::requeue(&operators, sequence, operator).await });
     let (job, state) = put_back.await.map_err(|error| crate::submit::internal(&error))??;
@@ -102,7 +103,8 @@ pub(crate) async fn purge(
     caller: Caller,
     Sequence(sequence): Sequence,
 ) -> Result<Response, Problem> {
-    let operator = caller.with_scope(SCOPE_OPERATE)?;
+    caller.with_scope(SCOPE_OPERATE)?;
+    let operator = caller.who();
     dead::purge(&operators, sequence, operator).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }

@@ -10,6 +10,7 @@ use axum::{
 };
 use bytes::Bytes;
 use dermflow_auth::{
+    audit::{self, Action, Object},
     password::PasswordError,
     token::LIFETIME,
     users::{self, User, UserError},
@@ -22,6 +23,7 @@ use serde_json::json;
 use crate::{
     answer::{self, Problem},
     app::App,
+    audited::{Deeds, Origin},
     extract::{Body, Held},
     submit::internal,
 };
@@ -41,24 +43,29 @@ fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretStr
 /// `expires_in` is RFC 6749's, in seconds; `expires_in_minutes` is what clients of the device API read.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
+    origin: Origin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let Credentials { username, password } = read(headers, bytes).await?;
     let user = users::authenticate(app.store.pool(), &app.hasher, &username, password).await;
+    // Asked whatever comes of it, so that both take the same time.
+    origin.claims(audit::account_named(app.store.pool(), &username).await?);
     let User { client, role } = user.map_err(unavailable)?.ok_or_else(|| {
         tracing::info!("login refused");
         Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
     })?;
+    origin.is(client);
     let token = app.tokens.issue(client, role.scope(), clock::now()).map_err(|error| internal(&error))?;
     tracing::info!(%client, "login");
-    Ok(answer::json(json!({
+    let login = Deeds::one(Action::Login, Some(Object::account(client)), json!({}));
+    Ok(login.of(answer::json(json!({
         "access_token": token.expose_secret(),
         "token_type": "Bearer",
         "expires_in": LIFETIME.as_secs(),
         "expires_in_minutes": LIFETIME.as_secs() / 60,
-    })))
+    }))))
 }
 
 async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> {

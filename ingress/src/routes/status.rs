@@ -21,6 +21,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
+    audited::Deeds,
     drain::{Place, place},
     extract::{Caller, JobPath},
     recorder,
@@ -78,7 +79,7 @@ pub(crate) async fn delete(
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
     let client = caller.with_scope(SCOPE_ANALYZE)?;
-    let record = app.store.delete(id, client, clock::now()).await?.ok_or(Code::NotFound)?;
+    let record = app.store.delete(id, client, caller.who(), clock::now()).await?.ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         let cancelled = [record.lane.as_str(), JobState::Cancelled.as_str()];
         app.metrics.jobs_ended.with_label_values(&cancelled).inc();
@@ -121,7 +122,7 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
     }
     insert(headers, &SERVER_TIMING, &server_timing(&record));
-    Ok(response)
+    Ok(Deeds::reports([record.id]).of(response))
 }
 
 /// What a failed job answers.
