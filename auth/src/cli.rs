@@ -12,10 +12,11 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
 use deadpool_postgres::Pool;
 use dermflow_auth::{
+    audit::{self, Who},
     credentials::PublicKey,
     db::DatabaseOptions,
     keys::{self, Keys},
-    registry::{self, Account, Actor, Change, Filter, NewAccount, State},
+    registry::{self, Account, Change, Filter, NewAccount, State},
     users::{self, QuotaChange, Role},
 };
 use dermflow_schemas::clock;
@@ -23,6 +24,8 @@ use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use time::{Duration, OffsetDateTime, format_description::well_known::Rfc3339};
 use uuid::Uuid;
+
+use crate::audit_command::{self, AuditCommand};
 
 /// Registers the accounts of Dermflow, and keeps the keys that sign access tokens.
 #[derive(Debug, Parser)]
@@ -52,6 +55,9 @@ enum Command {
     /// What clients prove themselves with at `/oauth/token`: secrets and public keys.
     #[command(subcommand)]
     Credential(CredentialCommand),
+    /// The audit trail.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// The keys that sign access tokens. Needs no database.
     #[command(subcommand)]
     SigningKey(KeyCommand),
@@ -238,7 +244,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let database = options.database.context("--database and --database-password-file are needed")?;
     let pool = database.pool("auth", 2)?;
     users::migrate(&pool).await?;
-    let console = Console { pool, json: options.json, actor: actor(), now: clock::now() };
+    let console = Console { pool, json: options.json, actor: Who::part(audit::COMMAND), now: clock::now() };
     match options.command {
         Command::Migrate | Command::SigningKey(_) => Ok(()),
         Command::Bootstrap { name } => {
@@ -248,6 +254,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         }
         Command::User(command) => console.user(command).await,
         Command::Credential(command) => console.credential(command).await,
+        Command::Audit(command) => audit_command::run(&console.pool, command).await,
     }
 }
 
@@ -268,16 +275,10 @@ fn signing_key(command: KeyCommand) -> Result<()> {
     Ok(())
 }
 
-fn actor() -> Actor {
-    let user =
-        std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| "unknown".into());
-    Actor { name: format!("cli:{user}"), source: None }
-}
-
 struct Console {
     pool: Pool,
     json: bool,
-    actor: Actor,
+    actor: Who,
     now: OffsetDateTime,
 }
 

@@ -1,8 +1,10 @@
 //! Who is calling: registered accounts, what they prove themselves with, access tokens, and the way to PostgreSQL.
 //!
-//! This crate owns credentials and keys. It knows neither queues nor images; ingress uses it to let callers in, and
-//! may do no more in its tables than that: only the registration service and the command line register anybody.
+//! This crate owns credentials, keys and the audit trail. It knows neither queues nor images; ingress uses it to let
+//! callers in and to add to the trail, and may do no more in its tables than that: only the registration service and
+//! the command line register anybody.
 
+pub mod audit;
 pub mod credentials;
 pub mod db;
 pub mod keys;

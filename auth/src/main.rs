@@ -1,5 +1,6 @@
 //! `auth`: the command line with which staff registers accounts and keeps the signing keys.
 
+mod audit_command;
 mod cli;
 
 use std::process::ExitCode;

@@ -10,6 +10,7 @@ use tokio_postgres::{Row, types::Json};
 use uuid::Uuid;
 
 use crate::{
+    audit::{self, Action, Actor, Event, Object, Who},
     credentials::{BadKey, PublicKey},
     db::{self, DbError},
     password::{self, PasswordError},
@@ -84,15 +85,6 @@ impl From<deadpool_postgres::PoolError> for RegistryError {
     fn from(error: deadpool_postgres::PoolError) -> Self {
         Self::Db(error.into())
     }
-}
-
-/// Who acts.
-#[derive(Debug, Clone)]
-pub struct Actor {
-    /// A staff account's id, or `cli:` and the system's user.
-    pub name: String,
-    /// The network address that the request came from.
-    pub source: Option<String>,
 }
 
 /// How an account stands.
@@ -240,7 +232,7 @@ fn account(row: &Row) -> Account {
 /// When the name is taken or something is malformed, or the database is away.
 pub async fn create(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     new: &NewAccount<'_>,
     now: OffsetDateTime,
 ) -> Result<(ClientId, SecretString), RegistryError> {
@@ -253,7 +245,7 @@ pub async fn create(
 /// [`RegistryError::Bootstrapped`] when there has been one, and as [`create`].
 pub async fn bootstrap(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     name: &str,
     now: OffsetDateTime,
 ) -> Result<(ClientId, SecretString), RegistryError> {
@@ -272,7 +264,7 @@ pub async fn bootstrap(
 
 async fn insert(
     transaction: &Transaction<'_>,
-    actor: &Actor,
+    actor: &Who,
     new: &NewAccount<'_>,
     now: OffsetDateTime,
 ) -> Result<(ClientId, SecretString), RegistryError> {
@@ -291,7 +283,7 @@ async fn insert(
     if inserted == 0 {
         return Err(RegistryError::Exists(new.name.into()));
     }
-    note(transaction, actor, "account-created", id, now).await?;
+    note(transaction, actor, Action::UserCreated, id, now).await?;
     Ok((id.into(), password))
 }
 
@@ -353,7 +345,7 @@ fn credential(row: &Row) -> Credential {
 /// When there is no such account, something is malformed, or the database is away.
 pub async fn change(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     who: &str,
     change: &Change,
     now: OffsetDateTime,
@@ -386,9 +378,9 @@ pub async fn change(
             forget(transaction, id).await?;
         }
         let action = match change.disabled {
-            Some(true) => "account-disabled",
-            Some(false) => "account-enabled",
-            None => "account-changed",
+            Some(true) => Action::UserDisabled,
+            Some(false) => Action::UserEnabled,
+            None => Action::UserChanged,
         };
         note(transaction, actor, action, id, now).await
     })
@@ -399,7 +391,7 @@ pub async fn change(
 ///
 /// # Errors
 /// When there is no such account, or the database is away.
-pub async fn delete(pool: &Pool, actor: &Actor, who: &str, now: OffsetDateTime) -> Result<(), RegistryError> {
+pub async fn delete(pool: &Pool, actor: &Who, who: &str, now: OffsetDateTime) -> Result<(), RegistryError> {
     act(pool, async |transaction| {
         let id = find(transaction, who).await?;
         keep_an_administrator(transaction, id).await?;
@@ -408,7 +400,7 @@ pub async fn delete(pool: &Pool, actor: &Actor, who: &str, now: OffsetDateTime) 
         transaction.execute(update, &[&id, &now]).await?;
         transaction.execute("DELETE FROM auth.credentials WHERE account = $1", &[&id]).await?;
         forget(transaction, id).await?;
-        note(transaction, actor, "account-deleted", id, now).await
+        note(transaction, actor, Action::UserDeleted, id, now).await
     })
     .await
 }
@@ -420,7 +412,7 @@ pub async fn delete(pool: &Pool, actor: &Actor, who: &str, now: OffsetDateTime) 
 /// When there is no such account, the password is not good enough, or the database is away.
 pub async fn set_password(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     who: &str,
     chosen: Option<SecretString>,
     now: OffsetDateTime,
@@ -432,7 +424,7 @@ pub async fn set_password(
         let update = "UPDATE auth.users SET password_hash = $2, valid_after = $3 WHERE id = $1";
         transaction.execute(update, &[&id, &hash, &now]).await?;
         forget(transaction, id).await?;
-        note(transaction, actor, "password-set", id, now).await
+        note(transaction, actor, Action::PasswordSet, id, now).await
     })
     .await?;
     Ok(password)
@@ -444,7 +436,7 @@ pub async fn set_password(
 /// When there is no such account, or the database is away.
 pub async fn revoke_all(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     who: &str,
     now: OffsetDateTime,
 ) -> Result<(), RegistryError> {
@@ -452,7 +444,7 @@ pub async fn revoke_all(
         let id = find(transaction, who).await?;
         transaction.execute("UPDATE auth.users SET valid_after = $2 WHERE id = $1", &[&id, &now]).await?;
         forget(transaction, id).await?;
-        note(transaction, actor, "sessions-revoked", id, now).await
+        note(transaction, actor, Action::SessionsRevoked, id, now).await
     })
     .await
 }
@@ -463,7 +455,7 @@ pub async fn revoke_all(
 /// When there is no such client, it has too many, or the database is away.
 pub async fn add_secret(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     who: &str,
     label: &str,
     expires_at: Option<OffsetDateTime>,
@@ -485,7 +477,7 @@ pub async fn add_secret(
 /// As [`add_secret`].
 pub async fn add_key(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     who: &str,
     label: &str,
     key: &PublicKey,
@@ -506,7 +498,7 @@ pub async fn add_key(
 /// As [`add_secret`].
 pub async fn rotate(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     who: &str,
     overlap: Duration,
     now: OffsetDateTime,
@@ -525,7 +517,7 @@ pub async fn rotate(
 
 async fn add(
     transaction: &Transaction<'_>,
-    actor: &Actor,
+    actor: &Who,
     account: Uuid,
     label: &str,
     (secret, key): (Option<&Vec<u8>>, Option<&PublicKey>),
@@ -548,7 +540,7 @@ async fn add(
     let insert = "INSERT INTO auth.credentials (id, account, label, secret_hash, jwk, created_at, expires_at) \
                   VALUES ($1, $2, $3, $4, $5, $6, $7)";
     transaction.execute(insert, &[&id, &account, &label, &secret, &key.map(Json), &now, &expires_at]).await?;
-    note(transaction, actor, "credential-added", account, now).await?;
+    note(transaction, actor, Action::CredentialAdded, account, now).await?;
     Ok(id)
 }
 
@@ -558,7 +550,7 @@ async fn add(
 /// When there is no such account or credential, or the database is away.
 pub async fn remove_credential(
     pool: &Pool,
-    actor: &Actor,
+    actor: &Who,
     who: &str,
     credential: Uuid,
     now: OffsetDateTime,
@@ -576,7 +568,7 @@ pub async fn remove_credential(
         ids.sort_unstable();
         ids.dedup();
         revocation::within(transaction, &ids, now).await?;
-        note(transaction, actor, "credential-removed", account, now).await
+        note(transaction, actor, Action::CredentialRemoved, account, now).await
     })
     .await
 }
@@ -634,13 +626,16 @@ fn check_expiry(expires_at: Option<OffsetDateTime>, now: OffsetDateTime) -> Resu
 }
 
 /// The entry in the audit trail.
-#[expect(clippy::unused_async)]
 async fn note(
-    _transaction: &Transaction<'_>,
-    _actor: &Actor,
-    _action: &'static str,
-    _account: Uuid,
-    _now: OffsetDateTime,
+    transaction: &Transaction<'_>,
+    actor: &Who,
+    action: Action,
+    account: Uuid,
+    now: OffsetDateTime,
 ) -> Result<(), RegistryError> {
-    Ok(())
+    let event = Event::new(action, *actor, now).client(Some(account.into()));
+    let event = event.object(Some(Object::account(account.into())));
+    let by_command = actor.actor == Actor::Part(audit::COMMAND);
+    let event = if by_command { event.detail(audit::command_detail()) } else { event };
+    Ok(audit::insert(transaction, &[event]).await?)
 }

@@ -305,7 +305,8 @@ mod tests {
         for role in ROLES {
             assert_eq!(role.as_str().parse(), Ok(role));
         }
-        assert_ne!(ROLES[0].scope(), ROLES[1].scope());
+        let scopes: std::collections::HashSet<&str> = ROLES.iter().map(|role| role.scope()).collect();
+        assert_eq!(scopes.len(), ROLES.len());
         assert_eq!("root".parse::<Role>(), Err(UnknownRole));
     }
 

@@ -23,12 +23,16 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::trail::Trail;
+
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {
     /// Checks tokens.
     fn tokens(&self) -> &Tokens;
     /// Who is shut out.
     fn access(&self) -> &Access;
+    /// What is recorded of its callers.
+    fn trail(&self) -> &Trail;
     /// Where the users are.
     fn users(&self) -> &Pool;
 }

@@ -10,7 +10,7 @@ use axum::{
     response::Response,
 };
 use bytes::{Bytes, BytesMut};
-use dermflow_auth::{scope::Permission, token};
+use dermflow_auth::{audit::Who, scope::Permission, token};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -25,9 +25,10 @@ use crate::{
     access::{Gate, Verdict},
     answer::Problem,
     app::Bounds,
+    audited::Origin,
 };
 
-static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// What a handler's callers must be permitted.
 pub(crate) trait Needs {
@@ -49,7 +50,7 @@ macro_rules! needs {
     };
 }
 
-needs! { Submit Read Search Delete Operate }
+needs! { Submit Read Search Delete Operate ReadTrail }
 
 /// A caller with a valid access token that permits `P`. A handler that takes one is closed to everybody else: its
 /// signature is its access rule.
@@ -59,6 +60,8 @@ pub(crate) struct Allowed<P> {
     pub(crate) client: ClientId,
     /// What its token says.
     pub(crate) caller: Arc<token::Caller>,
+    /// By which way it came, for the audit trail.
+    pub(crate) who: Who,
     _permission: PhantomData<P>,
 }
 
@@ -67,10 +70,12 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
 
     async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
         let caller = bearer(&parts.headers, gate.as_ref())?;
+        let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
+        origin.is(caller.client);
         if !caller.may(P::PERMISSION) {
             return Err(Code::Forbidden.into());
         }
-        Ok(Self { client: caller.client, caller, _permission: PhantomData })
+        Ok(Self { client: caller.client, caller, who: origin.who(), _permission: PhantomData })
     }
 }
 
@@ -186,8 +191,9 @@ impl<S: Send + Sync> FromRequestParts<S> for JobPath {
 }
 
 /// Gives every request an id, the caller's own if it is fit to be logged, and puts it in the answer.
-pub(crate) async fn request_id(request: Request, next: Next) -> Response {
+pub(crate) async fn request_id(mut request: Request, next: Next) -> Response {
     let id = callers_id(request.headers()).unwrap_or_else(new_id);
+    request.headers_mut().insert(REQUEST_ID.clone(), id.clone());
     let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
     let mut response = tracing::Instrument::instrument(next.run(request), span).await;
     response.headers_mut().insert(REQUEST_ID.clone(), id);

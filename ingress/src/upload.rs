@@ -14,7 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use dermflow_auth::token::Caller;
+use dermflow_auth::{audit::Who, token::Caller};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code, Retry},
@@ -53,6 +53,8 @@ pub(crate) struct Upload {
     /// Whose token it came with: it may be revoked before the end.
     pub(crate) caller: Arc<Caller>,
     pub(crate) client: ClientId,
+    /// The client, and by which way it came.
+    pub(crate) who: Who,
     pub(crate) batch: Uuid,
     pub(crate) form: Form,
     /// Earlier uploads had lines refused, which this one may mend.
@@ -286,6 +288,7 @@ async fn accept(
     let custom_id = member.custom_id.clone();
     let submission = Submission {
         client: upload.client,
+        who: upload.who,
         lane: Lane::Bulk,
         // The space keeps it apart from every key that a caller can choose.
         key: Some(format!("batch {} {custom_id}", upload.batch)),

@@ -6,6 +6,7 @@
 mod access;
 mod api;
 mod architecture;
+mod audit;
 mod batches;
 mod dead;
 mod fairness;

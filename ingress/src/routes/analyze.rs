@@ -32,7 +32,7 @@ static PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-appl
 
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
-    Allowed { client, .. }: Allowed<Submit>,
+    Allowed { client, who, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
@@ -54,7 +54,7 @@ pub(crate) async fn post(
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
     let patience = Duration::ZERO;
-    let submission = Submission { client, lane, key, payload, cancel_after, member, patience, memory };
+    let submission = Submission { client, who, lane, key, payload, cancel_after, member, patience, memory };
     let submitted = submit(app.clone(), submission).await?;
     let job = submitted.job;
     match wait(&app, submitted, client, prefer.budget()).await.map_err(|p| with_status_url(p, &app, job))? {

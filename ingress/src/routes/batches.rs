@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use dermflow_auth::audit::{Action, Object};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -28,6 +29,7 @@ use uuid::Uuid;
 use crate::{
     answer::{self, Problem},
     app::App,
+    audited::Deeds,
     batches::clear,
     extract::{Allowed, Body, Delete, Read, Submit},
     lines::Form,
@@ -45,7 +47,7 @@ const FHIR_NDJSON: &str = "application/fhir+ndjson";
 /// A new batch, or with a known `Idempotency-Key` the one that was made with it.
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
-    Allowed { client, caller, .. }: Allowed<Submit>,
+    Allowed { client, caller, who, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
@@ -54,14 +56,14 @@ pub(crate) async fn create(
     let key = key.as_ref().map(dermflow_schemas::id::IdempotencyKey::as_str);
     let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
     let batch = batch.ok_or(Code::NotFound)?.id;
-    let upload = Upload { caller, client, batch, form, mending: key.is_some(), _place: place };
+    let upload = Upload { caller, client, who, batch, form, mending: key.is_some(), _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
 /// More lines for a batch, or the same ones again after a cut.
 pub(crate) async fn resume(
     State(app): State<Arc<App>>,
-    Allowed { client, caller, .. }: Allowed<Submit>,
+    Allowed { client, caller, who, .. }: Allowed<Submit>,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     body: Body,
@@ -69,7 +71,7 @@ pub(crate) async fn resume(
     let form = form(&headers)?;
     let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
     let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
-    let upload = Upload { caller, client, batch, form, mending: true, _place: place };
+    let upload = Upload { caller, client, who, batch, form, mending: true, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
@@ -276,13 +278,15 @@ async fn file(
         wait(&app, client, batch, &wanted, file).await?;
     }
     let kind = if form == Form::Fhir { FHIR_NDJSON } else { NDJSON };
-    let entries =
-        Reader { app, batch, file, form, after: wanted.cursor, left: wanted.limit.unwrap_or(usize::MAX) };
+    let after = wanted.cursor;
+    let entries = Reader { app, batch, file, form, after, left: wanted.limit.unwrap_or(usize::MAX) };
     // An error on the way cuts the answer off, so that nobody takes it for a whole one.
     let chunks = stream::try_unfold(entries, |mut entries| async {
         Ok::<_, std::io::Error>(entries.next().await?.map(|chunk| (chunk, entries)))
     });
-    Ok(([(header::CONTENT_TYPE, kind)], AxumBody::from_stream(chunks)).into_response())
+    // On record before the first byte leaves: nobody knows yet how many lines there will be.
+    let deed = Deeds::one(Action::BatchRead, Some(Object::batch(batch)), json!({ "cursor": after }));
+    Ok(deed.of(([(header::CONTENT_TYPE, kind)], AxumBody::from_stream(chunks)).into_response()))
 }
 
 /// Waits until there is an entry, or none will come any more.
@@ -394,10 +398,10 @@ fn write_error(chunk: &mut Vec<u8>, error: &BatchError, form: Form) {
 /// Cancels what has not ended, and removes the results.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
-    Allowed { client, .. }: Allowed<Delete>,
+    Allowed { client, who, .. }: Allowed<Delete>,
     BatchPath(batch): BatchPath,
 ) -> Result<Response, Problem> {
-    if !app.store.delete_batch(batch, client, clock::now()).await? {
+    if !app.store.delete_batch(batch, client, who, clock::now()).await? {
         return Err(Code::NotFound.into());
     }
     // From here on it is gone for its client; the rest is done here, or by the sweeper.

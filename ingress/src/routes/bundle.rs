@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
+    audited::Deeds,
     element::{Faults, Node},
     extract::{Allowed, Body, Held, Submit},
     json::Json,
@@ -41,7 +42,7 @@ const ANALYZE: &str = "DiagnosticReport/$analyze";
 /// that does not end within the wait is answered with 202 and where to poll, as with `respond-async` all are.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
-    Allowed { client, .. }: Allowed<Submit>,
+    Allowed { client, who, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
@@ -69,6 +70,7 @@ pub(crate) async fn post(
             let memory = memory.ok_or(Code::Overloaded)?;
             let submission = Submission {
                 client,
+                who,
                 lane: prefer.lane(),
                 key,
                 payload,
@@ -83,8 +85,10 @@ pub(crate) async fn post(
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
     let entries = join_all(answers).await;
+    let reports = entries.iter().filter_map(|entry| entry["resource"]["id"].as_str()?.parse().ok());
+    let deeds = Deeds::reports(reports);
     let bundle = json!({"resourceType": "Bundle", "type": "batch-response", "entry": entries});
-    Ok(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes()))
+    Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
 }
 
 async fn answer(

@@ -83,7 +83,7 @@ pub(crate) async fn get(
 /// Back into the queue.
 pub(crate) async fn requeue(
     State(operators): State<Arc<Operators>>,
-    Allowed { client: operator, .. }: Allowed<Operate>,
+    Allowed { who: operator, .. }: Allowed<Operate>,
     Sequence(sequence): Sequence,
 ) -> Result<Response, Problem> {
     // In a task of its own: what has begun is finished when the caller hangs up.
@@ -95,7 +95,7 @@ pub(crate) async fn requeue(
 /// Removed for good.
 pub(crate) async fn purge(
     State(operators): State<Arc<Operators>>,
-    Allowed { client: operator, .. }: Allowed<Operate>,
+    Allowed { who: operator, .. }: Allowed<Operate>,
     Sequence(sequence): Sequence,
 ) -> Result<Response, Problem> {
     dead::purge(&operators, sequence, operator).await?;

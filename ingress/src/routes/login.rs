@@ -10,6 +10,7 @@ use axum::{
 };
 use bytes::Bytes;
 use dermflow_auth::{
+    audit,
     credentials::Proof,
     password::PasswordError,
     users::{self, UserError},
@@ -21,6 +22,7 @@ use serde::Deserialize;
 use crate::{
     answer::Problem,
     app::App,
+    audited::Origin,
     extract::{Body, Held},
     routes::oauth::{self, Refusal},
     submit::internal,
@@ -43,18 +45,21 @@ fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretStr
 /// The answer is that of `/oauth/token`.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
+    origin: Origin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let Credentials { username, password, scope } = read(headers, bytes).await?;
     let user = users::authenticate(app.store.pool(), &app.hasher, &username, password, clock::now()).await;
+    // Asked whatever comes of it, so that both take the same time.
+    origin.claims(audit::account_named(app.store.pool(), &username).await?);
     let user = user.map_err(unavailable)?.ok_or_else(|| {
         tracing::info!("login refused");
         Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
     })?;
     let proof = Proof { user, credential: user.client.uuid(), ends: None };
-    oauth::granted(&app, &proof, scope.as_deref()).await
+    oauth::granted(&app, &origin, &proof, scope.as_deref()).await
 }
 
 async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> {

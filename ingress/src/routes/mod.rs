@@ -16,6 +16,7 @@ use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLaye
 use crate::{
     answer::{Problem, render},
     app::App,
+    audited::audited,
     dead::Operators,
     extract::request_id,
     linger::linger,
@@ -31,6 +32,7 @@ mod login;
 mod oauth;
 mod status;
 mod tasks;
+mod trail;
 
 /// What clients reach.
 pub(crate) fn public(app: Arc<App>) -> Router {
@@ -48,13 +50,16 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/fhir", post(bundle::post))
         .route("/fhir/Task", get(tasks::search))
         .route("/fhir/Task/{id}", get(tasks::get))
+        .route("/fhir/AuditEvent", get(trail::search))
+        .route("/fhir/AuditEvent/{id}", get(trail::get))
         .route("/fhir/_bulk/{id}", get(batches::manifest))
         .route("/batches", post(batches::create))
         .route("/batches/{id}", get(batches::get).post(batches::resume).delete(batches::delete))
         .route("/batches/{id}/results", get(batches::results))
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
-        .route("/jobs/{id}", get(jobs::get));
+        .route("/jobs/{id}", get(jobs::get))
+        .layer(from_fn_with_state(app.clone(), audited));
     measured(routes, app)
 }
 
@@ -72,7 +77,8 @@ pub(crate) fn operators(operators: Arc<Operators>) -> Router {
     let routes = Router::new()
         .route("/dead", get(dead::list))
         .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
-        .route("/dead/{sequence}/requeue", post(dead::requeue));
+        .route("/dead/{sequence}/requeue", post(dead::requeue))
+        .layer(from_fn_with_state(operators.clone(), audited));
     dressed(bounded(routes), operators)
 }
 

@@ -12,6 +12,7 @@ use axum::{
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_auth::{
+    audit::{Action, Object},
     credentials::{self, Proof},
     db::DbError,
     keys,
@@ -20,7 +21,7 @@ use dermflow_auth::{
     token::{self, Grant},
     users::{ROLES, Role},
 };
-use dermflow_schemas::{clock, id::ClientId, limits::MAX_FORM_BYTES};
+use dermflow_schemas::{clock, error::Code, id::ClientId, limits::MAX_FORM_BYTES};
 use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
@@ -30,6 +31,7 @@ use crate::{
     access::Verdict,
     answer::{self, Problem},
     app::App,
+    audited::{Deeds, Origin, Refused},
     extract::{Body, Held, bearer},
     submit::internal,
 };
@@ -85,6 +87,9 @@ impl IntoResponse for Refusal {
             OAuth(status, error, description) => {
                 let mut response = answer::json(json!({ "error": error, "error_description": description }));
                 *response.status_mut() = status;
+                if matches!(error, "invalid_client" | "invalid_grant") {
+                    response.extensions_mut().insert(Refused(Code::LoginFailed));
+                }
                 if status == StatusCode::UNAUTHORIZED {
                     let challenge = HeaderValue::from_static("Basic realm=\"dermflow\"");
                     response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
@@ -127,7 +132,12 @@ impl Form {
 
 /// The client, by the one way in which it proves itself: `client_secret_basic`, `client_secret_post` or
 /// `private_key_jwt`. `None` when it tries none.
-async fn client(app: &App, headers: &HeaderMap, form: &Form) -> Result<Option<Proof>, Refusal> {
+async fn client(
+    app: &App,
+    origin: &Origin,
+    headers: &HeaderMap,
+    form: &Form,
+) -> Result<Option<Proof>, Refusal> {
     let basic = basic(headers)?;
     let ways = [basic.is_some(), form.get("client_secret").is_some(), form.get("client_assertion").is_some()];
     if ways.iter().filter(|way| **way).count() > 1 {
@@ -156,6 +166,7 @@ async fn client(app: &App, headers: &HeaderMap, form: &Form) -> Result<Option<Pr
         tracing::info!("client refused");
         INVALID_CLIENT
     })?;
+    origin.is(proof.user.client);
     // What is said besides must not contradict it.
     let contradicts = form.get("client_id").is_some_and(|id| id != proof.user.client.to_string());
     if contradicts { Err(INVALID_CLIENT) } else { Ok(Some(proof)) }
@@ -184,17 +195,18 @@ fn basic(headers: &HeaderMap) -> Result<Option<(String, SecretString)>, Refusal>
 /// `POST /oauth/token`.
 pub(crate) async fn token(
     State(app): State<Arc<App>>,
+    origin: Origin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let form = Form::read(&app, &headers, body).await?;
-    let proof = client(&app, &headers, &form).await?;
+    let proof = client(&app, &origin, &headers, &form).await?;
     match form.get("grant_type") {
         Some("client_credentials") => {
             let proof = proof.ok_or(INVALID_CLIENT)?;
-            granted(&app, &proof, form.get("scope")).await
+            granted(&app, &origin, &proof, form.get("scope")).await
         }
-        Some("refresh_token") => refreshed(&app, &form, proof).await,
+        Some("refresh_token") => refreshed(&app, &origin, &form, proof).await,
         Some(_) => Err(OAuth(
             StatusCode::BAD_REQUEST,
             "unsupported_grant_type",
@@ -212,11 +224,17 @@ fn without_offline(scope: Option<&str>) -> (Option<String>, bool) {
 }
 
 /// An access token for an account that has proved itself, and a refresh token if it asked for that.
-pub(crate) async fn granted(app: &App, proof: &Proof, asked: Option<&str>) -> Result<Response, Refusal> {
+pub(crate) async fn granted(
+    app: &App,
+    origin: &Origin,
+    proof: &Proof,
+    asked: Option<&str>,
+) -> Result<Response, Refusal> {
     let now = clock::now();
     let (asked, offline) = without_offline(asked);
     let scope = scope::narrow(proof.user.role.scope(), asked.as_deref()).ok_or(INVALID_SCOPE)?;
     let Proof { user, credential, ends } = *proof;
+    origin.is(user.client);
     tracing::info!(client = %user.client, offline, "signed in");
     if !offline {
         return tokens(app, user.grant(credential, ends, scope), None);
@@ -226,7 +244,12 @@ pub(crate) async fn granted(app: &App, proof: &Proof, asked: Option<&str>) -> Re
     tokens(app, user.grant(family, Some(ends), scope), Some(refresh))
 }
 
-async fn refreshed(app: &App, form: &Form, proof: Option<Proof>) -> Result<Response, Refusal> {
+async fn refreshed(
+    app: &App,
+    origin: &Origin,
+    form: &Form,
+    proof: Option<Proof>,
+) -> Result<Response, Refusal> {
     let spent = form.secret("refresh_token").ok_or(invalid_request("refresh_token is missing."))?;
     let client = proof.map(|proof| proof.user.client.uuid());
     let outcome = refresh::spend(app.store.pool(), &spent, client, clock::now()).await?;
@@ -238,6 +261,7 @@ async fn refreshed(app: &App, form: &Form, proof: Option<Proof>) -> Result<Respo
         }
         Outcome::Unknown => return Err(INVALID_GRANT),
     };
+    origin.is(refreshed.user.client);
     let (asked, _) = without_offline(form.get("scope"));
     let scope = scope::narrow(&refreshed.scope, asked.as_deref()).ok_or(INVALID_SCOPE)?;
     let grant = refreshed.user.grant(refreshed.family, Some(refreshed.ends), scope);
@@ -246,7 +270,7 @@ async fn refreshed(app: &App, form: &Form, proof: Option<Proof>) -> Result<Respo
 
 /// RFC 6749 §5.1; `expires_in_minutes` is what clients of the device API read.
 fn tokens(app: &App, grant: Grant, refresh: Option<SecretString>) -> Result<Response, Refusal> {
-    let (now, scope) = (clock::now(), grant.scope.clone());
+    let (now, scope, account) = (clock::now(), grant.scope.clone(), grant.client);
     let seconds = grant.ends.map_or(token::LIFETIME.as_secs(), |ends| {
         u64::try_from((ends - now).whole_seconds()).unwrap_or(0).min(token::LIFETIME.as_secs())
     });
@@ -261,26 +285,29 @@ fn tokens(app: &App, grant: Grant, refresh: Option<SecretString>) -> Result<Resp
     if let Some(refresh) = refresh {
         body["refresh_token"] = json!(refresh.expose_secret());
     }
-    Ok(answer::json(body))
+    let login = Deeds::one(Action::Login, Some(Object::account(account)), json!({}));
+    Ok(login.of(answer::json(body)))
 }
 
 /// The account that asks about a token or revokes one: a client, or whoever holds an access token.
-async fn holder(app: &App, headers: &HeaderMap, form: &Form) -> Result<Uuid, Refusal> {
-    if let Some(proof) = client(app, headers, form).await? {
+async fn holder(app: &App, origin: &Origin, headers: &HeaderMap, form: &Form) -> Result<Uuid, Refusal> {
+    if let Some(proof) = client(app, origin, headers, form).await? {
         return Ok(proof.user.client.uuid());
     }
     let caller = bearer(headers, app).map_err(|_| INVALID_CLIENT)?;
+    origin.is(caller.client);
     Ok(caller.client.uuid())
 }
 
 /// `POST /oauth/revoke`: 200 whatever the token was (RFC 7009 §2.2). Another account's token stays as it is.
 pub(crate) async fn revoke(
     State(app): State<Arc<App>>,
+    origin: Origin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let form = Form::read(&app, &headers, body).await?;
-    let account = holder(&app, &headers, &form).await?;
+    let account = holder(&app, &origin, &headers, &form).await?;
     let revoked = form.secret("token").ok_or(invalid_request("token is missing."))?;
     let (pool, now) = (app.store.pool(), clock::now());
     match app.tokens.verify(revoked.expose_secret(), now) {
@@ -290,17 +317,19 @@ pub(crate) async fn revoke(
     }
     // This replica knows at once.
     app.access.refresh(pool).await;
-    Ok(StatusCode::OK.into_response())
+    let deed = Deeds::one(Action::TokenRevoked, Some(Object::account(account.into())), json!({}));
+    Ok(deed.of(StatusCode::OK.into_response()))
 }
 
 /// `POST /oauth/introspect`, about one's own tokens.
 pub(crate) async fn introspect(
     State(app): State<Arc<App>>,
+    origin: Origin,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let form = Form::read(&app, &headers, body).await?;
-    let account = holder(&app, &headers, &form).await?;
+    let account = holder(&app, &origin, &headers, &form).await?;
     let token = form.secret("token").ok_or(invalid_request("token is missing."))?;
     let now = clock::now();
     let inactive = || answer::json(json!({ "active": false }));

@@ -20,6 +20,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
+    audited::Deeds,
     drain::{Place, place},
     extract::{Allowed, Delete, JobPath, Read},
     recorder,
@@ -71,10 +72,10 @@ pub(crate) async fn report(
 /// Cancels a job that goes on; removes the result of one that has ended.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
-    Allowed { client, .. }: Allowed<Delete>,
+    Allowed { client, who, .. }: Allowed<Delete>,
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
-    let record = app.store.delete(id, client, clock::now()).await?.ok_or(Code::NotFound)?;
+    let record = app.store.delete(id, client, who, clock::now()).await?.ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         let cancelled = [record.lane.as_str(), JobState::Cancelled.as_str()];
         app.metrics.jobs_ended.with_label_values(&cancelled).inc();
@@ -117,7 +118,7 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
     }
     insert(headers, &SERVER_TIMING, &server_timing(&record));
-    Ok(response)
+    Ok(Deeds::reports([record.id]).of(response))
 }
 
 /// What a failed job answers.
