@@ -2,41 +2,42 @@
 //!
 //! One algorithm, one issuer, one audience, every claim required: RFC 8725 §3 leaves nothing to choose.
 
-use std::{path::Path, time::Duration};
-
-use aws_lc_rs::{
-    digest,
-    signature::{Ed25519KeyPair, KeyPair},
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
 };
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use dermflow_schemas::{id::ClientId, image::hex};
-use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
-use rustls::pki_types::{PrivatePkcs8KeyDer, pem::PemObject};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use dermflow_schemas::id::ClientId;
+use jsonwebtoken::{Algorithm, Header, Validation};
+use quick_cache::sync::Cache;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use time::OffsetDateTime;
 use uuid::Uuid;
+
+use crate::{
+    keys::{KeyError, Keys},
+    scope::Permission,
+};
 
 /// How long a token lives.
 pub const LIFETIME: Duration = Duration::from_mins(15);
 /// Clock difference between replicas that is forgiven, in seconds.
-const LEEWAY: i64 = 30;
+pub const LEEWAY: i64 = 30;
 /// The longest token that is looked at.
 const MAX_TOKEN_BYTES: usize = 4_096;
-/// The scope that submitting and reading one's own analyses needs (SMART App Launch 2.2 syntax: create, read,
-/// search).
-pub const SCOPE_ANALYZE: &str = "system/DiagnosticReport.crs";
-/// The scope that the operators' API needs.
-pub const SCOPE_OPERATE: &str = "dermflow/operate";
-const AUDIENCE: &str = "dermflow";
+/// Tokens whose signature is remembered as good: about 5 MB.
+const REMEMBERED: usize = 16_384;
+/// Whom tokens are for.
+pub const AUDIENCE: &str = "dermflow";
 const TYPE: &str = "at+jwt";
 
-/// Why a key cannot be used, a token not be made or not be believed. The caller is told nothing of it.
+/// Why a token cannot be made or not be believed. The caller is told nothing of it.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
-    /// The key file cannot be read or is no Ed25519 key in PKCS#8 PEM.
-    #[error("signing key {0}: {1}")]
-    Key(String, String),
     /// Signing failed.
     #[error("cannot sign: {0}")]
     Sign(jsonwebtoken::errors::Error),
@@ -45,7 +46,7 @@ pub enum TokenError {
     Refused(&'static str),
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Claims {
     iss: String,
@@ -57,54 +58,73 @@ struct Claims {
     jti: Uuid,
     client_id: Uuid,
     scope: String,
+    /// Ours: what the client proved itself with, see [`Caller::credential`].
+    credential: Uuid,
 }
 
 /// Who a believed token speaks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
-    /// The registered client.
+    /// The registered account.
     pub client: ClientId,
     /// The token's own id.
     pub jti: Uuid,
-    scope: String,
+    /// What it was given for: the id of a secret or key, of a family of refresh tokens, or the account's own id for
+    /// its password. With it the token is revoked.
+    pub credential: Uuid,
+    /// When it was given.
+    pub issued_at: OffsetDateTime,
+    /// When it expires.
+    pub expires_at: OffsetDateTime,
+    /// What it may be used for.
+    pub scope: String,
 }
 
 impl Caller {
-    /// Whether the token carries `scope`.
-    pub fn may(&self, scope: &str) -> bool {
-        self.scope.split(' ').any(|granted| granted == scope)
+    /// Whether the token's scope has this permission.
+    pub fn may(&self, permission: Permission) -> bool {
+        permission.is_in(&self.scope)
     }
 }
 
-/// Makes and checks tokens with one Ed25519 key.
+/// What a token is given for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// The account.
+    pub client: ClientId,
+    /// See [`Caller::credential`].
+    pub credential: Uuid,
+    /// What the token may be used for.
+    pub scope: String,
+    /// When account or credential end, which no token outlives.
+    pub ends: Option<OffsetDateTime>,
+    /// Tokens of the account that were issued until then are refused: this one is not.
+    pub after: Option<OffsetDateTime>,
+}
+
+/// Makes and checks tokens with the keys of a folder.
 pub struct Tokens {
     issuer: String,
-    key_id: String,
-    signing: EncodingKey,
-    verifying: DecodingKey,
+    folder: PathBuf,
+    keys: RwLock<Arc<Keys>>,
     validation: Validation,
+    /// By SHA-256 of the token. Revocation goes by what is in the token, never by its bytes: there may be several
+    /// encodings of one.
+    believed: Cache<[u8; 32], Arc<Caller>>,
 }
 
 impl std::fmt::Debug for Tokens {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tokens({}, key {})", self.issuer, self.key_id)
+        write!(f, "Tokens({}, {:?})", self.issuer, self.keys())
     }
 }
 
 impl Tokens {
-    /// Reads the signing key, PKCS#8 in PEM, for tokens of `issuer`.
+    /// Reads the signing keys of `folder`, for tokens of `issuer`.
     ///
     /// # Errors
-    /// When the file is missing or holds no Ed25519 key.
-    pub fn load(path: &Path, issuer: &str) -> Result<Self, TokenError> {
-        let bad = |why: String| TokenError::Key(path.display().to_string(), why);
-        let pkcs8 = PrivatePkcs8KeyDer::from_pem_file(path).map_err(|e| bad(e.to_string()))?;
-        let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(pkcs8.secret_pkcs8_der())
-            .map_err(|e| bad(e.to_string()))?;
-        let public = pair.public_key().as_ref();
-        let verifying = DecodingKey::from_ed_components(&URL_SAFE_NO_PAD.encode(public))
-            .map_err(|e| bad(e.to_string()))?;
-        let key_id = hex(&digest::digest(&digest::SHA256, public).as_ref()[..8]);
+    /// See [`Keys::read`].
+    pub fn open(folder: &Path, issuer: &str) -> Result<Self, KeyError> {
         let mut validation = Validation::new(Algorithm::EdDSA);
         // The library would go by the machine's clock, which may be wrong: `verify` has the time handed in.
         validation.validate_exp = false;
@@ -114,66 +134,119 @@ impl Tokens {
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
         Ok(Self {
             issuer: issuer.into(),
-            key_id,
-            signing: EncodingKey::from_ed_der(pkcs8.secret_pkcs8_der()),
-            verifying,
+            folder: folder.into(),
+            keys: RwLock::new(Arc::new(Keys::read(folder)?)),
             validation,
+            believed: Cache::new(REMEMBERED),
         })
     }
 
-    /// A token for `client` with one scope, valid from `now` for [`LIFETIME`].
+    /// Looks at the folder again. When it has changed, what was believed must be proved anew, as its key may be gone.
+    ///
+    /// # Errors
+    /// See [`Keys::read`]; the keys stay as they were.
+    pub fn reload(&self) -> Result<(), KeyError> {
+        let fresh = Keys::read(&self.folder)?;
+        if !fresh.are(&self.keys()) {
+            *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
+            self.believed.clear();
+        }
+        Ok(())
+    }
+
+    /// Who issues the tokens.
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    /// The JWK set with which others can check tokens at `now`, and after it.
+    pub fn published(&self, now: OffsetDateTime) -> Value {
+        self.keys().published(now)
+    }
+
+    fn keys(&self) -> Arc<Keys> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A token, valid from `now` for [`LIFETIME`] at most.
     ///
     /// # Errors
     /// When signing fails.
-    pub fn issue(
-        &self,
-        client: ClientId,
-        scope: &str,
-        now: OffsetDateTime,
-    ) -> Result<SecretString, TokenError> {
-        let now = now.unix_timestamp();
+    pub fn issue(&self, grant: Grant, now: OffsetDateTime) -> Result<SecretString, TokenError> {
+        let keys = self.keys();
+        let key = keys.signing(now);
+        let expires = grant.ends.map_or(now + LIFETIME, |ends| ends.min(now + LIFETIME));
+        // The claims count whole seconds (RFC 7519 §2): the next one, for a token that must differ from those before.
+        let after = grant.after.map_or(i64::MIN, |after| after.unix_timestamp() + 1);
+        let now = now.unix_timestamp().max(after.min(now.unix_timestamp() + 1));
         let claims = Claims {
             iss: self.issuer.clone(),
-            sub: client.uuid(),
+            sub: grant.client.uuid(),
             aud: AUDIENCE.into(),
-            exp: now + LIFETIME.as_secs() as i64,
+            exp: expires.unix_timestamp(),
             iat: now,
             nbf: now,
             jti: Uuid::new_v4(),
-            client_id: client.uuid(),
-            scope: scope.into(),
+            client_id: grant.client.uuid(),
+            scope: grant.scope,
+            credential: grant.credential,
         };
         let mut header = Header::new(Algorithm::EdDSA);
         header.typ = Some(TYPE.into());
-        header.kid = Some(self.key_id.clone());
-        jsonwebtoken::encode(&header, &claims, &self.signing).map(Into::into).map_err(TokenError::Sign)
+        header.kid = Some(key.id.clone());
+        jsonwebtoken::encode(&header, &claims, &key.signing).map(Into::into).map_err(TokenError::Sign)
     }
 
     /// Who `token` speaks for at `now`. Needs no database.
     ///
     /// # Errors
     /// [`TokenError::Refused`] with a reason for the log, not for the caller.
-    pub fn verify(&self, token: &str, now: OffsetDateTime) -> Result<Caller, TokenError> {
-        let refused = TokenError::Refused;
+    pub fn verify(&self, token: &str, now: OffsetDateTime) -> Result<Arc<Caller>, TokenError> {
         if token.len() > MAX_TOKEN_BYTES {
-            return Err(refused("too long"));
+            return Err(TokenError::Refused("too long"));
         }
+        let mut fingerprint = [0; 32];
+        fingerprint.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+        let caller = if let Some(caller) = self.believed.get(&fingerprint) {
+            caller
+        } else {
+            let caller = Arc::new(self.prove(token, now)?);
+            self.believed.insert(fingerprint, caller.clone());
+            caller
+        };
+        let leeway = Duration::from_secs(LEEWAY as u64);
+        if caller.expires_at + leeway < now || caller.issued_at - leeway > now {
+            self.believed.remove(&fingerprint);
+            return Err(TokenError::Refused("times"));
+        }
+        Ok(caller)
+    }
+
+    /// Everything but what changes with time.
+    fn prove(&self, token: &str, now: OffsetDateTime) -> Result<Caller, TokenError> {
+        let refused = TokenError::Refused;
         let header = jsonwebtoken::decode_header(token).map_err(|_| refused("header"))?;
-        if header.typ.as_deref() != Some(TYPE) || header.kid.as_deref() != Some(&self.key_id) {
-            return Err(refused("type or key"));
+        if header.typ.as_deref() != Some(TYPE) {
+            return Err(refused("type"));
         }
         // RFC 7515 §4.1.11: a `crit` that is not understood must be refused; the library reads but never checks it.
-        if header.crit.is_some() || header.jwk.is_some() || header.jku.is_some() || header.x5u.is_some() {
+        // A key that a token brings along proves nothing.
+        if header.crit.is_some()
+            || header.jwk.is_some()
+            || header.jku.is_some()
+            || header.x5u.is_some()
+            || header.x5c.is_some()
+        {
             return Err(refused("header parameters"));
         }
-        let claims = jsonwebtoken::decode::<Claims>(token, &self.verifying, &self.validation)
+        let keys = self.keys();
+        let key = header.kid.and_then(|id| keys.accepted(&id, now)).ok_or_else(|| refused("key"))?;
+        let claims = jsonwebtoken::decode::<Claims>(token, &key.verifying, &self.validation)
             .map_err(|_| refused("signature or claims"))?
             .claims;
-        // What the library leaves out, and the times, against the same clock as everything else.
-        let now = now.unix_timestamp();
-        if claims.exp + LEEWAY < now
-            || claims.nbf - LEEWAY > now
-            || claims.iat - LEEWAY > now
+        // What the library leaves out.
+        if claims.nbf != claims.iat
+            || claims.exp < claims.iat
             || claims.exp - claims.iat > LIFETIME.as_secs() as i64
         {
             return Err(refused("times"));
@@ -181,33 +254,40 @@ impl Tokens {
         if claims.sub != claims.client_id {
             return Err(refused("subject"));
         }
-        Ok(Caller { client: claims.sub.into(), jti: claims.jti, scope: claims.scope })
+        let time = |seconds| OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| refused("times"));
+        Ok(Caller {
+            client: claims.sub.into(),
+            jti: claims.jti,
+            credential: claims.credential,
+            issued_at: time(claims.iat)?,
+            expires_at: time(claims.exp)?,
+            scope: claims.scope,
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
-    use aws_lc_rs::signature::Ed25519KeyPair;
-    use base64::engine::general_purpose::STANDARD;
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
     use dermflow_schemas::clock;
     use secrecy::ExposeSecret;
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::keys;
+
+    const SCOPE: &str = "system/DiagnosticReport.crds";
 
     fn tokens(name: &str) -> Tokens {
-        let der = Ed25519KeyPair::generate().unwrap().to_pkcs8v1().unwrap();
-        let pem = format!(
-            "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n",
-            STANDARD.encode(der.as_ref())
-        );
-        let path = std::env::temp_dir().join(format!("dermflow-{name}-{}.pem", Uuid::new_v4()));
-        std::fs::File::create(&path).unwrap().write_all(pem.as_bytes()).unwrap();
-        let tokens = Tokens::load(&path, "https://localhost").unwrap();
-        std::fs::remove_file(path).unwrap();
+        let folder = std::env::temp_dir().join(format!("dermflow-{name}-{}", Uuid::new_v4()));
+        keys::add(&folder, OffsetDateTime::UNIX_EPOCH).unwrap();
+        let tokens = Tokens::open(&folder, "https://localhost").unwrap();
+        std::fs::remove_dir_all(folder).unwrap();
         tokens
+    }
+
+    fn grant(client: ClientId) -> Grant {
+        Grant { client, credential: Uuid::new_v4(), scope: SCOPE.into(), ends: None, after: None }
     }
 
     fn client() -> ClientId {
@@ -217,25 +297,26 @@ mod tests {
     fn claims(now: OffsetDateTime) -> Value {
         let (now, id) = (now.unix_timestamp(), Uuid::new_v4());
         json!({"iss": "https://localhost", "sub": id, "aud": AUDIENCE, "exp": now + 900, "iat": now, "nbf": now,
-               "jti": Uuid::new_v4(), "client_id": id, "scope": SCOPE_ANALYZE})
+               "jti": Uuid::new_v4(), "client_id": id, "scope": SCOPE,
+               "credential": Uuid::new_v4()})
     }
 
     fn sign(tokens: &Tokens, change: impl FnOnce(&mut Header), claims: &Value) -> String {
         let mut header = Header::new(Algorithm::EdDSA);
         header.typ = Some(TYPE.into());
-        header.kid = Some(tokens.key_id.clone());
+        header.kid = Some(tokens.keys().signing(clock::now()).id.clone());
         change(&mut header);
-        jsonwebtoken::encode(&header, claims, &tokens.signing).unwrap()
+        jsonwebtoken::encode(&header, claims, &tokens.keys().signing(clock::now()).signing).unwrap()
     }
 
     /// SRS-004: a token speaks for its client, for as long as it lives.
     #[test]
     fn a_token_speaks_for_its_client_until_it_expires() {
         let (tokens, client, now) = (tokens("ok"), client(), clock::now());
-        let token = tokens.issue(client, SCOPE_ANALYZE, now).unwrap();
+        let token = tokens.issue(grant(client), now).unwrap();
         let caller = tokens.verify(token.expose_secret(), now).unwrap();
         assert_eq!(caller.client, client);
-        assert!(caller.may(SCOPE_ANALYZE) && !caller.may("system/DiagnosticReport"));
+        assert!(caller.may(Permission::Submit) && !caller.may(Permission::Operate));
         let later = now + LIFETIME + Duration::from_secs(31);
         assert!(tokens.verify(token.expose_secret(), later).is_err());
         let before = now - Duration::from_secs(31);
@@ -248,7 +329,7 @@ mod tests {
         let (tokens, now) = (tokens("claims"), clock::now());
         let good = claims(now);
         assert!(tokens.verify(&sign(&tokens, |_| (), &good), now).is_ok());
-        for name in ["iss", "sub", "aud", "exp", "iat", "nbf", "jti", "client_id", "scope"] {
+        for name in ["iss", "sub", "aud", "exp", "iat", "nbf", "jti", "client_id", "scope", "credential"] {
             let mut missing = good.clone();
             missing.as_object_mut().unwrap().remove(name);
             assert!(tokens.verify(&sign(&tokens, |_| (), &missing), now).is_err(), "without {name}");
@@ -278,15 +359,12 @@ mod tests {
     #[test]
     fn a_token_with_another_header_or_key_is_refused() {
         let (ours, theirs, now) = (tokens("ours"), tokens("theirs"), clock::now());
+        let key_id = ours.keys().signing(now).id.clone();
         let good = claims(now);
         let forged = jsonwebtoken::encode(
-            &Header {
-                typ: Some(TYPE.into()),
-                kid: Some(ours.key_id.clone()),
-                ..Header::new(Algorithm::EdDSA)
-            },
+            &Header { typ: Some(TYPE.into()), kid: Some(key_id.clone()), ..Header::new(Algorithm::EdDSA) },
             &good,
-            &theirs.signing,
+            &theirs.keys().signing(now).signing,
         );
         assert!(ours.verify(&forged.unwrap(), now).is_err());
         let changes: [fn(&mut Header); 5] = [
@@ -301,7 +379,7 @@ mod tests {
         }
         let body = URL_SAFE_NO_PAD.encode(good.to_string());
         for alg in ["none", "None", "HS256"] {
-            let header = json!({"alg": alg, "typ": TYPE, "kid": ours.key_id}).to_string();
+            let header = json!({"alg": alg, "typ": TYPE, "kid": key_id}).to_string();
             let token = format!("{}.{body}.", URL_SAFE_NO_PAD.encode(header));
             assert!(ours.verify(&token, now).is_err(), "{alg}");
         }
@@ -311,7 +389,7 @@ mod tests {
     #[test]
     fn a_changed_token_is_refused() {
         let (tokens, now) = (tokens("flip"), clock::now());
-        let token = tokens.issue(client(), SCOPE_ANALYZE, now).unwrap().expose_secret().to_owned();
+        let token = tokens.issue(grant(client()), now).unwrap().expose_secret().to_owned();
         for i in 0..token.len() {
             let mut bytes = token.clone().into_bytes();
             bytes[i] = if bytes[i] == b'A' { b'B' } else { b'A' };

@@ -1,17 +1,18 @@
 //! Registered users, in the table `auth.users`.
 
-use std::{collections::HashMap, str::FromStr};
+use std::{collections::HashMap, fmt, str::FromStr};
 
 use deadpool_postgres::Pool;
 use dermflow_schemas::{id::ClientId, limits};
 use secrecy::SecretString;
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
     db::{self, DbError},
-    password::{self, Hasher, PasswordError},
-    token::{SCOPE_ANALYZE, SCOPE_OPERATE},
+    password::{Hasher, PasswordError},
+    token::Grant,
 };
 
 mod migrations {
@@ -20,16 +21,21 @@ mod migrations {
 
 /// What a user is for. It decides the scope of the user's tokens, and there is one for each: who operates the
 /// system cannot submit images, and the other way round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Submits images and reads the reports: a client's system.
     Integrator,
     /// Looks after the queue: dead letters.
     Operator,
+    /// Reads the audit trail.
+    Auditor,
+    /// Registers the others.
+    Administrator,
 }
 
 /// Every role.
-pub const ROLES: [Role; 2] = [Role::Integrator, Role::Operator];
+pub const ROLES: [Role; 4] = [Role::Integrator, Role::Operator, Role::Auditor, Role::Administrator];
 
 impl Role {
     /// The word on the command line and in the database.
@@ -37,21 +43,25 @@ impl Role {
         match self {
             Self::Integrator => "integrator",
             Self::Operator => "operator",
+            Self::Auditor => "auditor",
+            Self::Administrator => "administrator",
         }
     }
 
-    /// The scope of the user's access tokens.
+    /// The widest scope of the user's access tokens.
     pub fn scope(self) -> &'static str {
         match self {
-            Self::Integrator => SCOPE_ANALYZE,
-            Self::Operator => SCOPE_OPERATE,
+            Self::Integrator => "system/DiagnosticReport.crds",
+            Self::Operator => "dermflow/operate",
+            Self::Auditor => "system/AuditEvent.rs",
+            Self::Administrator => "dermflow/register",
         }
     }
 }
 
 /// A word that names no role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not a role: integrator or operator")]
+#[error("not a role: integrator, operator, auditor or administrator")]
 pub struct UnknownRole;
 
 impl FromStr for Role {
@@ -62,13 +72,49 @@ impl FromStr for Role {
     }
 }
 
-/// A user whose password was right.
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// An account that may sign in, whatever it proves that with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct User {
-    /// The user's id, which is the client's for an integrator.
+    /// The account's id, which is the client's for an integrator.
     pub client: ClientId,
-    /// What the user is for.
+    /// What the account is for.
     pub role: Role,
+    /// When it expires.
+    pub expires_at: Option<OffsetDateTime>,
+    /// Tokens that were issued until then are refused.
+    pub valid_after: Option<OffsetDateTime>,
+}
+
+/// A condition of SQL on `auth.users`: the account may sign in. `$1` is the time.
+pub(crate) const OPEN: &str =
+    "NOT disabled AND deleted_at IS NULL AND (users.expires_at IS NULL OR users.expires_at > $1)";
+/// The columns that [`User::read`] needs.
+pub(crate) const COLUMNS: &str =
+    "users.id AS user_id, role, users.expires_at AS user_expires_at, valid_after";
+
+impl User {
+    /// `None` for a role that a newer build has introduced: it opens nothing here.
+    pub(crate) fn read(row: &tokio_postgres::Row) -> Option<Self> {
+        Some(Self {
+            client: row.get::<_, Uuid>("user_id").into(),
+            role: row.get::<_, &str>("role").parse().ok()?,
+            expires_at: row.get("user_expires_at"),
+            valid_after: row.get("valid_after"),
+        })
+    }
+
+    /// What a token for this account is given for. `credential` is what the account proved itself with, and when
+    /// that ends.
+    pub fn grant(self, credential: Uuid, ends: Option<OffsetDateTime>, scope: String) -> Grant {
+        let ends = self.expires_at.into_iter().chain(ends).min();
+        Grant { client: self.client, credential, scope, ends, after: self.valid_after }
+    }
 }
 
 /// Why a user cannot be created or checked.
@@ -111,33 +157,6 @@ pub async fn migrate(pool: &Pool) -> Result<(), DbError> {
     db::migrate(pool, &migrations::migrations::runner()).await
 }
 
-/// Registers a user with a generated password, which is returned and kept nowhere in clear.
-///
-/// # Errors
-/// When the name is taken or malformed, or the database is away.
-pub async fn create(
-    pool: &Pool,
-    name: &str,
-    role: Role,
-    now: OffsetDateTime,
-) -> Result<SecretString, UserError> {
-    if !valid_name(name) {
-        return Err(UserError::BadName);
-    }
-    let password = password::generate()?;
-    let hash = password::hash(&password)?;
-    let inserted = pool
-        .get()
-        .await?
-        .execute(
-            "INSERT INTO auth.users (id, username, password_hash, created_at, role) VALUES ($1, $2, $3, $4, $5)
-             ON CONFLICT (username) DO NOTHING",
-            &[&Uuid::new_v4(), &name, &hash, &now, &role.as_str()],
-        )
-        .await?;
-    if inserted == 1 { Ok(password) } else { Err(UserError::Exists(name.into())) }
-}
-
 /// Checks a name and a password; `None` when either is wrong, in the same time for both.
 ///
 /// # Errors
@@ -147,33 +166,42 @@ pub async fn authenticate(
     hasher: &Hasher,
     name: &str,
     password: SecretString,
+    now: OffsetDateTime,
 ) -> Result<Option<User>, UserError> {
-    let select = "SELECT id, role, password_hash FROM auth.users WHERE username = $1 AND NOT disabled";
-    let find = async { Ok::<_, UserError>(pool.get().await?.query_opt(select, &[&name]).await?) };
+    let select = format!("SELECT {COLUMNS}, password_hash FROM auth.users WHERE username = $2 AND {OPEN}");
+    let find = async { Ok::<_, UserError>(pool.get().await?.query_opt(&select, &[&now, &name]).await?) };
     let row = if valid_name(name) { db::within(find).await? } else { None };
-    let user = row.as_ref().and_then(|row| {
-        // A role that a newer build has introduced opens nothing here.
-        let role = row.get::<_, &str>(1).parse().ok()?;
-        Some(User { client: row.get::<_, Uuid>(0).into(), role })
-    });
-    let right = hasher.verify(password, row.map(|row| row.get::<_, String>(2))).await?;
-    Ok(user.filter(|_| right))
+    let user = row.as_ref().and_then(User::read);
+    let stored = row.and_then(|row| row.get::<_, Option<String>>("password_hash"));
+    let right = hasher.verify(password, stored).await?;
+    let user = user.filter(|_| right);
+    if let Some(user) = user {
+        used(pool, user.client, None, now).await?;
+    }
+    Ok(user)
 }
 
-/// Shuts a user out: no new token, and those it holds are refused by every replica within a second.
-///
-/// # Errors
-/// When there is no such user, or the database is away.
-pub async fn disable(pool: &Pool, name: &str) -> Result<(), UserError> {
-    let update = "UPDATE auth.users SET disabled = true WHERE username = $1";
-    match pool.get().await?.execute(update, &[&name]).await? {
-        0 => Err(UserError::Unknown(name.into())),
-        _ => Ok(()),
-    }
+/// Notes that an account and, if it was not its password, one of its credentials was used, to the hour: who reads
+/// which accounts are unused needs no more, and signing in should not cost a write each time.
+pub(crate) async fn used(
+    pool: &Pool,
+    account: ClientId,
+    credential: Option<Uuid>,
+    now: OffsetDateTime,
+) -> Result<(), DbError> {
+    let note = "WITH noted AS (UPDATE auth.credentials SET last_used_at = $2 WHERE id = $3 \
+                AND (last_used_at IS NULL OR last_used_at < $2::timestamptz - interval '1 hour')) \
+                UPDATE auth.users SET last_used_at = $2 WHERE id = $1 \
+                AND (last_used_at IS NULL OR last_used_at < $2::timestamptz - interval '1 hour')";
+    db::within(async {
+        pool.get().await?.execute(note, &[&account.uuid(), &now, &credential]).await?;
+        Ok(())
+    })
+    .await
 }
 
 /// What a client may have open at once, and its share of the workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Quota {
     /// Jobs that have not ended.
     pub jobs: i64,
@@ -183,6 +211,19 @@ pub struct Quota {
     pub running: i64,
     /// Share of the workers against other clients with bulk jobs, 1 to [`limits::MAX_WEIGHT`].
     pub weight: i16,
+}
+
+impl Quota {
+    /// What is NULL is the build's.
+    pub(crate) fn read(row: &tokio_postgres::Row) -> Self {
+        let usual = Self::default();
+        Self {
+            jobs: row.get::<_, Option<_>>("quota_jobs").unwrap_or(usual.jobs),
+            bytes: row.get::<_, Option<_>>("quota_bytes").unwrap_or(usual.bytes),
+            running: row.get::<_, Option<_>>("quota_running").unwrap_or(usual.running),
+            weight: row.get::<_, Option<_>>("weight").unwrap_or(usual.weight),
+        }
+    }
 }
 
 impl Default for Quota {
@@ -197,7 +238,8 @@ impl Default for Quota {
 }
 
 /// Changes of a [`Quota`]; what is `None` stays as it is.
-#[derive(Debug, Clone, Copy, Default, clap::Args)]
+#[derive(Debug, Clone, Copy, Default, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct QuotaChange {
     /// Jobs that have not ended.
     #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
@@ -213,37 +255,29 @@ pub struct QuotaChange {
     pub weight: Option<i16>,
 }
 
-/// Changes a user's quota; ingress knows it within a second, workers with the user's next jobs.
-///
-/// # Errors
-/// When there is no such user, or the database is away.
-pub async fn set_quota(pool: &Pool, name: &str, change: QuotaChange) -> Result<(), UserError> {
-    let update = "UPDATE auth.users SET quota_jobs = coalesce($2, quota_jobs), \
-                  quota_bytes = coalesce($3, quota_bytes), quota_running = coalesce($4, quota_running), \
-                  weight = coalesce($5, weight) WHERE username = $1";
-    let QuotaChange { jobs, bytes, running, weight } = change;
-    match pool.get().await?.execute(update, &[&name, &jobs, &bytes, &running, &weight]).await? {
-        0 => Err(UserError::Unknown(name.into())),
-        _ => Ok(()),
-    }
-}
-
 /// How a user stands that is not like all the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Standing {
     /// Shut out, whatever tokens it holds.
-    pub disabled: bool,
+    pub closed: bool,
+    /// Tokens that were issued until then are refused.
+    pub valid_after: Option<OffsetDateTime>,
     /// Its quota.
     pub quota: Quota,
 }
 
-/// The users that are shut out or have a quota of their own.
+/// The users that are shut out, hold tokens that are refused, or have a quota of their own. What concerns no token
+/// that may still live is left out.
 ///
 /// # Errors
 /// When the database is away.
 pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbError> {
-    let select = "SELECT id, disabled, quota_jobs, quota_bytes, quota_running, weight FROM auth.users \
-                  WHERE disabled OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0";
+    let select = "SELECT id, disabled OR deleted_at IS NOT NULL OR coalesce(expires_at <= now(), false) AS closed, \
+                  valid_after, quota_jobs, quota_bytes, quota_running, weight FROM auth.users \
+                  WHERE disabled OR deleted_at > now() - interval '1 hour' \
+                  OR expires_at BETWEEN now() - interval '1 hour' AND now() \
+                  OR valid_after > now() - interval '1 hour' \
+                  OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0";
     db::within(async {
         let rows = pool.get().await?.query(select, &[]).await?;
         Ok(rows.iter().map(|row| (row.get::<_, Uuid>("id").into(), standing(row))).collect())
@@ -252,17 +286,10 @@ pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbEr
 }
 
 fn standing(row: &tokio_postgres::Row) -> Standing {
-    let usual = Quota::default();
-    let quota = Quota {
-        jobs: row.get::<_, Option<_>>("quota_jobs").unwrap_or(usual.jobs),
-        bytes: row.get::<_, Option<_>>("quota_bytes").unwrap_or(usual.bytes),
-        running: row.get::<_, Option<_>>("quota_running").unwrap_or(usual.running),
-        weight: row.get::<_, Option<_>>("weight").unwrap_or(usual.weight),
-    };
-    Standing { disabled: row.get("disabled"), quota }
+    Standing { closed: row.get("closed"), valid_after: row.get("valid_after"), quota: Quota::read(row) }
 }
 
-fn valid_name(name: &str) -> bool {
+pub(crate) fn valid_name(name: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._@-".contains(&b);
     (1..=63).contains(&name.len())
         && name.bytes().all(allowed)
@@ -278,7 +305,8 @@ mod tests {
         for role in ROLES {
             assert_eq!(role.as_str().parse(), Ok(role));
         }
-        assert_ne!(ROLES[0].scope(), ROLES[1].scope());
+        let scopes: std::collections::HashSet<&str> = ROLES.iter().map(|role| role.scope()).collect();
+        assert_eq!(scopes.len(), ROLES.len());
         assert_eq!("root".parse::<Role>(), Err(UnknownRole));
     }
 

@@ -1,22 +1,29 @@
-//! I6: who is shut out is refused on every replica within a second, with no question to the database on the way
-//! of a request.
+//! I6: who is shut out, and what is revoked, is refused on every replica within a second, with no question to the
+//! database on the way of a request.
 //!
-//! While the database is away the last view holds: tokens still verify, as the failure table of the architecture
-//! promises, and nobody new can be shut out either.
+//! A view that is older than [`ACCESS_STALE`] opens nothing: the database is away, and so is everything that a caller
+//! could want. Who comes then is told to come again.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, PoisonError, RwLock},
 };
 
 use deadpool_postgres::Pool;
 use dermflow_auth::{
-    token::Tokens,
+    revocation,
+    token::{Caller, Tokens},
     users::{self, Quota, Standing},
 };
-use dermflow_schemas::{id::ClientId, limits::ACCESS_INTERVAL};
-use tokio::time::{MissedTickBehavior, interval};
+use dermflow_schemas::{
+    id::ClientId,
+    limits::{ACCESS_INTERVAL, ACCESS_STALE, KEYS_INTERVAL},
+};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::trail::Trail;
 
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {
@@ -24,49 +31,86 @@ pub(crate) trait Gate: Send + Sync + 'static {
     fn tokens(&self) -> &Tokens;
     /// Who is shut out.
     fn access(&self) -> &Access;
+    /// What is recorded of its callers.
+    fn trail(&self) -> &Trail;
     /// Where the users are.
     fn users(&self) -> &Pool;
 }
 
-/// This replica's view of the users that are not like all the others.
-#[derive(Debug, Default)]
-pub(crate) struct Access {
-    exceptions: RwLock<HashMap<ClientId, Standing>>,
+/// Whether a caller with a valid token may call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It may.
+    Open,
+    /// Its account is shut out, or its token or what that was given for is revoked.
+    Revoked,
+    /// The view is too old to say.
+    Unknown,
 }
 
+#[derive(Debug, Default)]
+struct View {
+    /// The users that are not like all the others.
+    exceptions: HashMap<ClientId, Standing>,
+    revoked: HashSet<Uuid>,
+    /// When the database was asked for it.
+    of: Option<Instant>,
+}
+
+/// This replica's view of who may call.
+#[derive(Debug, Default)]
+pub(crate) struct Access(RwLock<View>);
+
 impl Access {
-    /// Whether a client with a valid token may call.
-    pub(crate) fn permits(&self, client: ClientId) -> bool {
-        !self.standing(client).disabled
+    /// Whether a caller with a valid token may call.
+    pub(crate) fn judge(&self, caller: &Caller) -> Verdict {
+        let view = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if view.of.is_none_or(|of| of.elapsed() > ACCESS_STALE) {
+            return Verdict::Unknown;
+        }
+        let standing = view.exceptions.get(&caller.client).copied().unwrap_or_default();
+        // A token counts whole seconds: one of the same second may be from before.
+        let too_old =
+            |after: time::OffsetDateTime| caller.issued_at.unix_timestamp() <= after.unix_timestamp();
+        let revoked = standing.closed
+            || standing.valid_after.is_some_and(too_old)
+            || view.revoked.contains(&caller.jti)
+            || view.revoked.contains(&caller.credential);
+        if revoked { Verdict::Revoked } else { Verdict::Open }
     }
 
     /// What a client may have open at once.
     pub(crate) fn quota(&self, client: ClientId) -> Quota {
-        self.standing(client).quota
-    }
-
-    fn standing(&self, client: ClientId) -> Standing {
-        let exceptions = self.exceptions.read().unwrap_or_else(PoisonError::into_inner);
-        exceptions.get(&client).copied().unwrap_or_default()
+        let view = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        view.exceptions.get(&client).copied().unwrap_or_default().quota
     }
 
     /// Looks at the database.
     pub(crate) async fn refresh(&self, pool: &Pool) {
-        match users::exceptions(pool).await {
-            Ok(fresh) => *self.exceptions.write().unwrap_or_else(PoisonError::into_inner) = fresh,
-            Err(error) => tracing::debug!(%error, "the last view of the users holds"),
+        let of = Some(Instant::now());
+        match tokio::try_join!(users::exceptions(pool), revocation::all(pool)) {
+            Ok((exceptions, revoked)) => {
+                *self.0.write().unwrap_or_else(PoisonError::into_inner) = View { exceptions, revoked, of };
+            }
+            Err(error) => tracing::debug!(%error, "the last view of the users holds, for a while"),
         }
     }
 }
 
-/// Keeps the view fresh until `stop`.
+/// Keeps view and keys fresh until `stop`.
 pub(crate) async fn run<G: Gate>(gate: Arc<G>, stop: CancellationToken) {
-    let mut tick = interval(ACCESS_INTERVAL);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut look, mut keys) = (interval(ACCESS_INTERVAL), interval(KEYS_INTERVAL));
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    keys.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = tick.tick() => gate.access().refresh(gate.users()).await,
+            _ = look.tick() => gate.access().refresh(gate.users()).await,
+            _ = keys.tick() => {
+                if let Err(error) = gate.tokens().reload() {
+                    tracing::warn!(%error, "the signing keys stay as they were");
+                }
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::{
     lanes::Lanes,
     metrics::Metrics,
     store::Store,
+    trail::Trail,
 };
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.
@@ -26,6 +27,7 @@ pub(crate) struct App {
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
     pub(crate) access: Access,
+    pub(crate) trail: Trail,
     pub(crate) hasher: Hasher,
     pub(crate) keyring: Keyring,
     pub(crate) nats: async_nats::Client,
@@ -46,6 +48,10 @@ impl Gate for App {
 
     fn access(&self) -> &Access {
         &self.access
+    }
+
+    fn trail(&self) -> &Trail {
+        &self.trail
     }
 
     fn users(&self) -> &Pool {

@@ -217,7 +217,7 @@ async fn publish(
         .collect();
     let marked = mark(app, &marks).await;
     if !refused.is_empty()
-        && let Err(error) = app.store.forget(&refused).await
+        && let Err(error) = app.store.forget(&refused, clock::now()).await
     {
         tracing::warn!(%error, jobs = refused.len(), "refused jobs are left to the sweeper");
     }

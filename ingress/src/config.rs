@@ -28,9 +28,9 @@ pub struct Options {
     /// Private key (PEM).
     #[arg(long, env = "DERMFLOW_TLS_KEY")]
     pub tls_key: PathBuf,
-    /// Ed25519 key that signs access tokens (PKCS#8 PEM).
-    #[arg(long, env = "DERMFLOW_SIGNING_KEY")]
-    pub signing_key: PathBuf,
+    /// Folder of the keys that sign access tokens: `auth key add` makes one, and all replicas read the same.
+    #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
+    pub signing_keys: PathBuf,
     /// Keys that seal images and reports: a line `<id> <Base64 of 32 bytes>` each, the first one seals.
     #[arg(long, env = "DERMFLOW_SEALING_KEYS")]
     pub sealing_keys: PathBuf,
@@ -65,9 +65,9 @@ pub struct OperateOptions {
     /// Private key (PEM).
     #[arg(long, env = "DERMFLOW_TLS_KEY")]
     pub tls_key: PathBuf,
-    /// Ed25519 key that signs access tokens (PKCS#8 PEM).
-    #[arg(long, env = "DERMFLOW_SIGNING_KEY")]
-    pub signing_key: PathBuf,
+    /// Folder of the keys that sign access tokens: `auth key add` makes one, and all replicas read the same.
+    #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
+    pub signing_keys: PathBuf,
     /// The broker.
     #[command(flatten)]
     pub nats: NatsOptions,

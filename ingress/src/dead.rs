@@ -12,7 +12,7 @@ use async_nats::jetstream::{
     stream::{RawMessageErrorKind, Stream},
 };
 use bytes::Bytes;
-use dermflow_auth::token::Tokens;
+use dermflow_auth::{audit::Who, token::Tokens};
 use dermflow_schemas::{
     clock,
     envelope::{JobHeader, job_of},
@@ -30,6 +30,7 @@ use crate::{
     access::{Access, Gate},
     answer::Problem,
     store::{Requeue, Store},
+    trail::Trail,
 };
 
 /// The state of the operators' process.
@@ -40,6 +41,7 @@ pub(crate) struct Operators {
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
     pub(crate) access: Access,
+    pub(crate) trail: Trail,
     pub(crate) publisher: Publisher,
 }
 
@@ -50,6 +52,10 @@ impl Gate for Operators {
 
     fn access(&self) -> &Access {
         &self.access
+    }
+
+    fn trail(&self) -> &Trail {
+        &self.trail
     }
 
     fn users(&self) -> &deadpool_postgres::Pool {
@@ -155,7 +161,7 @@ fn refused(why: &str) -> Problem {
 pub(crate) async fn requeue(
     operators: &Operators,
     sequence: u64,
-    operator: ClientId,
+    operator: Who,
 ) -> Result<(JobId, State), Problem> {
     let place = i64::try_from(sequence).map_err(|_| Code::NotFound)?;
     let Some(letter) = get(operators, sequence).await? else {
@@ -168,7 +174,7 @@ pub(crate) async fn requeue(
     let deadline = header.clone().requeued(1, now).deadline;
     let requeue = operators.store.requeue(job, place, deadline, now, operator).await?.map_err(refused)?;
     put_back(operators, &requeue, Some(letter)).await?;
-    tracing::info!(%job, %operator, letter = sequence, "dead letter requeued");
+    tracing::info!(%job, operator = operator.actor.id(), letter = sequence, "dead letter requeued");
     Ok((job, requeue.state))
 }
 
@@ -216,7 +222,7 @@ async fn without_letter(operators: &Operators, requeue: &Requeue) -> Result<(), 
 }
 
 /// Removes a dead letter for good, bytes and all.
-pub(crate) async fn purge(operators: &Operators, sequence: u64, operator: ClientId) -> Result<(), Problem> {
+pub(crate) async fn purge(operators: &Operators, sequence: u64, operator: Who) -> Result<(), Problem> {
     let letter = get(operators, sequence).await?.ok_or(Code::NotFound)?;
     let place = i64::try_from(sequence).map_err(|_| Code::NotFound)?;
     if operators.store.requeued_from(place).await?.is_some_and(|requeue| requeue.pending) {
@@ -225,7 +231,8 @@ pub(crate) async fn purge(operators: &Operators, sequence: u64, operator: Client
     // The trail first: an entry for a letter that is still there does no harm.
     operators.store.purge(place, letter.client, letter.job, clock::now(), operator).await?;
     remove(operators, sequence).await?;
-    tracing::info!(job = letter.job.map(tracing::field::display), %operator, letter = sequence, "dead letter purged");
+    let (job, operator) = (letter.job.map(tracing::field::display), operator.actor.id());
+    tracing::info!(job, operator, letter = sequence, "dead letter purged");
     Ok(())
 }
 

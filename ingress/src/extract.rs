@@ -1,6 +1,6 @@
 //! What handlers take from a request before they look at it: who calls, its id, its body within bounds.
 
-use std::sync::Arc;
+use std::{marker::PhantomData, sync::Arc};
 
 use axum::{
     body::Body as AxumBody,
@@ -10,7 +10,7 @@ use axum::{
     response::Response,
 };
 use bytes::{Bytes, BytesMut};
-use dermflow_auth::token;
+use dermflow_auth::{audit::Who, scope::Permission, token};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -21,47 +21,86 @@ use futures_util::StreamExt;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem, app::Bounds};
+use crate::{
+    access::{Gate, Verdict},
+    answer::Problem,
+    app::Bounds,
+    audited::Origin,
+};
 
-static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// A caller with a valid access token. A handler that takes one is closed to everybody else.
+/// What a handler's callers must be permitted.
+pub(crate) trait Needs {
+    /// The permission.
+    const PERMISSION: Permission;
+}
+
+macro_rules! needs {
+    ($($permission:ident)*) => {
+        $(
+            #[doc = concat!("See [`Permission::", stringify!($permission), "`].")]
+            #[derive(Debug)]
+            pub(crate) enum $permission {}
+
+            impl Needs for $permission {
+                const PERMISSION: Permission = Permission::$permission;
+            }
+        )*
+    };
+}
+
+needs! { Submit Read Search Delete Operate ReadTrail }
+
+/// A caller with a valid access token that permits `P`. A handler that takes one is closed to everybody else: its
+/// signature is its access rule.
 #[derive(Debug)]
-pub(crate) struct Caller(token::Caller);
+pub(crate) struct Allowed<P> {
+    /// Who calls.
+    pub(crate) client: ClientId,
+    /// What its token says.
+    pub(crate) caller: Arc<token::Caller>,
+    /// By which way it came, for the audit trail.
+    pub(crate) who: Who,
+    _permission: PhantomData<P>,
+}
 
-impl Caller {
-    /// The client, if its token carries `scope`.
-    pub(crate) fn with_scope(&self, scope: &str) -> Result<ClientId, Problem> {
-        if self.0.may(scope) { Ok(self.0.client) } else { Err(Code::Forbidden.into()) }
+impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
+        let caller = bearer(&parts.headers, gate.as_ref())?;
+        let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
+        origin.is(caller.client);
+        if !caller.may(P::PERMISSION) {
+            return Err(Code::Forbidden.into());
+        }
+        Ok(Self { client: caller.client, caller, who: origin.who(), _permission: PhantomData })
     }
 }
 
-impl<G: Gate> FromRequestParts<Arc<G>> for Caller {
-    type Rejection = Problem;
-
-    /// The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
-    /// refused goes to the log: every refusal looks the same from outside.
-    async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
-        let mut values = parts.headers.get_all(header::AUTHORIZATION).iter();
-        let Some(value) = values.next() else { return Err(unauthenticated("Bearer")) };
-        let refused = || unauthenticated("Bearer error=\"invalid_token\"");
-        if values.next().is_some() {
-            return Err(refused());
+/// Who calls. The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
+/// refused goes to the log: every refusal looks the same from outside.
+pub(crate) fn bearer<G: Gate>(headers: &HeaderMap, gate: &G) -> Result<Arc<token::Caller>, Problem> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let Some(value) = values.next() else { return Err(unauthenticated("Bearer")) };
+    let refused = || unauthenticated("Bearer error=\"invalid_token\"");
+    if values.next().is_some() {
+        return Err(refused());
+    }
+    let value = value.to_str().ok().and_then(|value| value.split_once(' '));
+    let token = value.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
+    let caller = gate.tokens().verify(token.unwrap_or_default(), clock::now()).map_err(|error| {
+        tracing::info!(%error, "access refused");
+        refused()
+    })?;
+    match gate.access().judge(&caller) {
+        Verdict::Open => Ok(caller),
+        Verdict::Revoked => {
+            tracing::info!(client = %caller.client, "access refused: revoked");
+            Err(refused())
         }
-        let bearer = value.to_str().ok().and_then(|value| value.split_once(' '));
-        let token =
-            bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
-        match gate.tokens().verify(token.unwrap_or_default(), clock::now()) {
-            Ok(caller) if gate.access().permits(caller.client) => Ok(Self(caller)),
-            Ok(caller) => {
-                tracing::info!(client = %caller.client, "access refused: disabled");
-                Err(refused())
-            }
-            Err(error) => {
-                tracing::info!(%error, "access refused");
-                Err(refused())
-            }
-        }
+        Verdict::Unknown => Err(Code::DatabaseUnavailable.into()),
     }
 }
 
@@ -152,8 +191,9 @@ impl<S: Send + Sync> FromRequestParts<S> for JobPath {
 }
 
 /// Gives every request an id, the caller's own if it is fit to be logged, and puts it in the answer.
-pub(crate) async fn request_id(request: Request, next: Next) -> Response {
+pub(crate) async fn request_id(mut request: Request, next: Next) -> Response {
     let id = callers_id(request.headers()).unwrap_or_else(new_id);
+    request.headers_mut().insert(REQUEST_ID.clone(), id.clone());
     let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
     let mut response = tracing::Instrument::instrument(next.run(request), span).await;
     response.headers_mut().insert(REQUEST_ID.clone(), id);

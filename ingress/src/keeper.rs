@@ -11,6 +11,7 @@ use async_nats::jetstream::{
     context::GetStreamErrorKind,
     stream::{Info, Stream},
 };
+use dermflow_auth::audit::{Action, Event, Who};
 use dermflow_schemas::{
     clock,
     limits::{KEEP_INTERVAL, MAX_CONSUMERS},
@@ -21,10 +22,7 @@ use serde_json::json;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    app::App,
-    store::{Act, Audit},
-};
+use crate::app::App;
 
 /// What a stream holds, as far as consumers know of it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -138,8 +136,8 @@ async fn recreate(
         app.metrics.queue_recreated.with_label_values(&[part]).inc();
     }
     let detail = json!({ "missing": missing });
-    let entry = Audit { at: clock::now(), actor: "ingress".into(), act: Act::QueueRecreated, detail };
-    if let Err(error) = app.store.note(&entry).await {
+    let event = Event::new(Action::QueueRecreated, Who::part("ingress"), clock::now()).detail(detail);
+    if let Err(error) = app.store.note(event).await {
         tracing::warn!(%error, "not in the audit trail");
     }
     Ok(())

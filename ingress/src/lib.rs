@@ -9,7 +9,9 @@
 mod access;
 mod answer;
 mod app;
+mod audited;
 mod batches;
+mod chainer;
 mod commit;
 mod config;
 mod dead;
@@ -34,6 +36,7 @@ mod store;
 mod submit;
 mod sweeper;
 mod timekeeper;
+mod trail;
 mod upload;
 
 pub use config::{OperateOptions, Options};
@@ -42,7 +45,7 @@ pub use serve::{TlsError, tls_config};
 use std::sync::Arc;
 
 use anyhow::Context;
-use dermflow_auth::{password::Hasher, token::Tokens};
+use dermflow_auth::{audit, password::Hasher, token::Tokens};
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS},
     process::shutdown_requested,
@@ -60,6 +63,7 @@ use crate::{
     lanes::Lanes,
     metrics::Metrics,
     store::Store,
+    trail::Trail,
 };
 
 /// Runs an ingress process until SIGTERM or SIGINT, then drains.
@@ -68,10 +72,10 @@ use crate::{
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let tls = tls_config(&options.tls_cert, &options.tls_key)?;
-    let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
-    store.migrate().await.context("cannot prepare the database")?;
+    prepare(&store).await?;
     timekeeper::follow(&store).await;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
@@ -79,11 +83,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let ensured = queue::ensure(&context, options.ack_wait(), options.replicas).await;
     ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
     let (commits, entries) = Commits::new();
+    let metrics = Metrics::new()?;
+    let trail = Trail::start(store.pool().clone(), metrics.audit_lost.clone());
     let app = Arc::new(App {
         public_url: options.public_url.as_str().into(),
         store,
         tokens,
         access: Access::default(),
+        trail,
         hasher: Hasher::new()?,
         keyring,
         nats,
@@ -92,7 +99,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         drain: Drain::default(),
         draining: CancellationToken::new(),
         lanes: Lanes::new(options.ack_wait()),
-        metrics: Metrics::new()?,
+        metrics,
         bounds: Bounds::new(),
     });
     // Before the first request: a restart forgets nobody who was shut out.
@@ -111,6 +118,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
         tokio::spawn(timekeeper::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
     ];
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),
@@ -134,22 +143,30 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Brings our tables up to date, and looks for those of `auth` that nothing goes without.
+async fn prepare(store: &Store) -> anyhow::Result<()> {
+    audit::ready(store.pool()).await.context("there is no audit trail: run `auth migrate` first")?;
+    store.migrate().await.context("cannot prepare the database")
+}
+
 /// Runs the operators' process until SIGTERM or SIGINT, then drains.
 ///
 /// # Errors
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let tls = tls_config(&options.tls_cert, &options.tls_key)?;
-    let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
-    store.migrate().await.context("cannot prepare the database")?;
+    prepare(&store).await?;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
+    let trail = Trail::start(store.pool().clone(), Metrics::new()?.audit_lost);
     let operators = Arc::new(Operators {
         public_url: options.public_url.as_str().into(),
         store,
         tokens,
         access: Access::default(),
+        trail,
         publisher: Publisher::new(queue::context(nats)),
     });
     operators.access.refresh(operators.store.pool()).await;
@@ -159,6 +176,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let tasks = [
         tokio::spawn(access::run(operators.clone(), stop.clone())),
         tokio::spawn(dead::resume(operators.clone(), stop.clone())),
+        tokio::spawn(trail::count(operators.trail.clone(), stop.clone())),
         tokio::spawn(serve::https(listener, tls, routes::operators(operators), stop.clone())),
     ];
     tracing::info!(listen = %address, "ready for operators");

@@ -1,8 +1,8 @@
 //! Every metric, described once. Prometheus text format on the internal listener.
 
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
-    core::Collector,
+    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder, core::Collector,
 };
 
 /// From a millisecond to the longest wait.
@@ -39,6 +39,8 @@ pub(crate) struct Metrics {
     pub(crate) stream_messages: IntGaugeVec,
     /// Callers waiting for a result.
     pub(crate) waiters: IntGauge,
+    /// Refusals that are not in the audit trail: an alarm.
+    pub(crate) audit_lost: IntCounter,
 }
 
 impl Metrics {
@@ -94,6 +96,10 @@ impl Metrics {
                 )?,
             )?,
             waiters: add(&registry, IntGauge::new("dermflow_waiters", "Callers waiting for a result.")?)?,
+            audit_lost: add(
+                &registry,
+                IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?,
+            )?,
             registry: registry.clone(),
         })
     }

@@ -39,6 +39,8 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+use crate::audited::Peer;
+
 /// HTTP/2 flow-control windows: with the defaults an upload of megabytes takes a round trip every 64 KiB.
 const STREAM_WINDOW: u32 = 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
@@ -94,13 +96,17 @@ pub(crate) async fn https(
     let graceful = GracefulShutdown::new();
     let serve = |stream: TcpStream| {
         let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
+        let peer = stream.peer_addr().map(|address| Peer(address.ip())).ok();
         async move {
             let Ok(Ok(stream)) = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else { return };
             let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
             let builder = builder(is_h2);
             let (router, spoke) = (TowerToHyperService::new(router), Arc::new(AtomicBool::new(false)));
             let heard = spoke.clone();
-            let service = service_fn(move |request| {
+            let service = service_fn(move |mut request: Request<Incoming>| {
+                if let Some(peer) = peer {
+                    request.extensions_mut().insert(peer);
+                }
                 heard.store(true, Ordering::Relaxed);
                 router.call(request)
             });

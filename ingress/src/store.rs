@@ -6,7 +6,10 @@
 use std::collections::BTreeMap;
 
 use deadpool_postgres::{Pool, Transaction};
-use dermflow_auth::db::{self, DbError, within};
+use dermflow_auth::{
+    audit::{Action, Event as AuditEvent, Outcome as AuditOutcome, Who},
+    db::{self, DbError, within},
+};
 use dermflow_schemas::{
     envelope::{Failure, Outcome, Progress, ResultHeader},
     error::Code,
@@ -30,7 +33,6 @@ pub(crate) mod drain;
 mod sweeping;
 
 pub(crate) use self::{
-    audit::{Act, Audit},
     dead::Requeue,
     sweeping::{Gaps, Leader, Open},
 };
@@ -181,7 +183,7 @@ impl Store {
     }
 
     /// The queue refused payloads for certain: nothing was accepted, and nothing is left of the jobs.
-    pub(crate) async fn forget(&self, ids: &[JobId]) -> Result<()> {
+    pub(crate) async fn forget(&self, ids: &[JobId], now: OffsetDateTime) -> Result<()> {
         within(async {
             let ids: Vec<Uuid> = ids.iter().map(|id| id.uuid()).collect();
             let mut connection = self.pool.get().await?;
@@ -193,6 +195,9 @@ impl Store {
             let locked: Vec<Ending> = rows.iter().map(Ending::from).collect();
             release(&transaction, &locked).await?;
             let locked: Vec<Uuid> = locked.iter().map(|open| open.id).collect();
+            let event = AuditEvent::new(Action::Submit, Who::part("ingress"), now);
+            let event = event.outcome(AuditOutcome::Failed, Code::QueueFull);
+            audit::of_jobs(&event, &transaction, &locked).await?;
             transaction.execute("DELETE FROM jobs WHERE id = ANY($1)", &[&locked]).await?;
             transaction.commit().await?;
             Ok(())
@@ -283,6 +288,7 @@ impl Store {
         &self,
         job: JobId,
         client: ClientId,
+        who: Who,
         now: OffsetDateTime,
     ) -> Result<Option<Record>> {
         within(async {
@@ -307,8 +313,8 @@ impl Store {
                     .await?;
             }
             let detail = serde_json::json!({ "state": record.state });
-            let entry = Audit { at: now, actor: client.to_string(), act: Act::JobWithdrawn, detail };
-            entry.of_jobs(&transaction, &[job.uuid()]).await?;
+            let event = AuditEvent::new(Action::JobWithdrawn, who, now).detail(detail);
+            audit::of_jobs(&event, &transaction, &[job.uuid()]).await?;
             transaction.commit().await?;
             Ok(Some(record))
         })

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use async_nats::Subscriber;
 use aws_lc_rs::digest::{SHA256, digest};
 use axum::http::header::CONTENT_LOCATION;
+use dermflow_auth::audit::Who;
 use dermflow_schemas::{
     clock,
     envelope::{Carrier, JobHeader, Payload, ResultHeader},
@@ -35,6 +36,8 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Submission {
     pub(crate) client: ClientId,
+    /// The client, and by which way it came.
+    pub(crate) who: Who,
     pub(crate) lane: Lane,
     /// What repeats of the request are known by.
     pub(crate) key: Option<String>,
@@ -65,7 +68,7 @@ pub(crate) async fn submit(app: Arc<App>, submission: Submission) -> Result<Subm
 }
 
 async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Submitted, Problem> {
-    let Submission { client, lane, key, payload, cancel_after, member, patience, memory: _memory } =
+    let Submission { client, who, lane, key, payload, cancel_after, member, patience, memory: _memory } =
         submission;
     let now = clock::now();
     let mut header = JobHeader::new(JobId::new(now), client, lane, now, cancel_after);
@@ -76,6 +79,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
     let job = NewJob {
         id: header.job,
         client,
+        who,
         lane,
         images,
         bytes,

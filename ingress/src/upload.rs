@@ -14,6 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use dermflow_auth::{audit::Who, token::Caller};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code, Retry},
@@ -34,6 +35,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
+    access::Verdict,
     answer::{Problem, error_json},
     app::App,
     lines::{self, Form, Line},
@@ -48,7 +50,11 @@ pub(crate) const NDJSON: &str = "application/x-ndjson";
 /// Who uploads what.
 #[derive(Debug)]
 pub(crate) struct Upload {
+    /// Whose token it came with: it may be revoked before the end.
+    pub(crate) caller: Arc<Caller>,
     pub(crate) client: ClientId,
+    /// The client, and by which way it came.
+    pub(crate) who: Who,
     pub(crate) batch: Uuid,
     pub(crate) form: Form,
     /// Earlier uploads had lines refused, which this one may mend.
@@ -213,7 +219,7 @@ impl Uploading {
         };
         self.write(&answer).await?;
         // Who was shut out while uploading is done.
-        Ok(goes_on && self.app.access.permits(self.upload.client))
+        Ok(goes_on && self.app.access.judge(&self.upload.caller) != Verdict::Revoked)
     }
 
     async fn write(&self, line: &Value) -> Result<(), Gone> {
@@ -282,6 +288,7 @@ async fn accept(
     let custom_id = member.custom_id.clone();
     let submission = Submission {
         client: upload.client,
+        who: upload.who,
         lane: Lane::Bulk,
         // The space keeps it apart from every key that a caller can choose.
         key: Some(format!("batch {} {custom_id}", upload.batch)),

@@ -147,6 +147,10 @@ pub const BULK_DEADLINE: Duration = Duration::from_hours(24);
 pub const ACCEPTED_GRACE: Duration = Duration::from_mins(10);
 /// Between two looks at which users are shut out: less than half of the second within which it must show.
 pub const ACCESS_INTERVAL: Duration = Duration::from_millis(400);
+/// How old that look may be: then nobody is let in, as anybody may have been shut out since.
+pub const ACCESS_STALE: Duration = Duration::from_secs(5);
+/// Between two looks at the folder of signing keys.
+pub const KEYS_INTERVAL: Duration = Duration::from_secs(5);
 /// Between two looks at how fast the queue drains.
 pub const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 /// Over how long the rate is measured.
@@ -253,3 +257,28 @@ pub const MAX_EXECUTORS: usize = 256;
 /// The shortest time the broker may wait for a sign of life: progress acks go out every third of it, and must
 /// survive a slow round trip.
 pub const MIN_ACK_WAIT: Duration = Duration::from_secs(1);
+
+/// Audit events that wait to be written, per ingress process; what needs another one is answered with 503.
+pub const AUDIT_QUEUE: usize = 4_096;
+/// Audit events in one statement: those that came in while the one before it was on its way.
+pub const AUDIT_GROUP: usize = 256;
+/// Such statements at once, per ingress process.
+pub const AUDIT_WRITERS: usize = 2;
+/// Refusals of one kind and one network address that are recorded each second; the rest are counted in one event.
+pub const AUDIT_REFUSALS: u32 = 5;
+/// Kinds of refusal by network address that are told apart at once; beyond it the address is left out.
+pub const AUDIT_SOURCES: usize = 4_096;
+/// Between two looks for events that are not in the hash chain yet.
+pub const AUDIT_CHAIN_INTERVAL: Duration = Duration::from_millis(500);
+/// Events that are chained in one transaction.
+pub const AUDIT_CHAIN_BATCH: i64 = 4_096;
+/// The latest links, among whose events those are looked for that were committed late. Beyond it they are found by
+/// `auth audit verify`.
+pub const AUDIT_CHAIN_RECENT: i64 = 2_048;
+/// How much older than an event before it in the chain an event may be: more than any transaction takes and clocks
+/// differ. One that is older was put in afterwards.
+pub const AUDIT_LATE: Duration = Duration::from_mins(10);
+/// Audit events that are removed in one transaction.
+pub const AUDIT_PRUNE_BATCH: i64 = 100_000;
+/// What `auth audit` commands give a statement: they look at all there is.
+pub const AUDIT_COMMAND_DEADLINE: Duration = Duration::from_mins(10);

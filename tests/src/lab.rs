@@ -395,6 +395,11 @@ impl Lab {
         self.stack.pki.ca.clone()
     }
 
+    /// The folder of the keys that sign access tokens.
+    pub fn signing_keys(&self) -> PathBuf {
+        self.stack.pki.signing_keys.clone()
+    }
+
     /// A TLS client that speaks these versions only.
     ///
     /// # Errors

@@ -92,7 +92,7 @@ async fn a_dead_letter_is_shown_and_put_back() -> Result<()> {
     assert_eq!(again.body["state"], "succeeded");
     assert_eq!(billed(&lab).await?, 1);
     assert_eq!((lab.messages("DEAD").await?, lab.messages("JOBS").await?), (0, 0));
-    let entries = "SELECT count(*) FROM ingress.audit WHERE action = 'dead-requeued' AND client IS NOT NULL \
+    let entries = "SELECT count(*) FROM auth.audit WHERE action = 'dead-requeued' AND client IS NOT NULL \
                    AND actor = (SELECT id::text FROM auth.users WHERE username = 'olga')";
     assert_eq!(lab.count(entries).await?, 1);
     lab.stop().await
@@ -293,11 +293,9 @@ async fn what_cannot_go_back_is_refused_and_purged() -> Result<()> {
         assert_eq!(operator.get(&path).await?.status, 404);
     }
     assert_eq!(lab.messages("DEAD").await?, 0);
-    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE action = 'dead-purged'").await?, 3);
-    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE action = 'job-withdrawn'").await?, 1);
-    for forbidden in
-        ["UPDATE ingress.audit SET actor = ''", "DELETE FROM ingress.audit", "TRUNCATE ingress.audit"]
-    {
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'dead-purged'").await?, 3);
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'job-withdrawn'").await?, 1);
+    for forbidden in ["UPDATE auth.audit SET actor = ''", "DELETE FROM auth.audit", "TRUNCATE auth.audit"] {
         assert!(lab.sql(forbidden).await.is_err(), "{forbidden}");
     }
     lab.stop().await

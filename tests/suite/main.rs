@@ -6,11 +6,13 @@
 mod access;
 mod api;
 mod architecture;
+mod audit;
 mod batches;
 mod dead;
 mod fairness;
 mod faults;
 mod idempotency;
+mod identity;
 mod models;
 mod privacy;
 mod submit;

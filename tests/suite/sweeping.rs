@@ -112,8 +112,8 @@ async fn every_lost_payload_is_reported_by_its_id() -> Result<()> {
     assert!(lost.iter().all(named), "a loss is not in the log");
     assert!(!kept.iter().any(named), "a false alarm");
     assert!((lost_metric(&lab).await - 20.0).abs() < f64::EPSILON);
-    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE action = 'payload-lost'").await?, 20);
-    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE action = 'queue-recreated'").await?, 1);
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'payload-lost'").await?, 20);
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'queue-recreated'").await?, 1);
     lab.start_worker(Worker::simulated(1)).await?;
     for job in &kept {
         assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
@@ -270,7 +270,7 @@ async fn nothing_is_called_lost_that_is_not() -> Result<()> {
     for job in &jobs {
         assert_eq!(lab.client().poll(job, 2 * REPORTED).await?.status, 200);
     }
-    assert_eq!(lab.count("SELECT count(*) FROM ingress.audit WHERE actor = 'sweeper'").await?, 0);
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE actor = 'sweeper'").await?, 0);
     assert!(lost_metric(&lab).await < 1.0);
     lab.stop().await
 }

@@ -25,8 +25,8 @@ pub struct Pki {
     pub cert: PathBuf,
     /// Its private key.
     pub key: PathBuf,
-    /// The Ed25519 key that signs access tokens (PKCS#8, PEM).
-    pub signing_key: PathBuf,
+    /// The folder of keys that sign access tokens.
+    pub signing_keys: PathBuf,
     /// The keys that seal images and reports.
     pub sealing_keys: PathBuf,
 }
@@ -48,14 +48,10 @@ impl Pki {
             leaf_params()?.signed_by(&leaf_key, &issuer).context("cannot issue the server's certificate")?;
         let cert = state.path("server.pem");
         write_private(&cert, &leaf.pem())?;
+        let signing_keys = state.folder("signing-keys")?;
+        state.keep("signing-keys/19700101T000000Z.pem", || new_key(&PKCS_ED25519))?;
         let sealing_key = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
-        Ok(Self {
-            ca,
-            cert,
-            key,
-            signing_key: state.keep("signing-key.pem", || new_key(&PKCS_ED25519))?,
-            sealing_keys: state.keep("sealing-keys", sealing_key)?,
-        })
+        Ok(Self { ca, cert, key, signing_keys, sealing_keys: state.keep("sealing-keys", sealing_key)? })
     }
 }
 
@@ -126,7 +122,7 @@ mod tests {
         };
         assert!(verify("localhost") && verify("127.0.0.1") && verify("::1"));
         assert!(!verify("example.org") && !verify("127.0.0.2"));
-        PrivateKeyDer::from_pem_file(&pki.signing_key).unwrap();
+        PrivateKeyDer::from_pem_file(pki.signing_keys.join("19700101T000000Z.pem")).unwrap();
         dermflow_schemas::seal::Keyring::load(&pki.sealing_keys).unwrap();
         std::fs::remove_dir_all(dir).unwrap();
     }

@@ -171,13 +171,15 @@ impl Stack {
         })
     }
 
-    /// Starts PostgreSQL and NATS.
+    /// Starts PostgreSQL and NATS, and prepares the tables of accounts: ingress lets nobody in before it has seen them.
     ///
     /// # Errors
     /// When one of them does not become ready.
     pub async fn start_servers(&mut self) -> Result<()> {
         let (nats, postgres) = tokio::join!(self.nats.start(), self.postgres.start());
-        nats.and(postgres)
+        nats.and(postgres)?;
+        self.auth(&["migrate"])?;
+        Ok(())
     }
 
     /// Adds an `ingress` with these ports and further flags; it is not started yet. All of one instance say in
@@ -197,8 +199,8 @@ impl Stack {
             .arg(&self.pki.cert)
             .arg("--tls-key")
             .arg(&self.pki.key)
-            .arg("--signing-key")
-            .arg(&self.pki.signing_key)
+            .arg("--signing-keys")
+            .arg(&self.pki.signing_keys)
             .arg("--database")
             .arg(self.database())
             .arg("--database-password-file")
@@ -223,8 +225,8 @@ impl Stack {
             .arg(&self.pki.cert)
             .arg("--tls-key")
             .arg(&self.pki.key)
-            .arg("--signing-key")
-            .arg(&self.pki.signing_key)
+            .arg("--signing-keys")
+            .arg(&self.pki.signing_keys)
             .arg("--database")
             .arg(self.postgres.url("dermflow_ingress"))
             .arg("--database-password-file")

@@ -7,7 +7,6 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
-use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     error::{ApiError, Code},
     id::IdempotencyKey,
@@ -20,7 +19,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::{
     answer::{Problem, accepts_fhir, sends_fhir},
     app::App,
-    extract::{Body, Caller, Held},
+    extract::{Allowed, Body, Held, Submit},
     parameters,
     prefer::Prefer,
     routes::status::{accepted, finished},
@@ -33,11 +32,10 @@ static PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-appl
 
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, who, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
@@ -56,7 +54,7 @@ pub(crate) async fn post(
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
     let patience = Duration::ZERO;
-    let submission = Submission { client, lane, key, payload, cancel_after, member, patience, memory };
+    let submission = Submission { client, who, lane, key, payload, cancel_after, member, patience, memory };
     let submitted = submit(app.clone(), submission).await?;
     let job = submitted.job;
     match wait(&app, submitted, client, prefer.budget()).await.map_err(|p| with_status_url(p, &app, job))? {

@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use dermflow_auth::token::SCOPE_ANALYZE;
+use dermflow_auth::audit::{Action, Object};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -29,8 +29,9 @@ use uuid::Uuid;
 use crate::{
     answer::{self, Problem},
     app::App,
+    audited::Deeds,
     batches::clear,
-    extract::{Body, Caller},
+    extract::{Allowed, Body, Delete, Read, Submit},
     lines::Form,
     routes::{
         analyze::{Waiter, idempotency_key},
@@ -46,33 +47,31 @@ const FHIR_NDJSON: &str = "application/fhir+ndjson";
 /// A new batch, or with a known `Idempotency-Key` the one that was made with it.
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, caller, who, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     let (form, key) = (form(&headers)?, idempotency_key(&headers)?);
     let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
     let key = key.as_ref().map(dermflow_schemas::id::IdempotencyKey::as_str);
     let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
     let batch = batch.ok_or(Code::NotFound)?.id;
-    let upload = Upload { client, batch, form, mending: key.is_some(), _place: place };
+    let upload = Upload { caller, client, who, batch, form, mending: key.is_some(), _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
 /// More lines for a batch, or the same ones again after a cut.
 pub(crate) async fn resume(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, caller, who, .. }: Allowed<Submit>,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     let form = form(&headers)?;
     let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
     let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
-    let upload = Upload { client, batch, form, mending: true, _place: place };
+    let upload = Upload { caller, client, who, batch, form, mending: true, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
@@ -91,10 +90,9 @@ fn form(headers: &HeaderMap) -> Result<Form, ApiError> {
 /// How a batch stands.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     BatchPath(id): BatchPath,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     if app.bounds.polls.check_key(&client).is_err() {
         return Err(Code::PollTooFast.into());
     }
@@ -179,10 +177,9 @@ fn manifest_url(app: &App, batch: Uuid) -> String {
 /// The manifest of FHIR Bulk Data (STU 2, Response - Complete Status); 202 until everything has ended.
 pub(crate) async fn manifest(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     BatchPath(id): BatchPath,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     if app.bounds.polls.check_key(&client).is_err() {
         return Err(Code::PollTooFast.into());
     }
@@ -238,34 +235,33 @@ enum File {
 /// The reports of a batch, in the order in which its jobs ended.
 pub(crate) async fn results(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Problem> {
-    file(app, &caller, batch, &headers, wanted, File::Results).await
+    file(app, client, batch, &headers, wanted, File::Results).await
 }
 
 /// The lines of a batch that have no report, and why.
 pub(crate) async fn errors(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Problem> {
-    file(app, &caller, batch, &headers, wanted, File::Errors).await
+    file(app, client, batch, &headers, wanted, File::Errors).await
 }
 
 async fn file(
     app: Arc<App>,
-    caller: &Caller,
+    client: ClientId,
     batch: Uuid,
     headers: &HeaderMap,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
     file: File,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     let Query(wanted) = wanted.map_err(|_| {
         let rule = "cursor, wait and limit are whole numbers";
         ApiError::from(Code::QueryInvalid).at("query").detail(rule)
@@ -282,13 +278,15 @@ async fn file(
         wait(&app, client, batch, &wanted, file).await?;
     }
     let kind = if form == Form::Fhir { FHIR_NDJSON } else { NDJSON };
-    let entries =
-        Reader { app, batch, file, form, after: wanted.cursor, left: wanted.limit.unwrap_or(usize::MAX) };
+    let after = wanted.cursor;
+    let entries = Reader { app, batch, file, form, after, left: wanted.limit.unwrap_or(usize::MAX) };
     // An error on the way cuts the answer off, so that nobody takes it for a whole one.
     let chunks = stream::try_unfold(entries, |mut entries| async {
         Ok::<_, std::io::Error>(entries.next().await?.map(|chunk| (chunk, entries)))
     });
-    Ok(([(header::CONTENT_TYPE, kind)], AxumBody::from_stream(chunks)).into_response())
+    // On record before the first byte leaves: nobody knows yet how many lines there will be.
+    let deed = Deeds::one(Action::BatchRead, Some(Object::batch(batch)), json!({ "cursor": after }));
+    Ok(deed.of(([(header::CONTENT_TYPE, kind)], AxumBody::from_stream(chunks)).into_response()))
 }
 
 /// Waits until there is an entry, or none will come any more.
@@ -400,11 +398,10 @@ fn write_error(chunk: &mut Vec<u8>, error: &BatchError, form: Form) {
 /// Cancels what has not ended, and removes the results.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, who, .. }: Allowed<Delete>,
     BatchPath(batch): BatchPath,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
-    if !app.store.delete_batch(batch, client, clock::now()).await? {
+    if !app.store.delete_batch(batch, client, who, clock::now()).await? {
         return Err(Code::NotFound.into());
     }
     // From here on it is gone for its client; the rest is done here, or by the sweeper.

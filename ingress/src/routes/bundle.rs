@@ -7,7 +7,6 @@ use axum::{
     http::{HeaderMap, StatusCode},
     response::Response,
 };
-use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     envelope::Payload,
     error::{ApiError, Code},
@@ -23,8 +22,9 @@ use tokio::time::Instant;
 use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
+    audited::Deeds,
     element::{Faults, Node},
-    extract::{Body, Caller, Held},
+    extract::{Allowed, Body, Held, Submit},
     json::Json,
     parameters,
     prefer::Prefer,
@@ -42,11 +42,10 @@ const ANALYZE: &str = "DiagnosticReport/$analyze";
 /// that does not end within the wait is answered with 202 and where to poll, as with `respond-async` all are.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, who, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
@@ -71,6 +70,7 @@ pub(crate) async fn post(
             let memory = memory.ok_or(Code::Overloaded)?;
             let submission = Submission {
                 client,
+                who,
                 lane: prefer.lane(),
                 key,
                 payload,
@@ -85,8 +85,10 @@ pub(crate) async fn post(
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
     let entries = join_all(answers).await;
+    let reports = entries.iter().filter_map(|entry| entry["resource"]["id"].as_str()?.parse().ok());
+    let deeds = Deeds::reports(reports);
     let bundle = json!({"resourceType": "Bundle", "type": "batch-response", "entry": entries});
-    Ok(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes()))
+    Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
 }
 
 async fn answer(

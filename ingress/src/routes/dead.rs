@@ -7,7 +7,6 @@ use axum::{
     http::{StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
-use dermflow_auth::token::SCOPE_OPERATE;
 use dermflow_schemas::{
     error::{ApiError, Code},
     fhir::instant,
@@ -19,7 +18,7 @@ use serde_json::{Value, json};
 use crate::{
     answer::{self, Problem},
     dead::{self, Letter, Operators},
-    extract::Caller,
+    extract::{Allowed, Operate},
     routes::jobs,
 };
 
@@ -51,10 +50,9 @@ pub(crate) struct Wanted {
 /// The dead letters after `cursor`, oldest first.
 pub(crate) async fn list(
     State(operators): State<Arc<Operators>>,
-    caller: Caller,
+    _: Allowed<Operate>,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Problem> {
-    caller.with_scope(SCOPE_OPERATE)?;
     let invalid = || ApiError::from(Code::QueryInvalid).detail(format!("cursor, limit 1 to {MAX_DEAD_PAGE}"));
     let Query(Wanted { cursor, limit }) = wanted.map_err(|_| invalid())?;
     let limit = limit.unwrap_or(DEAD_PAGE);
@@ -69,10 +67,9 @@ pub(crate) async fn list(
 /// One dead letter, with the record of its job.
 pub(crate) async fn get(
     State(operators): State<Arc<Operators>>,
-    caller: Caller,
+    _: Allowed<Operate>,
     Sequence(sequence): Sequence,
 ) -> Result<Response, Problem> {
-    caller.with_scope(SCOPE_OPERATE)?;
     let letter = dead::get(&operators, sequence).await?.ok_or(Code::NotFound)?;
     let record = match letter.job {
         Some(job) => operators.store.find_any(job).await?,
@@ -86,10 +83,9 @@ pub(crate) async fn get(
 /// Back into the queue.
 pub(crate) async fn requeue(
     State(operators): State<Arc<Operators>>,
-    caller: Caller,
+    Allowed { who: operator, .. }: Allowed<Operate>,
     Sequence(sequence): Sequence,
 ) -> Result<Response, Problem> {
-    let operator = caller.with_scope(SCOPE_OPERATE)?;
     // In a task of its own: what has begun is finished when the caller hangs up.
     let put_back = tokio::spawn(async move { dead::requeue(&operators, sequence, operator).await });
     let (job, state) = put_back.await.map_err(|error| crate::submit::internal(&error))??;
@@ -99,10 +95,9 @@ pub(crate) async fn requeue(
 /// Removed for good.
 pub(crate) async fn purge(
     State(operators): State<Arc<Operators>>,
-    caller: Caller,
+    Allowed { who: operator, .. }: Allowed<Operate>,
     Sequence(sequence): Sequence,
 ) -> Result<Response, Problem> {
-    let operator = caller.with_scope(SCOPE_OPERATE)?;
     dead::purge(&operators, sequence, operator).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }

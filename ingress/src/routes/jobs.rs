@@ -7,7 +7,6 @@ use axum::{
     http::Uri,
     response::Response,
 };
-use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -25,7 +24,7 @@ use crate::{
     answer::{self, Problem},
     app::App,
     drain::{Place, place},
-    extract::{Caller, JobPath},
+    extract::{Allowed, JobPath, Read, Search},
     store::{Record, batches::Filter},
     submit::status_url,
     upload::batch_url,
@@ -34,10 +33,9 @@ use crate::{
 /// One of the caller's jobs.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
     let place = place(&app, client, &record).await;
     Ok(answer::json(shown(&app.public_url, &record, place)))
@@ -62,11 +60,10 @@ pub(crate) struct Wanted {
 /// come in meanwhile shift nothing.
 pub(crate) async fn list(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Search>,
     wanted: Result<Query<Wanted>, QueryRejection>,
     uri: OriginalUri,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     let invalid = |field: &str| ApiError::from(Code::QueryInvalid).at(field);
     let Query(wanted) = wanted.map_err(|_| invalid("query"))?;
     let states = wanted.status.as_deref().map(|list| list.split(',').map(str::parse).collect());

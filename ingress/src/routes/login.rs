@@ -10,19 +10,21 @@ use axum::{
 };
 use bytes::Bytes;
 use dermflow_auth::{
+    audit,
+    credentials::Proof,
     password::PasswordError,
-    token::LIFETIME,
-    users::{self, User, UserError},
+    users::{self, UserError},
 };
 use dermflow_schemas::{clock, error::Code, limits::MAX_FORM_BYTES};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
-use serde_json::json;
 
 use crate::{
-    answer::{self, Problem},
+    answer::Problem,
     app::App,
+    audited::Origin,
     extract::{Body, Held},
+    routes::oauth::{self, Refusal},
     submit::internal,
 };
 
@@ -32,33 +34,32 @@ pub(crate) struct Credentials {
     username: String,
     #[serde(deserialize_with = "secret")]
     password: SecretString,
+    /// Less than all that the account may do, and `offline_access` for a refresh token.
+    scope: Option<String>,
 }
 
 fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretString, D::Error> {
     String::deserialize(deserializer).map(SecretString::from)
 }
 
-/// `expires_in` is RFC 6749's, in seconds; `expires_in_minutes` is what clients of the device API read.
+/// The answer is that of `/oauth/token`.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
+    origin: Origin,
     headers: HeaderMap,
     body: Body,
-) -> Result<Response, Problem> {
+) -> Result<Response, Refusal> {
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
-    let Credentials { username, password } = read(headers, bytes).await?;
-    let user = users::authenticate(app.store.pool(), &app.hasher, &username, password).await;
-    let User { client, role } = user.map_err(unavailable)?.ok_or_else(|| {
+    let Credentials { username, password, scope } = read(headers, bytes).await?;
+    let user = users::authenticate(app.store.pool(), &app.hasher, &username, password, clock::now()).await;
+    // Asked whatever comes of it, so that both take the same time.
+    origin.claims(audit::account_named(app.store.pool(), &username).await?);
+    let user = user.map_err(unavailable)?.ok_or_else(|| {
         tracing::info!("login refused");
         Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
     })?;
-    let token = app.tokens.issue(client, role.scope(), clock::now()).map_err(|error| internal(&error))?;
-    tracing::info!(%client, "login");
-    Ok(answer::json(json!({
-        "access_token": token.expose_secret(),
-        "token_type": "Bearer",
-        "expires_in": LIFETIME.as_secs(),
-        "expires_in_minutes": LIFETIME.as_secs() / 60,
-    })))
+    let proof = Proof { user, credential: user.client.uuid(), ends: None };
+    oauth::granted(&app, &origin, &proof, scope.as_deref()).await
 }
 
 async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> {

@@ -16,6 +16,7 @@ use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLaye
 use crate::{
     answer::{Problem, render},
     app::App,
+    audited::audited,
     dead::Operators,
     extract::request_id,
     linger::linger,
@@ -28,26 +29,37 @@ mod dead;
 mod health;
 mod jobs;
 mod login;
+mod oauth;
 mod status;
 mod tasks;
+mod trail;
 
 /// What clients reach.
 pub(crate) fn public(app: Arc<App>) -> Router {
     let routes = Router::new()
         .route("/login", post(login::post))
+        .route("/oauth/token", post(oauth::token))
+        .route("/oauth/revoke", post(oauth::revoke))
+        .route("/oauth/introspect", post(oauth::introspect))
+        .route("/.well-known/jwks.json", get(oauth::jwks))
+        .route("/.well-known/oauth-authorization-server", get(oauth::metadata))
+        .route("/fhir/.well-known/smart-configuration", get(oauth::smart))
         .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
         .route("/fhir/DiagnosticReport/{id}", get(status::report))
         .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
         .route("/fhir", post(bundle::post))
         .route("/fhir/Task", get(tasks::search))
         .route("/fhir/Task/{id}", get(tasks::get))
+        .route("/fhir/AuditEvent", get(trail::search))
+        .route("/fhir/AuditEvent/{id}", get(trail::get))
         .route("/fhir/_bulk/{id}", get(batches::manifest))
         .route("/batches", post(batches::create))
         .route("/batches/{id}", get(batches::get).post(batches::resume).delete(batches::delete))
         .route("/batches/{id}/results", get(batches::results))
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
-        .route("/jobs/{id}", get(jobs::get));
+        .route("/jobs/{id}", get(jobs::get))
+        .layer(from_fn_with_state(app.clone(), audited));
     measured(routes, app)
 }
 
@@ -65,7 +77,8 @@ pub(crate) fn operators(operators: Arc<Operators>) -> Router {
     let routes = Router::new()
         .route("/dead", get(dead::list))
         .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
-        .route("/dead/{sequence}/requeue", post(dead::requeue));
+        .route("/dead/{sequence}/requeue", post(dead::requeue))
+        .layer(from_fn_with_state(operators.clone(), audited));
     dressed(bounded(routes), operators)
 }
 
@@ -89,7 +102,10 @@ fn dressed<S: Clone + Send + Sync + 'static>(routes: Router<S>, state: S) -> Rou
         .layer(from_fn(request_id))
         .layer(header(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
-        .layer(header(header::CACHE_CONTROL, "no-store"))
+        .layer(SetResponseHeaderLayer::if_not_present(
+            header::CACHE_CONTROL,
+            HeaderValue::from_static("no-store"),
+        ))
         .with_state(state)
 }
 

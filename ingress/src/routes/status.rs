@@ -7,7 +7,6 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
-use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     clock,
     envelope::Failure,
@@ -21,8 +20,9 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
+    audited::Deeds,
     drain::{Place, place},
-    extract::{Caller, JobPath},
+    extract::{Allowed, Delete, JobPath, Read},
     recorder,
     store::Record,
     submit::{Ended, ended, status_url},
@@ -34,11 +34,10 @@ static SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// The state of a job: 202 while it goes on, then exactly what the synchronous call would have answered.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     JobPath(id): JobPath,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     if app.bounds.polls.check_key(&client).is_err() {
         return Err(Code::PollTooFast.into());
     }
@@ -59,11 +58,10 @@ pub(crate) async fn get(
 /// The report alone; there is none while the job goes on, or when it failed.
 pub(crate) async fn report(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     JobPath(id): JobPath,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
@@ -74,11 +72,10 @@ pub(crate) async fn report(
 /// Cancels a job that goes on; removes the result of one that has ended.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, who, .. }: Allowed<Delete>,
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
-    let record = app.store.delete(id, client, clock::now()).await?.ok_or(Code::NotFound)?;
+    let record = app.store.delete(id, client, who, clock::now()).await?.ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         let cancelled = [record.lane.as_str(), JobState::Cancelled.as_str()];
         app.metrics.jobs_ended.with_label_values(&cancelled).inc();
@@ -121,7 +118,7 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
     }
     insert(headers, &SERVER_TIMING, &server_timing(&record));
-    Ok(response)
+    Ok(Deeds::reports([record.id]).of(response))
 }
 
 /// What a failed job answers.

@@ -7,7 +7,6 @@ use axum::{
     http::StatusCode,
     response::Response,
 };
-use dermflow_auth::token::SCOPE_ANALYZE;
 use dermflow_schemas::{
     error::{ApiError, Code},
     fhir::{CANONICAL, instant},
@@ -21,17 +20,16 @@ use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339, macros
 use crate::{
     answer::{self, Problem},
     app::App,
-    extract::{Caller, JobPath},
+    extract::{Allowed, JobPath, Read, Search},
     store::{Record, batches::Filter},
 };
 
 /// One job.
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Read>,
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
     Ok(answer::fhir(StatusCode::OK, task(&record).to_string().into_bytes()))
 }
@@ -40,10 +38,9 @@ pub(crate) async fn get(
 /// parameter that would be passed over in silence is refused: the answer would be another than was asked for.
 pub(crate) async fn search(
     State(app): State<Arc<App>>,
-    caller: Caller,
+    Allowed { client, .. }: Allowed<Search>,
     Query(parameters): Query<Vec<(String, String)>>,
 ) -> Result<Response, Problem> {
-    let client = caller.with_scope(SCOPE_ANALYZE)?;
     let (mut filter, mut count) = (Filter::default(), DEFAULT_PAGE);
     for (name, value) in &parameters {
         let invalid = || ApiError::from(Code::QueryInvalid).at(name.clone());

@@ -1,6 +1,9 @@
 //! Batches: jobs that were submitted together, what became of them, and lists of jobs.
 
-use dermflow_auth::db::within;
+use dermflow_auth::{
+    audit::{Action, Who},
+    db::within,
+};
 use dermflow_schemas::{
     envelope::Failure,
     id::{ClientId, JobId},
@@ -257,12 +260,25 @@ impl Store {
     }
 
     /// Marks a batch as deleted: for its client it is not there any more. The rest is [`Self::clear_deleted`]'s.
-    pub(crate) async fn delete_batch(&self, id: Uuid, client: ClientId, now: OffsetDateTime) -> Result<bool> {
+    pub(crate) async fn delete_batch(
+        &self,
+        id: Uuid,
+        client: ClientId,
+        who: Who,
+        now: OffsetDateTime,
+    ) -> Result<bool> {
         within(async {
-            let update =
-                "UPDATE batches SET deleted_at = $3 WHERE id = $1 AND client = $2 AND deleted_at IS NULL";
+            let update = "WITH gone AS (UPDATE batches SET deleted_at = $3 \
+                          WHERE id = $1 AND client = $2 AND deleted_at IS NULL RETURNING id, client) \
+                          INSERT INTO auth.audit (at, actor_kind, actor, action, outcome, client, object_kind, object, \
+                          source, request) SELECT $3, 'user', client::text, $4, 'success', client, 'batch', id::text, \
+                          $5, $6 FROM gone";
+            let action = Action::BatchWithdrawn.as_str();
             let connection = self.pool.get().await?;
-            Ok(connection.execute(update, &[&id, &client.uuid(), &now]).await? == 1)
+            let withdrawn = connection
+                .execute(update, &[&id, &client.uuid(), &now, &action, &who.source(), &who.request])
+                .await?;
+            Ok(withdrawn == 1)
         })
         .await
     }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use deadpool_postgres::Transaction;
 use dermflow_auth::{
+    audit::{Action, Who},
     db::{DbError, within},
     users::Quota,
 };
@@ -21,6 +22,8 @@ use super::{RECORD, Record, Result, Store};
 pub(crate) struct NewJob {
     pub(crate) id: JobId,
     pub(crate) client: ClientId,
+    /// The client, and by which way it came.
+    pub(crate) who: Who,
     pub(crate) lane: Lane,
     pub(crate) images: usize,
     pub(crate) bytes: usize,
@@ -162,6 +165,8 @@ async fn claim_keys(transaction: &Transaction<'_>, jobs: &[NewJob]) -> Result<Ve
     Ok(jobs.iter().map(|job| job.key.is_none() || owners.contains(&job.id.uuid())).collect())
 }
 
+/// The jobs, and in the same statement what the audit trail says of them: an event a job, and for the lines of an
+/// upload an event a batch and transaction, with their number.
 async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[Option<i64>]) -> Result<()> {
     let new: Vec<(&NewJob, i64)> =
         jobs.iter().zip(tickets).filter_map(|(job, ticket)| Some((job, (*ticket)?))).collect();
@@ -170,13 +175,21 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
     }
     let insert = transaction
         .prepare_cached(
-            "INSERT INTO jobs (id, client, lane, state, images, bytes, accepted_at, deadline, claim_check, ticket, \
+            "WITH j AS (SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::smallint[], $5::bigint[], \
+             $6::timestamptz[], $7::timestamptz[], $8::bool[], $9::bigint[], $10::uuid[], $11::int[], $12::text[], \
+             $13::text[], $14::uuid[]) \
+             AS j (id, client, lane, images, bytes, accepted_at, deadline, claim_check, ticket, batch, line, \
+             custom_id, source, request)), \
+             recorded AS (INSERT INTO auth.audit (at, actor_kind, actor, action, outcome, client, object_kind, object, \
+             source, request, detail) \
+             SELECT min(accepted_at), 'user', client::text, $15, 'success', client, \
+             CASE WHEN batch IS NULL THEN 'job' ELSE 'batch' END, coalesce(batch, id)::text, source, request, \
+             jsonb_build_object('jobs', count(*), 'images', sum(images)) FROM j \
+             GROUP BY client, batch IS NULL, coalesce(batch, id), source, request) \
+             INSERT INTO jobs (id, client, lane, state, images, bytes, accepted_at, deadline, claim_check, ticket, \
              batch, line, custom_id) \
              SELECT id, client, lane, 'accepted', images, bytes, accepted_at, deadline, claim_check, ticket, batch, \
-             line, custom_id FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::smallint[], $5::bigint[], \
-             $6::timestamptz[], $7::timestamptz[], $8::bool[], $9::bigint[], $10::uuid[], $11::int[], $12::text[]) \
-             AS j (id, client, lane, images, bytes, accepted_at, deadline, claim_check, ticket, batch, line, \
-             custom_id)",
+             line, custom_id FROM j",
         )
         .await?;
     let of = || new.iter().map(|(job, _)| job);
@@ -192,6 +205,8 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
     let batches: Vec<Option<Uuid>> = member().map(|member| member.map(|m| m.batch)).collect();
     let places: Vec<Option<i32>> = member().map(|member| member.map(|m| m.line as i32)).collect();
     let custom: Vec<Option<&str>> = member().map(|member| member.map(|m| m.custom_id.as_str())).collect();
+    let sources: Vec<Option<String>> = of().map(|job| job.who.source()).collect();
+    let requests: Vec<Option<Uuid>> = of().map(|job| job.who.request).collect();
     transaction
         .execute(
             &insert,
@@ -208,6 +223,9 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
                 &batches,
                 &places,
                 &custom,
+                &sources,
+                &requests,
+                &Action::Submit.as_str(),
             ],
         )
         .await?;

@@ -1,7 +1,10 @@
 //! What the record knows of dead letters: which jobs go back into the queue, and how far that has come.
 
 use deadpool_postgres::Transaction;
-use dermflow_auth::db::within;
+use dermflow_auth::{
+    audit::{Action, Event as AuditEvent, Object, Who, insert},
+    db::within,
+};
 use dermflow_schemas::{
     error::Code,
     id::{ClientId, JobId},
@@ -13,7 +16,7 @@ use time::OffsetDateTime;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Act, Audit, RECORD, Record, Result, Store, give_up};
+use super::{RECORD, Record, Result, Store, audit::of_jobs, give_up};
 
 /// A dead letter on its way back into the queue. `pending` until it is out of the dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +71,7 @@ impl Store {
         letter: i64,
         deadline: OffsetDateTime,
         now: OffsetDateTime,
-        operator: ClientId,
+        operator: Who,
     ) -> Result<std::result::Result<Requeue, Refused>> {
         within(async {
             let mut connection = self.pool.get().await?;
@@ -93,9 +96,8 @@ impl Store {
                               requeue_pending = true WHERE id = $1";
                 let (id, state) = (job.uuid(), state.as_str());
                 transaction.execute(update, &[&id, &state, &now, &deadline, &letter, &ticket]).await?;
-                let (actor, detail) = (operator.to_string(), json!({ "letter": letter }));
-                let entry = Audit { at: now, actor, act: Act::DeadRequeued, detail };
-                entry.of_jobs(&transaction, &[id]).await?;
+                let event = AuditEvent::new(Action::DeadRequeued, operator, now);
+                of_jobs(&event.detail(json!({ "letter": letter })), &transaction, &[id]).await?;
             }
             let reopened = current(&transaction, job).await?;
             transaction.commit().await?;
@@ -147,9 +149,9 @@ impl Store {
             let id = requeue.job.uuid();
             let settled = give_up(&transaction, same, &id, now, Code::PayloadLost).await?;
             if !settled.is_empty() {
-                let detail = json!({ "letter": requeue.letter });
-                let entry = Audit { at: now, actor: "operate".into(), act: Act::PayloadLost, detail };
-                entry.of_jobs(&transaction, &[id]).await?;
+                let event = AuditEvent::new(Action::PayloadLost, Who::part("operate"), now);
+                let event = event.code(Code::PayloadLost).detail(json!({ "letter": requeue.letter }));
+                of_jobs(&event, &transaction, &[id]).await?;
             }
             transaction.commit().await?;
             Ok(())
@@ -176,7 +178,7 @@ impl Store {
         client: Option<ClientId>,
         job: Option<JobId>,
         now: OffsetDateTime,
-        operator: ClientId,
+        operator: Who,
     ) -> Result<()> {
         within(async {
             let mut connection = self.pool.get().await?;
@@ -186,9 +188,9 @@ impl Store {
                 let mark = "UPDATE jobs SET purged_at = $2 WHERE id = $1 AND state = 'failed'";
                 transaction.execute(mark, &[&job.uuid(), &now]).await?;
             }
-            let (actor, detail) = (operator.to_string(), json!({ "letter": letter }));
-            let entry = Audit { at: now, actor, act: Act::DeadPurged, detail };
-            entry.of(&transaction, client, job).await?;
+            let event = AuditEvent::new(Action::DeadPurged, operator, now).client(client);
+            let event = event.object(job.map(Object::job)).detail(json!({ "letter": letter }));
+            insert(&transaction, &[event]).await?;
             transaction.commit().await?;
             Ok(())
         })

@@ -1,18 +1,20 @@
 //! What the sweeper reads and settles.
 
 use deadpool_postgres::{ClientWrapper, Object};
-use dermflow_auth::db::within;
+use dermflow_auth::{
+    audit::{Action, Event, Who},
+    db::within,
+};
 use dermflow_schemas::{
     error::Code,
     id::JobId,
     limits::{ACCEPTED_GRACE, RETENTION, SWEEP_BATCH, SWEEP_LEASE},
 };
-use serde_json::json;
 use time::OffsetDateTime;
 use tokio_postgres::{Row, types::Json};
 use uuid::Uuid;
 
-use super::{Act, Audit, Result, Settled, Store, give_up};
+use super::{Result, Settled, Store, audit::of_jobs, give_up};
 
 /// The session that holds the lock of the one replica that sweeps.
 #[derive(Debug, Default)]
@@ -81,7 +83,7 @@ impl Store {
             let settled = give_up(&transaction, stuck, &(now - ACCEPTED_GRACE), now, code).await?;
             let ids: Vec<Uuid> = settled.iter().map(|job| job.id.uuid()).collect();
             transaction.execute("DELETE FROM idempotency_keys WHERE job = ANY($1)", &[&ids]).await?;
-            entry(Act::JobSettled, code, now).of_jobs(&transaction, &ids).await?;
+            of_jobs(&event(Action::JobSettled, code, now), &transaction, &ids).await?;
             transaction.commit().await?;
             Ok(settled)
         })
@@ -109,7 +111,7 @@ impl Store {
             let code = Code::DeadlineExceeded;
             let settled = give_up(&transaction, late, &ids, now, code).await?;
             let ids: Vec<Uuid> = settled.iter().map(|job| job.id.uuid()).collect();
-            entry(Act::JobSettled, code, now).of_jobs(&transaction, &ids).await?;
+            of_jobs(&event(Action::JobSettled, code, now), &transaction, &ids).await?;
             transaction.commit().await?;
             Ok(settled)
         })
@@ -127,7 +129,7 @@ impl Store {
             let code = Code::PayloadLost;
             let settled = give_up(&transaction, same, &Json(pairs), now, code).await?;
             let ids: Vec<Uuid> = settled.iter().map(|job| job.id.uuid()).collect();
-            entry(Act::PayloadLost, code, now).of_jobs(&transaction, &ids).await?;
+            of_jobs(&event(Action::PayloadLost, code, now), &transaction, &ids).await?;
             transaction.commit().await?;
             Ok(settled)
         })
@@ -137,8 +139,14 @@ impl Store {
     /// Erases what is past its retention.
     pub(crate) async fn erase(&self, now: OffsetDateTime) -> Result<()> {
         within(async {
-            let erase = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2)";
-            self.pool.get().await?.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
+            let erase = "WITH gone AS (DELETE FROM jobs WHERE id IN \
+                         (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2) RETURNING client) \
+                         INSERT INTO auth.audit (at, actor_kind, actor, action, outcome, client, detail) \
+                         SELECT $3, 'part', 'sweeper', $4, 'success', client, jsonb_build_object('jobs', count(*)) \
+                         FROM gone GROUP BY client";
+            let action = Action::JobsErased.as_str();
+            let connection = self.pool.get().await?;
+            connection.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH, &now, &action]).await?;
             Ok(())
         })
         .await
@@ -213,6 +221,6 @@ impl Store {
     }
 }
 
-fn entry(act: Act, code: Code, now: OffsetDateTime) -> Audit {
-    Audit { at: now, actor: "sweeper".into(), act, detail: json!({ "code": code }) }
+fn event(action: Action, code: Code, now: OffsetDateTime) -> Event {
+    Event::new(action, Who::part("sweeper"), now).code(code)
 }

@@ -1,0 +1,431 @@
+//! The command line: the acts of [`registry`] for staff with access to the database, and the signing keys.
+//!
+//! A password or secret is read from standard input or shown once on standard output; it is never an argument and never
+//! in the environment, where `ps` shows it.
+
+use std::{
+    io::{self, BufRead, IsTerminal, Write},
+    path::PathBuf,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Parser, Subcommand};
+use deadpool_postgres::Pool;
+use dermflow_auth::{
+    audit::{self, Who},
+    credentials::PublicKey,
+    db::DatabaseOptions,
+    keys::{self, Keys},
+    registry::{self, Account, Change, Filter, NewAccount, State},
+    users::{self, QuotaChange, Role},
+};
+use dermflow_schemas::clock;
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::{Value, json};
+use time::{Duration, OffsetDateTime, format_description::well_known::Rfc3339};
+use uuid::Uuid;
+
+use crate::audit_command::{self, AuditCommand};
+
+/// Registers the accounts of Dermflow, and keeps the keys that sign access tokens.
+#[derive(Debug, Parser)]
+#[command(name = "auth", version)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    database: Option<DatabaseOptions>,
+    /// JSON instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Brings the tables of accounts up to date, as every other command does first.
+    Migrate,
+    /// Registers the first administrator, once, and prints the generated password.
+    Bootstrap {
+        /// 1 to 63 of a-z 0-9 . _ @ - beginning with a letter or digit.
+        name: String,
+    },
+    /// Accounts: clients, and staff.
+    #[command(subcommand)]
+    User(UserCommand),
+    /// What clients prove themselves with at `/oauth/token`: secrets and public keys.
+    #[command(subcommand)]
+    Credential(CredentialCommand),
+    /// The audit trail.
+    #[command(subcommand)]
+    Audit(AuditCommand),
+    /// The keys that sign access tokens. Needs no database.
+    #[command(subcommand)]
+    SigningKey(KeyCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum UserCommand {
+    /// Registers an account and prints the generated password, once, on standard output.
+    Create {
+        /// 1 to 63 of a-z 0-9 . _ @ - beginning with a letter or digit.
+        name: String,
+        /// `integrator`, who submits images, `operator`, who looks after the queue, `auditor`, who reads the audit
+        /// trail, or `administrator`, who registers the others.
+        #[arg(long, default_value = "integrator")]
+        role: Role,
+        /// Whom to ask about it.
+        #[arg(long)]
+        contact: Option<String>,
+        /// When it expires (RFC 3339).
+        #[arg(long, value_parser = moment)]
+        expires: Option<OffsetDateTime>,
+    },
+    /// Lists accounts by name.
+    List {
+        /// With this role.
+        #[arg(long)]
+        role: Option<Role>,
+        /// `active`, `disabled`, `expired` or `deleted`; all but deleted ones when left out.
+        #[arg(long)]
+        state: Option<State>,
+        /// Whose names begin like this.
+        #[arg(long)]
+        name: Option<String>,
+        /// Not used for so many days.
+        #[arg(long)]
+        unused_days: Option<u16>,
+    },
+    /// Shows an account with its credentials.
+    Show {
+        /// The account's name or id.
+        name: String,
+    },
+    /// Changes an account. With another role its tokens are refused.
+    Change {
+        /// The account's name or id.
+        name: String,
+        /// What it is for.
+        #[arg(long)]
+        role: Option<Role>,
+        /// Whom to ask about it.
+        #[arg(long)]
+        contact: Option<String>,
+        /// When it expires (RFC 3339).
+        #[arg(long, value_parser = moment)]
+        expires: Option<OffsetDateTime>,
+    },
+    /// Shuts an account out within a second: no new token, and none of its tokens is taken any more.
+    Disable {
+        /// The account's name or id.
+        name: String,
+    },
+    /// Lets it in again.
+    Enable {
+        /// The account's name or id.
+        name: String,
+    },
+    /// Deletes an account. Nothing personal stays; the audit trail keeps its id.
+    Delete {
+        /// The account's name or id.
+        name: String,
+        #[command(flatten)]
+        sure: Sure,
+    },
+    /// Gives an account a new password, and ends everything that was given for the old one.
+    Password {
+        /// The account's name or id.
+        name: String,
+        /// Reads it from standard input, one line, instead of generating and printing one.
+        #[arg(long)]
+        stdin: bool,
+    },
+    /// Ends everything that an account was given: tokens, refresh tokens, sessions.
+    Revoke {
+        /// The account's name or id.
+        name: String,
+    },
+    /// Sets what an account may have open at once, and its share of the workers.
+    Quota {
+        /// The account's name or id.
+        name: String,
+        #[command(flatten)]
+        change: QuotaChange,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum CredentialCommand {
+    /// A new secret, printed once with the client's id; or with --key a public key (JWK).
+    Add {
+        /// The account's name or id.
+        name: String,
+        /// What to call it.
+        #[arg(long)]
+        label: String,
+        /// A file with the public key, for `private_key_jwt`.
+        #[arg(long)]
+        key: Option<PathBuf>,
+        /// When it expires (RFC 3339).
+        #[arg(long, value_parser = moment)]
+        expires: Option<OffsetDateTime>,
+    },
+    /// A new secret, printed once; those before it stay good for a while.
+    Rotate {
+        /// The account's name or id.
+        name: String,
+        /// For how many days.
+        #[arg(long, default_value_t = registry::OVERLAP.whole_days() as u16)]
+        overlap_days: u16,
+    },
+    /// Removes a secret or key; every token that was given for it is refused within a second.
+    Remove {
+        /// The account's name or id.
+        name: String,
+        /// The credential's id.
+        id: Uuid,
+        #[command(flatten)]
+        sure: Sure,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum KeyCommand {
+    /// Makes a key that begins to sign in ten minutes, when every replica has published it; the first one at once.
+    Add {
+        /// The folder, `--signing-keys` of ingress.
+        folder: PathBuf,
+    },
+    /// Lists the published keys.
+    List {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Removes the keys that have been replaced and whose tokens have expired.
+    Prune {
+        /// The folder.
+        folder: PathBuf,
+    },
+}
+
+/// Consent to what cannot be undone.
+#[derive(Debug, Args)]
+struct Sure {
+    /// Does not ask.
+    #[arg(long)]
+    yes: bool,
+}
+
+impl Sure {
+    fn check(&self, what: &str) -> Result<()> {
+        if self.yes {
+            return Ok(());
+        }
+        ensure!(io::stdin().is_terminal(), "{what}: say --yes, as there is nobody to ask");
+        eprint!("{what}. This cannot be undone. Type yes: ");
+        io::stderr().flush()?;
+        let mut answer = String::new();
+        io::stdin().lock().read_line(&mut answer)?;
+        if answer.trim() == "yes" { Ok(()) } else { bail!("not done") }
+    }
+}
+
+fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    OffsetDateTime::parse(text, &Rfc3339).map_err(|_| "not of the form 2026-12-31T23:59:59Z".into())
+}
+
+/// Runs one command.
+///
+/// # Errors
+/// One sentence.
+pub(crate) async fn run(options: Options) -> Result<()> {
+    if let Command::SigningKey(command) = options.command {
+        return signing_key(command);
+    }
+    let database = options.database.context("--database and --database-password-file are needed")?;
+    let pool = database.pool("auth", 2)?;
+    users::migrate(&pool).await?;
+    let console = Console { pool, json: options.json, actor: Who::part(audit::COMMAND), now: clock::now() };
+    match options.command {
+        Command::Migrate | Command::SigningKey(_) => Ok(()),
+        Command::Bootstrap { name } => {
+            let (id, password) =
+                registry::bootstrap(&console.pool, &console.actor, &name, console.now).await?;
+            console.secret(json!({ "id": id, "name": name }), "password", &password)
+        }
+        Command::User(command) => console.user(command).await,
+        Command::Credential(command) => console.credential(command).await,
+        Command::Audit(command) => audit_command::run(&console.pool, command).await,
+    }
+}
+
+fn signing_key(command: KeyCommand) -> Result<()> {
+    let now = clock::now();
+    match command {
+        KeyCommand::Add { folder } => {
+            let begins = if Keys::read(&folder).is_ok() { now + keys::LEAD } else { now };
+            println!("{}", keys::add(&folder, begins)?.display());
+        }
+        KeyCommand::List { folder } => println!("{:#}", Keys::read(&folder)?.published(now)),
+        KeyCommand::Prune { folder } => {
+            for path in keys::prune(&folder, now)? {
+                println!("{}", path.display());
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Console {
+    pool: Pool,
+    json: bool,
+    actor: Who,
+    now: OffsetDateTime,
+}
+
+impl Console {
+    async fn user(&self, command: UserCommand) -> Result<()> {
+        let Self { pool, actor, now, .. } = self;
+        match command {
+            UserCommand::Create { name, role, contact, expires } => {
+                let new = NewAccount { name: &name, role, contact: contact.as_deref(), expires_at: expires };
+                let created = registry::create(pool, actor, &new, *now).await.context("cannot register")?;
+                return self.secret(json!({ "id": created.0, "name": name }), "password", &created.1);
+            }
+            UserCommand::List { role, state, name, unused_days } => {
+                let unused_since = unused_days.map(|days| *now - Duration::days(days.into()));
+                return self
+                    .list(Filter { role, state, name, unused_since, after: None, limit: registry::MAX_PAGE })
+                    .await;
+            }
+            UserCommand::Show { name } => {
+                let (account, credentials) = registry::get(pool, &name).await?;
+                let mut shown = json!(account);
+                shown["credentials"] = json!(credentials);
+                println!("{shown:#}");
+            }
+            UserCommand::Change { name, role, contact, expires } => {
+                let change = Change { role, contact, expires_at: expires, ..Change::default() };
+                registry::change(pool, actor, &name, &change, *now).await.context("cannot change")?;
+            }
+            UserCommand::Disable { name } => {
+                self.set_disabled(&name, true).await.context("cannot disable")?;
+            }
+            UserCommand::Enable { name } => {
+                self.set_disabled(&name, false).await.context("cannot enable")?;
+            }
+            UserCommand::Delete { name, sure } => {
+                sure.check(&format!("deletes the account {name}"))?;
+                registry::delete(pool, actor, &name, *now).await.context("cannot delete")?;
+            }
+            UserCommand::Password { name, stdin } => {
+                let chosen = if stdin { Some(line()?) } else { None };
+                let show = chosen.is_none();
+                let password = registry::set_password(pool, actor, &name, chosen, *now).await;
+                let password = password.context("cannot set the password")?;
+                if show {
+                    return self.secret(json!({ "name": name }), "password", &password);
+                }
+            }
+            UserCommand::Revoke { name } => {
+                registry::revoke_all(pool, actor, &name, *now).await.context("cannot revoke")?;
+            }
+            UserCommand::Quota { name, change } => {
+                let change = Change { quota: change, ..Change::default() };
+                registry::change(pool, actor, &name, &change, *now).await.context("cannot set the quota")?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn set_disabled(&self, name: &str, disabled: bool) -> Result<()> {
+        let change = Change { disabled: Some(disabled), ..Change::default() };
+        Ok(registry::change(&self.pool, &self.actor, name, &change, self.now).await?)
+    }
+
+    /// Every page; a line an account, or in JSON a document an account.
+    async fn list(&self, mut filter: Filter) -> Result<()> {
+        let mut out = io::stdout().lock();
+        loop {
+            let page = registry::list(&self.pool, &filter).await?;
+            for account in &page {
+                if self.json {
+                    writeln!(out, "{}", json!(account))?;
+                } else {
+                    writeln!(out, "{}", row(account))?;
+                }
+            }
+            match page.last() {
+                Some(last) if page.len() as i64 == filter.limit => filter.after = Some(last.name.clone()),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    async fn credential(&self, command: CredentialCommand) -> Result<()> {
+        let Self { pool, actor, now, .. } = self;
+        match command {
+            CredentialCommand::Add { name, label, key: None, expires } => {
+                let added = registry::add_secret(pool, actor, &name, &label, expires, *now).await;
+                self.client_secret(&name, added.context("cannot add a secret")?).await
+            }
+            CredentialCommand::Add { name, label, key: Some(file), expires } => {
+                let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+                let key = PublicKey::parse(&text).with_context(|| file.display().to_string())?;
+                let id = registry::add_key(pool, actor, &name, &label, &key, expires, *now).await;
+                let id = id.context("cannot add the key")?;
+                let account = registry::get(pool, &name).await?.0;
+                println!("{:#}", json!({ "client_id": account.id, "credential": id }));
+                Ok(())
+            }
+            CredentialCommand::Rotate { name, overlap_days } => {
+                let overlap = Duration::days(overlap_days.into());
+                let added = registry::rotate(pool, actor, &name, overlap, *now).await;
+                self.client_secret(&name, added.context("cannot rotate")?).await
+            }
+            CredentialCommand::Remove { name, id, sure } => {
+                sure.check(&format!("removes the credential {id} of {name}"))?;
+                registry::remove_credential(pool, actor, &name, id, *now).await.context("cannot remove")
+            }
+        }
+    }
+
+    async fn client_secret(&self, name: &str, (id, secret): (Uuid, SecretString)) -> Result<()> {
+        let account = registry::get(&self.pool, name).await?.0;
+        let shown =
+            json!({ "client_id": account.id, "credential": id, "client_secret": secret.expose_secret() });
+        println!("{shown:#}");
+        Ok(())
+    }
+
+    /// What is shown once: alone on a line, or as a member.
+    fn secret(&self, mut rest: Value, name: &str, secret: &SecretString) -> Result<()> {
+        if self.json {
+            rest[name] = json!(secret.expose_secret());
+            println!("{rest}");
+        } else {
+            println!("{}", secret.expose_secret());
+        }
+        io::stdout().flush().context("the secret could not be shown")
+    }
+}
+
+fn row(account: &Account) -> String {
+    let used = account.last_used_at.and_then(|at| at.date().to_string().into());
+    let state = serde_json::to_value(account.state).unwrap_or_default();
+    format!(
+        "{}\t{}\t{}\t{}\tlast used {}",
+        account.name,
+        account.role,
+        state.as_str().unwrap_or_default(),
+        account.id,
+        used.as_deref().unwrap_or("never")
+    )
+}
+
+/// A line of standard input, as it is but for its end.
+fn line() -> Result<SecretString> {
+    let mut text = String::new();
+    io::stdin().lock().read_line(&mut text).context("standard input")?;
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    Ok(text.strip_suffix('\r').unwrap_or(text).into())
+}

@@ -1,0 +1,250 @@
+//! The keys that sign access tokens: a folder of Ed25519 keys, each file named after the moment from which it signs.
+//!
+//! All replicas read the same folder and go by the same names, so they change keys at the same moment without
+//! talking to each other. A key is published and accepted as soon as it is in the folder, [`LEAD`] before it signs;
+//! after its successor has begun, it is accepted for as long as a token lives. A key that is taken out of the
+//! folder is refused with the next look at it.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aws_lc_rs::{
+    digest::{SHA256, digest},
+    signature::{Ed25519KeyPair, KeyPair},
+};
+use base64::{
+    Engine,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
+use jsonwebtoken::{DecodingKey, EncodingKey};
+use rustls::pki_types::{PrivatePkcs8KeyDer, pem::PemObject};
+use serde_json::{Value, json};
+use time::{
+    OffsetDateTime, PrimitiveDateTime, format_description::BorrowedFormatItem, macros::format_description,
+};
+
+use crate::token::{LEEWAY, LIFETIME};
+
+/// How long before its first signature a key is published: twice [`CACHE`].
+pub const LEAD: Duration = Duration::from_mins(10);
+/// How long others may keep the published keys, `max-age` of the JWK set.
+pub const CACHE: Duration = Duration::from_mins(5);
+/// The longest name is far shorter; a folder with more keys than this is no folder of keys.
+const MAX_KEYS: usize = 64;
+
+const NAME: &[BorrowedFormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
+
+/// Why keys cannot be read or made.
+#[derive(Debug, thiserror::Error)]
+#[error("signing keys {path}: {reason}")]
+pub struct KeyError {
+    path: String,
+    reason: String,
+}
+
+impl KeyError {
+    fn new(path: &Path, reason: impl Into<String>) -> Self {
+        Self { path: path.display().to_string(), reason: reason.into() }
+    }
+}
+
+/// One key.
+#[derive(Clone)]
+pub struct Key {
+    /// Its JWK thumbprint (RFC 7638), which is its `kid`.
+    pub id: String,
+    /// From when on it signs.
+    pub begins: OffsetDateTime,
+    pub(crate) signing: EncodingKey,
+    pub(crate) verifying: DecodingKey,
+    /// The public key, base64url.
+    public: String,
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Key({} from {})", self.id, self.begins)
+    }
+}
+
+impl Key {
+    fn read(path: &Path) -> Result<Self, KeyError> {
+        let bad = |reason: String| KeyError::new(path, reason);
+        let begins = path.file_stem().and_then(|stem| PrimitiveDateTime::parse(stem.to_str()?, NAME).ok());
+        let begins = begins.ok_or_else(|| bad("the name is not of the form 20260131T235959Z.pem".into()))?;
+        let pkcs8 = PrivatePkcs8KeyDer::from_pem_file(path).map_err(|error| bad(error.to_string()))?;
+        let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(pkcs8.secret_pkcs8_der())
+            .map_err(|error| bad(error.to_string()))?;
+        let public = URL_SAFE_NO_PAD.encode(pair.public_key().as_ref());
+        let thumbprint = format!(r#"{{"crv":"Ed25519","kty":"OKP","x":"{public}"}}"#);
+        Ok(Self {
+            id: URL_SAFE_NO_PAD.encode(digest(&SHA256, thumbprint.as_bytes())),
+            begins: begins.assume_utc(),
+            signing: EncodingKey::from_ed_der(pkcs8.secret_pkcs8_der()),
+            verifying: DecodingKey::from_ed_components(&public).map_err(|error| bad(error.to_string()))?,
+            public,
+        })
+    }
+
+    /// The public part as a JWK (RFC 8037 §2).
+    fn jwk(&self) -> Value {
+        json!({"kty": "OKP", "crv": "Ed25519", "x": self.public, "kid": self.id, "alg": "EdDSA", "use": "sig"})
+    }
+}
+
+/// The keys of a folder, the oldest first.
+#[derive(Debug, Clone)]
+pub struct Keys(Vec<Key>);
+
+impl Keys {
+    /// Reads every `*.pem` file of `folder`.
+    ///
+    /// # Errors
+    /// When there is none, or one of them is no Ed25519 key in PKCS#8 PEM.
+    pub fn read(folder: &Path) -> Result<Self, KeyError> {
+        let mut keys = files(folder)?.iter().map(|path| Key::read(path)).collect::<Result<Vec<_>, _>>()?;
+        keys.sort_by_key(|key| key.begins);
+        if keys.is_empty() { Err(KeyError::new(folder, "no key")) } else { Ok(Self(keys)) }
+    }
+
+    /// Whether these are the same keys.
+    pub(crate) fn are(&self, others: &Self) -> bool {
+        let name = |key: &Key| (key.id.clone(), key.begins);
+        self.0.iter().map(name).eq(others.0.iter().map(name))
+    }
+
+    /// The one that signs at `now`: the latest that has begun, or the first one when none has.
+    pub(crate) fn signing(&self, now: OffsetDateTime) -> &Key {
+        self.0.iter().rfind(|key| key.begins <= now).unwrap_or(&self.0[0])
+    }
+
+    /// The key with this id, if its tokens may still live at `now`.
+    pub(crate) fn accepted(&self, id: &str, now: OffsetDateTime) -> Option<&Key> {
+        let at = self.0.iter().position(|key| key.id == id)?;
+        self.is_alive(at, now).then(|| &self.0[at])
+    }
+
+    /// The JWK set (RFC 7517 §5) of the keys whose tokens may live at `now`, and of those that will sign.
+    pub fn published(&self, now: OffsetDateTime) -> Value {
+        let alive = (0..self.0.len()).filter(|at| self.is_alive(*at, now));
+        json!({"keys": alive.map(|at| self.0[at].jwk()).collect::<Vec<_>>()})
+    }
+
+    fn is_alive(&self, at: usize, now: OffsetDateTime) -> bool {
+        let life = LIFETIME + Duration::from_secs(LEEWAY as u64);
+        self.0.get(at + 1).is_none_or(|successor| now <= successor.begins + life)
+    }
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>, KeyError> {
+    let bad = |error: std::io::Error| KeyError::new(folder, error.to_string());
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).map_err(bad)? {
+        let path = entry.map_err(bad)?.path();
+        if path.extension().is_some_and(|extension| extension == "pem") {
+            files.push(path);
+        }
+        if files.len() > MAX_KEYS {
+            return Err(KeyError::new(folder, format!("more than {MAX_KEYS} keys")));
+        }
+    }
+    Ok(files)
+}
+
+/// Makes a key that signs from `begins` on, in a file that only its owner can read. The folder is made as well.
+///
+/// # Errors
+/// When there is a key for that second already, or the folder cannot be written.
+pub fn add(folder: &Path, begins: OffsetDateTime) -> Result<PathBuf, KeyError> {
+    let bad = |error: std::io::Error| KeyError::new(folder, error.to_string());
+    fs::create_dir_all(folder).map_err(bad)?;
+    let name = begins
+        .to_offset(time::UtcOffset::UTC)
+        .format(NAME)
+        .map_err(|e| KeyError::new(folder, e.to_string()))?;
+    let path = folder.join(format!("{name}.pem"));
+    let pkcs8 = Ed25519KeyPair::generate().and_then(|pair| pair.to_pkcs8v1());
+    let pkcs8 = pkcs8.map_err(|_| KeyError::new(folder, "no randomness"))?;
+    let pem = format!(
+        "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n",
+        STANDARD.encode(pkcs8.as_ref())
+    );
+    // Readers look at `*.pem` at any time: the whole file appears at once, or it does not.
+    let part = folder.join(format!("{name}.part"));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part).map_err(bad)?;
+    file.write_all(pem.as_bytes()).and_then(|()| file.sync_all()).map_err(bad)?;
+    let linked = fs::hard_link(&part, &path);
+    fs::remove_file(&part).map_err(bad)?;
+    linked.map_err(|error| KeyError::new(&path, error.to_string()))?;
+    Ok(path)
+}
+
+/// Removes the keys that sign no more and whose tokens are all dead, and returns their files.
+///
+/// # Errors
+/// When a key cannot be read or removed.
+pub fn prune(folder: &Path, now: OffsetDateTime) -> Result<Vec<PathBuf>, KeyError> {
+    let keys = Keys::read(folder)?;
+    let mut removed = Vec::new();
+    for path in files(folder)? {
+        if keys.accepted(&Key::read(&path)?.id, now).is_none() {
+            fs::remove_file(&path).map_err(|error| KeyError::new(&path, error.to_string()))?;
+            removed.push(path);
+        }
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use time::macros::datetime;
+
+    use super::*;
+
+    fn folder() -> PathBuf {
+        std::env::temp_dir().join(format!("dermflow-keys-{}", uuid::Uuid::new_v4()))
+    }
+
+    #[test]
+    fn a_key_signs_from_its_moment_on_and_lives_as_long_as_its_last_token() {
+        let (folder, first) = (folder(), datetime!(2026-01-31 12:00 UTC));
+        let second = first + Duration::from_hours(24);
+        add(&folder, first).unwrap();
+        let old = Keys::read(&folder).unwrap().signing(first).id.clone();
+        add(&folder, second).unwrap();
+        assert!(add(&folder, second).is_err(), "one key a second");
+        let keys = Keys::read(&folder).unwrap();
+        let count = |now| keys.published(now)["keys"].as_array().unwrap().len();
+        let just_before = second - Duration::from_secs(1);
+        assert_eq!(keys.signing(first - LEAD).id, old, "rather than none");
+        assert_eq!((keys.signing(just_before).id.as_str(), count(just_before)), (old.as_str(), 2));
+        assert_ne!(keys.signing(second).id, old);
+        assert!(keys.accepted(&old, second + LIFETIME).is_some());
+        let later = second + LIFETIME + Duration::from_mins(1);
+        assert!(keys.accepted(&old, later).is_none());
+        assert_eq!(count(later), 1);
+        assert_eq!(prune(&folder, second).unwrap().len(), 0);
+        assert_eq!(prune(&folder, later).unwrap().len(), 1);
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn what_is_published_is_public() {
+        let folder = folder();
+        let path = add(&folder, datetime!(2026-01-31 12:00 UTC)).unwrap();
+        let keys = Keys::read(&folder).unwrap();
+        let key = &keys.published(datetime!(2026-01-31 12:00 UTC))["keys"][0];
+        let names: Vec<_> = key.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(names, ["alg", "crv", "kid", "kty", "use", "x"]);
+        let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600);
+        fs::write(folder.join("next.pem"), "x").unwrap();
+        assert!(Keys::read(&folder).is_err(), "a file with another name");
+        fs::remove_dir_all(folder).unwrap();
+    }
+}

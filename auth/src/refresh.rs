@@ -1,0 +1,191 @@
+//! Refresh tokens (RFC 6749 §6, RFC 9700 §4.14.2): each is good once, none outlives its family, and a second use ends
+//! the family, as one of the two who used it has stolen it.
+
+use std::time::Duration;
+
+use deadpool_postgres::Pool;
+use secrecy::SecretString;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::{
+    db::{self, DbError},
+    revocation,
+    secret::{self, Kind, NoRandomness},
+    users::{COLUMNS, OPEN, User},
+};
+
+/// How long a family lives from its first token on.
+pub const LIFETIME: Duration = Duration::from_hours(12);
+
+/// Why there is no refresh token.
+#[derive(Debug, thiserror::Error)]
+pub enum RefreshError {
+    /// See [`DbError`].
+    #[error(transparent)]
+    Db(#[from] DbError),
+    /// See [`NoRandomness`].
+    #[error(transparent)]
+    NoRandomness(#[from] NoRandomness),
+}
+
+/// What a refresh token was good for.
+#[derive(Debug)]
+pub struct Refreshed {
+    /// The account.
+    pub user: User,
+    /// The family, with which tokens are revoked.
+    pub family: Uuid,
+    /// What the family's tokens may be used for.
+    pub scope: String,
+    /// When the family ends.
+    pub ends: OffsetDateTime,
+    /// Whether the family began with a password, so that its client has nothing else to prove itself with.
+    pub by_password: bool,
+    /// The family's next token.
+    pub next: SecretString,
+}
+
+/// What came of a refresh token.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It was good.
+    Good(Box<Refreshed>),
+    /// It was used before: the family of this account is ended.
+    Reused(Uuid),
+    /// It is none, or no longer.
+    Unknown,
+}
+
+/// The first token of a new family, for an account that has proved itself with `credential`. Returns the family's id
+/// as well, and when it ends.
+///
+/// # Errors
+/// When the database is away.
+pub async fn begin(
+    pool: &Pool,
+    user: User,
+    credential: Uuid,
+    scope: &str,
+    now: OffsetDateTime,
+) -> Result<(Uuid, OffsetDateTime, SecretString), RefreshError> {
+    let (family, ends, token) = (Uuid::new_v4(), now + LIFETIME, secret::generate(Kind::Refresh)?);
+    let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
+                  VALUES ($1, $2, $3, $4, $5, $6)";
+    db::within(async {
+        let connection = pool.get().await?;
+        connection.execute("DELETE FROM auth.refresh_tokens WHERE expires_at < $1", &[&now]).await?;
+        let (hash, account) = (secret::hash(&token), user.client.uuid());
+        connection.execute(insert, &[&hash, &family, &account, &credential, &scope, &ends]).await?;
+        Ok::<_, DbError>(())
+    })
+    .await?;
+    Ok((family, ends, token))
+}
+
+/// Uses a refresh token, for a client that has proved to be `client`, or that has proved nothing.
+///
+/// # Errors
+/// When the database is away: the token is as good as before.
+pub async fn spend(
+    pool: &Pool,
+    token: &SecretString,
+    client: Option<Uuid>,
+    now: OffsetDateTime,
+) -> Result<Outcome, RefreshError> {
+    // Whose first token was not given for a password must prove itself again (RFC 6749 §6).
+    let spend = format!(
+        "WITH spent AS (UPDATE auth.refresh_tokens SET used_at = $1 \
+           WHERE hash = $2 AND used_at IS NULL AND expires_at > $1 \
+           AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END RETURNING *) \
+         SELECT {COLUMNS}, family, scope, spent.expires_at AS ends, credential, credential = account AS by_password \
+         FROM spent JOIN auth.users ON users.id = spent.account \
+         WHERE {OPEN} AND (credential = account OR EXISTS (SELECT FROM auth.credentials c \
+           WHERE c.id = credential AND (c.expires_at IS NULL OR c.expires_at > $1)))"
+    );
+    let next = secret::generate(Kind::Refresh)?;
+    let outcome = db::within(async {
+        let mut connection = pool.get().await?;
+        let transaction = connection.transaction().await?;
+        let hash = secret::hash(token);
+        if let Some(row) = transaction.query_opt(&spend, &[&now, &hash, &client]).await? {
+            let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
+                          SELECT $1, family, account, credential, scope, expires_at \
+                          FROM auth.refresh_tokens WHERE hash = $2";
+            transaction.execute(insert, &[&secret::hash(&next), &hash]).await?;
+            transaction.commit().await?;
+            let Some(user) = User::read(&row) else { return Ok(Outcome::Unknown) };
+            return Ok(Outcome::Good(Box::new(Refreshed {
+                user,
+                family: row.get("family"),
+                scope: row.get("scope"),
+                ends: row.get("ends"),
+                by_password: row.get("by_password"),
+                next,
+            })));
+        }
+        let select =
+            "SELECT family, account FROM auth.refresh_tokens WHERE hash = $1 AND used_at IS NOT NULL";
+        let reused = transaction.query_opt(select, &[&hash]).await?;
+        let Some(row) = reused else { return Ok(Outcome::Unknown) };
+        let family: Uuid = row.get("family");
+        transaction.execute("DELETE FROM auth.refresh_tokens WHERE family = $1", &[&family]).await?;
+        revocation::within(&transaction, &[family], now).await?;
+        transaction.commit().await?;
+        Ok::<_, DbError>(Outcome::Reused(row.get("account")))
+    });
+    Ok(outcome.await?)
+}
+
+/// Ends the family of a refresh token that belongs to `account` (RFC 7009 §2.1); false when there is none.
+///
+/// # Errors
+/// When the database is away.
+pub async fn end(
+    pool: &Pool,
+    token: &SecretString,
+    account: Uuid,
+    now: OffsetDateTime,
+) -> Result<bool, DbError> {
+    db::within(async {
+        let mut connection = pool.get().await?;
+        let transaction = connection.transaction().await?;
+        let delete = "DELETE FROM auth.refresh_tokens WHERE family = \
+                      (SELECT family FROM auth.refresh_tokens WHERE hash = $1 AND account = $2) RETURNING family";
+        let families = transaction.query(delete, &[&secret::hash(token), &account]).await?;
+        if let Some(row) = families.first() {
+            revocation::within(&transaction, &[row.get(0)], now).await?;
+        }
+        transaction.commit().await?;
+        Ok(!families.is_empty())
+    })
+    .await
+}
+
+/// What RFC 7662 tells of a refresh token.
+#[derive(Debug)]
+pub struct Described {
+    /// What the family's tokens may be used for.
+    pub scope: String,
+    /// When the family ends.
+    pub ends: OffsetDateTime,
+}
+
+/// Looks at a refresh token of `account` that may still be used.
+///
+/// # Errors
+/// When the database is away.
+pub async fn describe(
+    pool: &Pool,
+    token: &SecretString,
+    account: Uuid,
+    now: OffsetDateTime,
+) -> Result<Option<Described>, DbError> {
+    let select = "SELECT scope, expires_at FROM auth.refresh_tokens \
+                  WHERE hash = $1 AND account = $2 AND used_at IS NULL AND expires_at > $3";
+    db::within(async {
+        let row = pool.get().await?.query_opt(select, &[&secret::hash(token), &account, &now]).await?;
+        Ok(row.map(|row| Described { scope: row.get("scope"), ends: row.get("expires_at") }))
+    })
+    .await
+}

@@ -1,0 +1,641 @@
+//! The registration of accounts: everything that staff does to them, each act in one transaction with its entry in
+//! the audit trail. The registration service and the command line are two ways into these functions.
+
+use deadpool_postgres::{Pool, Transaction};
+use dermflow_schemas::id::ClientId;
+use secrecy::SecretString;
+use serde::{Deserialize, Serialize};
+use time::{Duration, OffsetDateTime};
+use tokio_postgres::{Row, types::Json};
+use uuid::Uuid;
+
+use crate::{
+    audit::{self, Action, Actor, Event, Object, Who},
+    credentials::{BadKey, PublicKey},
+    db::{self, DbError},
+    password::{self, PasswordError},
+    revocation,
+    secret::{self, Kind, NoRandomness},
+    users::{Quota, QuotaChange, Role, valid_name},
+};
+
+/// Accounts in one page when the caller names no number.
+pub const PAGE: i64 = 50;
+/// Accounts in one page.
+pub const MAX_PAGE: i64 = 500;
+/// Secrets and keys of one account.
+const MAX_CREDENTIALS: i64 = 20;
+/// How long the secrets that a rotation replaces stay good when nothing else is said.
+pub const OVERLAP: Duration = Duration::days(7);
+
+/// Why an act of registration did not happen. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// The name is taken.
+    #[error("the user {0} exists already")]
+    Exists(String),
+    /// No account has this name or id.
+    #[error("there is no user {0}")]
+    Unknown(String),
+    /// The account has no such credential.
+    #[error("there is no credential {0}")]
+    UnknownCredential(Uuid),
+    /// The name has the wrong form.
+    #[error("a user name has 1 to 63 of a-z 0-9 . _ @ - and begins with a letter or digit")]
+    BadName,
+    /// The contact or the label has the wrong length.
+    #[error("{0}")]
+    BadText(&'static str),
+    /// The moment has passed.
+    #[error("an expiry lies in the future")]
+    Past,
+    /// The account has as many credentials as it may.
+    #[error("an account has {MAX_CREDENTIALS} credentials at most")]
+    TooMany,
+    /// Only clients submit with a secret or a key.
+    #[error("only an integrator has credentials besides its password")]
+    NotAClient,
+    /// There has been an administrator.
+    #[error("the first administrator is registered already: others are registered by an administrator")]
+    Bootstrapped,
+    /// The last administrator that can sign in would go.
+    #[error("this is the last administrator who can sign in")]
+    LastAdministrator,
+    /// See [`BadKey`].
+    #[error(transparent)]
+    Key(#[from] BadKey),
+    /// See [`PasswordError`].
+    #[error(transparent)]
+    Password(#[from] PasswordError),
+    /// See [`NoRandomness`].
+    #[error(transparent)]
+    NoRandomness(#[from] NoRandomness),
+    /// See [`DbError`].
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+impl From<tokio_postgres::Error> for RegistryError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+impl From<deadpool_postgres::PoolError> for RegistryError {
+    fn from(error: deadpool_postgres::PoolError) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+/// How an account stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It may sign in.
+    Active,
+    /// It was shut out.
+    Disabled,
+    /// Its time is over.
+    Expired,
+    /// It is gone, but for what the audit trail needs.
+    Deleted,
+}
+
+impl std::str::FromStr for State {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "active" => Ok(Self::Active),
+            "disabled" => Ok(Self::Disabled),
+            "expired" => Ok(Self::Expired),
+            "deleted" => Ok(Self::Deleted),
+            _ => Err("not a state: active, disabled, expired or deleted"),
+        }
+    }
+}
+
+/// An account as staff sees it: no password, no secret, no hash.
+#[derive(Debug, Clone, Serialize)]
+pub struct Account {
+    /// Its id, which is the `client_id` of OAuth.
+    pub id: Uuid,
+    /// The name it signs in with.
+    pub name: String,
+    /// What it is for.
+    pub role: String,
+    /// How it stands.
+    pub state: State,
+    /// Whom to ask about it.
+    pub contact: Option<String>,
+    /// When it was registered.
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// When it expires.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub expires_at: Option<OffsetDateTime>,
+    /// When it signed in last, to the hour.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub last_used_at: Option<OffsetDateTime>,
+    /// What it may have open at once.
+    pub quota: Quota,
+}
+
+/// A secret or key as staff sees it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Credential {
+    /// Its id.
+    pub id: Uuid,
+    /// `secret` or `key`.
+    pub kind: &'static str,
+    /// What staff calls it.
+    pub label: String,
+    /// When it was made.
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// When it expires.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub expires_at: Option<OffsetDateTime>,
+    /// When it was used last, to the hour.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub last_used_at: Option<OffsetDateTime>,
+}
+
+/// An account to be.
+#[derive(Debug)]
+pub struct NewAccount<'a> {
+    /// The name it signs in with.
+    pub name: &'a str,
+    /// What it is for.
+    pub role: Role,
+    /// Whom to ask about it, 1 to 200 characters.
+    pub contact: Option<&'a str>,
+    /// When it expires.
+    pub expires_at: Option<OffsetDateTime>,
+}
+
+/// Changes of an account; what is `None` stays as it is.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Change {
+    /// What it is for. Its tokens are refused from then on.
+    pub role: Option<Role>,
+    /// Whom to ask about it.
+    pub contact: Option<String>,
+    /// When it expires.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub expires_at: Option<OffsetDateTime>,
+    /// Whether it is shut out.
+    pub disabled: Option<bool>,
+    /// What it may have open at once.
+    pub quota: QuotaChange,
+}
+
+/// Which accounts to list.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// With this role.
+    pub role: Option<Role>,
+    /// That stand like this; none but deleted ones when it is left out.
+    pub state: Option<State>,
+    /// Whose names begin like this.
+    pub name: Option<String>,
+    /// Not used since then, and registered before.
+    pub unused_since: Option<OffsetDateTime>,
+    /// Whose names come after this one.
+    pub after: Option<String>,
+    /// How many, 1 to [`MAX_PAGE`].
+    pub limit: i64,
+}
+
+const COLUMNS: &str = "id, username, role, contact, created_at, expires_at, last_used_at, quota_jobs, quota_bytes, \
+                       quota_running, weight, CASE WHEN deleted_at IS NOT NULL THEN 'deleted' \
+                       WHEN disabled THEN 'disabled' WHEN expires_at <= now() THEN 'expired' ELSE 'active' END AS state";
+
+fn account(row: &Row) -> Account {
+    Account {
+        id: row.get("id"),
+        name: row.get("username"),
+        role: row.get("role"),
+        state: row.get::<_, &str>("state").parse().unwrap_or(State::Disabled),
+        contact: row.get("contact"),
+        created_at: row.get("created_at"),
+        expires_at: row.get("expires_at"),
+        last_used_at: row.get("last_used_at"),
+        quota: Quota::read(row),
+    }
+}
+
+/// Registers an account with a generated password, which is returned and kept nowhere in clear.
+///
+/// # Errors
+/// When the name is taken or something is malformed, or the database is away.
+pub async fn create(
+    pool: &Pool,
+    actor: &Who,
+    new: &NewAccount<'_>,
+    now: OffsetDateTime,
+) -> Result<(ClientId, SecretString), RegistryError> {
+    act(pool, async |transaction| insert(transaction, actor, new, now).await).await
+}
+
+/// Registers the first administrator. It works once, however many accounts are deleted later.
+///
+/// # Errors
+/// [`RegistryError::Bootstrapped`] when there has been one, and as [`create`].
+pub async fn bootstrap(
+    pool: &Pool,
+    actor: &Who,
+    name: &str,
+    now: OffsetDateTime,
+) -> Result<(ClientId, SecretString), RegistryError> {
+    act(pool, async |transaction| {
+        // Two at once: the second waits, then finds the first.
+        transaction.batch_execute("LOCK TABLE auth.users IN SHARE ROW EXCLUSIVE MODE").await?;
+        let select = "SELECT EXISTS (SELECT FROM auth.users WHERE role = 'administrator')";
+        if transaction.query_one(select, &[]).await?.get(0) {
+            return Err(RegistryError::Bootstrapped);
+        }
+        let new = NewAccount { name, role: Role::Administrator, contact: None, expires_at: None };
+        insert(transaction, actor, &new, now).await
+    })
+    .await
+}
+
+async fn insert(
+    transaction: &Transaction<'_>,
+    actor: &Who,
+    new: &NewAccount<'_>,
+    now: OffsetDateTime,
+) -> Result<(ClientId, SecretString), RegistryError> {
+    if !valid_name(new.name) {
+        return Err(RegistryError::BadName);
+    }
+    check_contact(new.contact)?;
+    check_expiry(new.expires_at, now)?;
+    let password = password::generate()?;
+    let (id, hash) = (Uuid::new_v4(), password::hash(&password)?);
+    let insert = "INSERT INTO auth.users (id, username, password_hash, created_at, role, contact, expires_at) \
+                  VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (username) DO NOTHING";
+    let NewAccount { name, role, contact, expires_at } = new;
+    let role = role.as_str();
+    let inserted = transaction.execute(insert, &[&id, name, &hash, &now, &role, contact, expires_at]).await?;
+    if inserted == 0 {
+        return Err(RegistryError::Exists(new.name.into()));
+    }
+    note(transaction, actor, Action::UserCreated, id, now).await?;
+    Ok((id.into(), password))
+}
+
+/// A page of accounts by name.
+///
+/// # Errors
+/// When the database is away.
+pub async fn list(pool: &Pool, filter: &Filter) -> Result<Vec<Account>, RegistryError> {
+    let select = format!(
+        "SELECT * FROM (SELECT {COLUMNS}, coalesce(last_used_at, created_at) AS seen FROM auth.users) accounts \
+         WHERE ($1::text IS NULL OR role = $1) AND CASE WHEN $2::text IS NULL THEN state <> 'deleted' ELSE state = $2 END \
+         AND ($3::text IS NULL OR starts_with(username, $3)) AND ($4::timestamptz IS NULL OR seen < $4) \
+         AND ($5::text IS NULL OR username > $5) ORDER BY username LIMIT $6"
+    );
+    let role = filter.role.map(Role::as_str);
+    let state = filter.state.and_then(|state| serde_json::to_value(state).ok());
+    let state = state.as_ref().and_then(|state| state.as_str());
+    let limit = filter.limit.clamp(1, MAX_PAGE);
+    let rows = db::within(async {
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
+            [&role, &state, &filter.name, &filter.unused_since, &filter.after, &limit];
+        Ok::<_, RegistryError>(pool.get().await?.query(&select, &parameters).await?)
+    });
+    Ok(rows.await?.iter().map(account).collect())
+}
+
+/// An account by its name or id, and its secrets and keys.
+///
+/// # Errors
+/// When there is none, or the database is away.
+pub async fn get(pool: &Pool, who: &str) -> Result<(Account, Vec<Credential>), RegistryError> {
+    let select = format!("SELECT {COLUMNS} FROM auth.users WHERE username = $1 OR id::text = $1");
+    let credentials = "SELECT id, label, secret_hash IS NULL AS is_key, created_at, expires_at, last_used_at \
+                       FROM auth.credentials WHERE account = $1 ORDER BY created_at";
+    db::within(async {
+        let connection = pool.get().await?;
+        let row = connection.query_opt(&select, &[&who]).await?;
+        let account = row.as_ref().map(account).ok_or_else(|| RegistryError::Unknown(who.into()))?;
+        let rows = connection.query(credentials, &[&account.id]).await?;
+        Ok((account, rows.iter().map(credential).collect()))
+    })
+    .await
+}
+
+fn credential(row: &Row) -> Credential {
+    Credential {
+        id: row.get("id"),
+        kind: if row.get("is_key") { "key" } else { "secret" },
+        label: row.get("label"),
+        created_at: row.get("created_at"),
+        expires_at: row.get("expires_at"),
+        last_used_at: row.get("last_used_at"),
+    }
+}
+
+/// Changes an account. Ingress knows it within a second, workers with the account's next jobs.
+///
+/// # Errors
+/// When there is no such account, something is malformed, or the database is away.
+pub async fn change(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    change: &Change,
+    now: OffsetDateTime,
+) -> Result<(), RegistryError> {
+    check_contact(change.contact.as_deref())?;
+    check_expiry(change.expires_at, now)?;
+    act(pool, async |transaction| {
+        let id = find(transaction, who).await?;
+        let loses_access = change.disabled == Some(true) || change.role.is_some_and(|role| role != Role::Administrator);
+        if loses_access {
+            keep_an_administrator(transaction, id).await?;
+        }
+        let QuotaChange { jobs, bytes, running, weight } = change.quota;
+        let update = "UPDATE auth.users SET role = coalesce($2, role), contact = coalesce($3, contact), \
+                      expires_at = coalesce($4, expires_at), disabled = coalesce($5, disabled), \
+                      valid_after = CASE WHEN $2 <> role OR $5 THEN $6 ELSE valid_after END, \
+                      quota_jobs = coalesce($7, quota_jobs), quota_bytes = coalesce($8, quota_bytes), \
+                      quota_running = coalesce($9, quota_running), weight = coalesce($10, weight) WHERE id = $1";
+        let role = change.role.map(Role::as_str);
+        transaction
+            .execute(
+                update,
+                &[
+                    &id, &role, &change.contact, &change.expires_at, &change.disabled, &now, &jobs, &bytes, &running,
+                    &weight,
+                ],
+            )
+            .await?;
+        if loses_access {
+            forget(transaction, id).await?;
+        }
+        let action = match change.disabled {
+            Some(true) => Action::UserDisabled,
+            Some(false) => Action::UserEnabled,
+            None => Action::UserChanged,
+        };
+        note(transaction, actor, action, id, now).await
+    })
+    .await
+}
+
+/// Deletes an account: nothing personal stays, nothing that it holds is good any more, and its id is never used again.
+///
+/// # Errors
+/// When there is no such account, or the database is away.
+pub async fn delete(pool: &Pool, actor: &Who, who: &str, now: OffsetDateTime) -> Result<(), RegistryError> {
+    act(pool, async |transaction| {
+        let id = find(transaction, who).await?;
+        keep_an_administrator(transaction, id).await?;
+        let update = "UPDATE auth.users SET username = 'deleted-' || id, contact = NULL, password_hash = NULL, \
+                      deleted_at = $2, valid_after = $2 WHERE id = $1";
+        transaction.execute(update, &[&id, &now]).await?;
+        transaction.execute("DELETE FROM auth.credentials WHERE account = $1", &[&id]).await?;
+        forget(transaction, id).await?;
+        note(transaction, actor, Action::UserDeleted, id, now).await
+    })
+    .await
+}
+
+/// Gives an account a new password, `chosen` or generated, which is returned. Everything that was given for the old one
+/// is refused from then on.
+///
+/// # Errors
+/// When there is no such account, the password is not good enough, or the database is away.
+pub async fn set_password(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    chosen: Option<SecretString>,
+    now: OffsetDateTime,
+) -> Result<SecretString, RegistryError> {
+    let password = chosen.map_or_else(password::generate, Ok)?;
+    let hash = password::hash(&password)?;
+    act(pool, async |transaction| {
+        let id = find(transaction, who).await?;
+        let update = "UPDATE auth.users SET password_hash = $2, valid_after = $3 WHERE id = $1";
+        transaction.execute(update, &[&id, &hash, &now]).await?;
+        forget(transaction, id).await?;
+        note(transaction, actor, Action::PasswordSet, id, now).await
+    })
+    .await?;
+    Ok(password)
+}
+
+/// Ends everything that an account was given: tokens, refresh tokens, sessions. It may sign in again.
+///
+/// # Errors
+/// When there is no such account, or the database is away.
+pub async fn revoke_all(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    now: OffsetDateTime,
+) -> Result<(), RegistryError> {
+    act(pool, async |transaction| {
+        let id = find(transaction, who).await?;
+        transaction.execute("UPDATE auth.users SET valid_after = $2 WHERE id = $1", &[&id, &now]).await?;
+        forget(transaction, id).await?;
+        note(transaction, actor, Action::SessionsRevoked, id, now).await
+    })
+    .await
+}
+
+/// A new secret for a client, which is returned and kept nowhere in clear, and its id.
+///
+/// # Errors
+/// When there is no such client, it has too many, or the database is away.
+pub async fn add_secret(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    label: &str,
+    expires_at: Option<OffsetDateTime>,
+    now: OffsetDateTime,
+) -> Result<(Uuid, SecretString), RegistryError> {
+    let secret = secret::generate(Kind::Client)?;
+    let hash = secret::hash(&secret);
+    check_expiry(expires_at, now)?;
+    let id = act(pool, async |transaction| {
+        let account = find(transaction, who).await?;
+        add(transaction, actor, account, label, (Some(&hash), None), expires_at, now).await
+    });
+    Ok((id.await?, secret))
+}
+
+/// Registers a public key of a client, and returns its id.
+///
+/// # Errors
+/// As [`add_secret`].
+pub async fn add_key(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    label: &str,
+    key: &PublicKey,
+    expires_at: Option<OffsetDateTime>,
+    now: OffsetDateTime,
+) -> Result<Uuid, RegistryError> {
+    check_expiry(expires_at, now)?;
+    act(pool, async |transaction| {
+        let account = find(transaction, who).await?;
+        add(transaction, actor, account, label, (None, Some(key)), expires_at, now).await
+    })
+    .await
+}
+
+/// A new secret in the place of all that a client has, which stay good for `overlap`.
+///
+/// # Errors
+/// As [`add_secret`].
+pub async fn rotate(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    overlap: Duration,
+    now: OffsetDateTime,
+) -> Result<(Uuid, SecretString), RegistryError> {
+    let secret = secret::generate(Kind::Client)?;
+    let hash = secret::hash(&secret);
+    let id = act(pool, async |transaction| {
+        let account = find(transaction, who).await?;
+        let update = "UPDATE auth.credentials SET expires_at = least(coalesce(expires_at, $2), $2) \
+                      WHERE account = $1 AND secret_hash IS NOT NULL";
+        transaction.execute(update, &[&account, &(now + overlap)]).await?;
+        add(transaction, actor, account, "rotated", (Some(&hash), None), None, now).await
+    });
+    Ok((id.await?, secret))
+}
+
+async fn add(
+    transaction: &Transaction<'_>,
+    actor: &Who,
+    account: Uuid,
+    label: &str,
+    (secret, key): (Option<&Vec<u8>>, Option<&PublicKey>),
+    expires_at: Option<OffsetDateTime>,
+    now: OffsetDateTime,
+) -> Result<Uuid, RegistryError> {
+    if !(1..=100).contains(&label.chars().count()) {
+        return Err(RegistryError::BadText("a label has 1 to 100 characters"));
+    }
+    let select = "SELECT role = 'integrator' AS client, (SELECT count(*) FROM auth.credentials WHERE account = $1) \
+                  FROM auth.users WHERE id = $1";
+    let row = transaction.query_one(select, &[&account]).await?;
+    if !row.get::<_, bool>(0) {
+        return Err(RegistryError::NotAClient);
+    }
+    if row.get::<_, i64>(1) >= MAX_CREDENTIALS {
+        return Err(RegistryError::TooMany);
+    }
+    let id = Uuid::new_v4();
+    let insert = "INSERT INTO auth.credentials (id, account, label, secret_hash, jwk, created_at, expires_at) \
+                  VALUES ($1, $2, $3, $4, $5, $6, $7)";
+    transaction.execute(insert, &[&id, &account, &label, &secret, &key.map(Json), &now, &expires_at]).await?;
+    note(transaction, actor, Action::CredentialAdded, account, now).await?;
+    Ok(id)
+}
+
+/// Removes a secret or key; every token that was given for it is refused within a second.
+///
+/// # Errors
+/// When there is no such account or credential, or the database is away.
+pub async fn remove_credential(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    credential: Uuid,
+    now: OffsetDateTime,
+) -> Result<(), RegistryError> {
+    act(pool, async |transaction| {
+        let account = find(transaction, who).await?;
+        let delete = "DELETE FROM auth.credentials WHERE account = $1 AND id = $2";
+        if transaction.execute(delete, &[&account, &credential]).await? == 0 {
+            return Err(RegistryError::UnknownCredential(credential));
+        }
+        let families = "DELETE FROM auth.refresh_tokens WHERE credential = $1 RETURNING family";
+        let mut ids: Vec<Uuid> =
+            transaction.query(families, &[&credential]).await?.iter().map(|row| row.get(0)).collect();
+        ids.push(credential);
+        ids.sort_unstable();
+        ids.dedup();
+        revocation::within(transaction, &ids, now).await?;
+        note(transaction, actor, Action::CredentialRemoved, account, now).await
+    })
+    .await
+}
+
+/// Runs one act in one transaction.
+async fn act<T>(
+    pool: &Pool,
+    work: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, RegistryError>,
+) -> Result<T, RegistryError> {
+    db::within(async {
+        let mut connection = pool.get().await?;
+        let transaction = connection.transaction().await?;
+        let done = work(&transaction).await?;
+        transaction.commit().await?;
+        Ok(done)
+    })
+    .await
+}
+
+/// The id of an account by its name or id, locked until the transaction ends.
+async fn find(transaction: &Transaction<'_>, who: &str) -> Result<Uuid, RegistryError> {
+    let select =
+        "SELECT id FROM auth.users WHERE (username = $1 OR id::text = $1) AND deleted_at IS NULL FOR UPDATE";
+    let row = transaction.query_opt(select, &[&who]).await?;
+    row.map(|row| row.get(0)).ok_or_else(|| RegistryError::Unknown(who.into()))
+}
+
+/// Ends what an account can get new tokens with, but for its credentials.
+async fn forget(transaction: &Transaction<'_>, account: Uuid) -> Result<(), RegistryError> {
+    transaction.execute("DELETE FROM auth.refresh_tokens WHERE account = $1", &[&account]).await?;
+    transaction.execute("DELETE FROM auth.sessions WHERE account = $1", &[&account]).await?;
+    Ok(())
+}
+
+/// Refuses what would leave nobody who can register anybody.
+async fn keep_an_administrator(transaction: &Transaction<'_>, id: Uuid) -> Result<(), RegistryError> {
+    transaction.batch_execute("LOCK TABLE auth.users IN SHARE ROW EXCLUSIVE MODE").await?;
+    let select = "SELECT role = 'administrator' AND NOT EXISTS (SELECT FROM auth.users other \
+                  WHERE other.role = 'administrator' AND other.id <> $1 AND NOT other.disabled \
+                  AND other.deleted_at IS NULL AND coalesce(other.expires_at > now(), true)) \
+                  FROM auth.users WHERE id = $1";
+    let last: bool = transaction.query_one(select, &[&id]).await?.get(0);
+    if last { Err(RegistryError::LastAdministrator) } else { Ok(()) }
+}
+
+fn check_contact(contact: Option<&str>) -> Result<(), RegistryError> {
+    match contact.map(|contact| contact.chars().count()) {
+        None | Some(1..=200) => Ok(()),
+        Some(_) => Err(RegistryError::BadText("a contact has 1 to 200 characters")),
+    }
+}
+
+fn check_expiry(expires_at: Option<OffsetDateTime>, now: OffsetDateTime) -> Result<(), RegistryError> {
+    if expires_at.is_some_and(|at| at <= now) { Err(RegistryError::Past) } else { Ok(()) }
+}
+
+/// The entry in the audit trail.
+async fn note(
+    transaction: &Transaction<'_>,
+    actor: &Who,
+    action: Action,
+    account: Uuid,
+    now: OffsetDateTime,
+) -> Result<(), RegistryError> {
+    let event = Event::new(action, *actor, now).client(Some(account.into()));
+    let event = event.object(Some(Object::account(account.into())));
+    let by_command = actor.actor == Actor::Part(audit::COMMAND);
+    let event = if by_command { event.detail(audit::command_detail()) } else { event };
+    Ok(audit::insert(transaction, &[event]).await?)
+}

@@ -1,0 +1,221 @@
+//! `/fhir/AuditEvent`: the audit trail, for auditors.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Path, Query, State, rejection::QueryRejection},
+    http::{HeaderMap, StatusCode},
+    response::Response,
+};
+use dermflow_auth::{
+    audit::{
+        ACTIONS, Action, Object,
+        fhir::{OUTCOMES, resource},
+        search::{self, Filter, Recorded},
+    },
+    db::within,
+};
+use dermflow_schemas::{
+    error::{ApiError, Code},
+    limits::{DEFAULT_PAGE, MAX_PAGE},
+};
+use serde_json::json;
+use time::{
+    Date, Duration, OffsetDateTime, format_description::well_known::Rfc3339, macros::format_description,
+};
+
+use crate::{
+    answer::{self, Problem, accepts_fhir},
+    app::App,
+    audited::Deeds,
+    extract::{Allowed, ReadTrail},
+};
+
+/// One event.
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    _: Allowed<ReadTrail>,
+    path: Result<Path<String>, axum::extract::rejection::PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    if !accepts_fhir(&headers) {
+        return Err(Code::NotAcceptable.into());
+    }
+    let Path(id) = path.map_err(|_| Code::NotFound)?;
+    // Only the one spelling that we give out.
+    let id: i64 = id.parse().ok().filter(|n: &i64| n.to_string() == id).ok_or(Code::NotFound)?;
+    let found = within(async { search::find(&app.store.pool().get().await?, id).await }).await?;
+    let event = found.ok_or(Code::NotFound)?;
+    let deed = Deeds::one(Action::TrailRead, Some(Object::event(id)), json!({ "events": 1 }));
+    Ok(deed.of(answer::fhir(StatusCode::OK, resource(&event).to_string().into_bytes())))
+}
+
+/// `date` (`ge`, `le`, `gt`, `lt`, `sa`, `eb`, or none for the whole day or the millisecond), `agent` (a user's id or
+/// the name of a part of the system), `outcome` (0, 4 or 8), `action` (C, R, U, D or E), `subtype` (our word for what
+/// was done), `entity` (the id of what it was done to), `_count`; the latest first. Any other parameter is refused.
+pub(crate) async fn search(
+    State(app): State<Arc<App>>,
+    _: Allowed<ReadTrail>,
+    parameters: Result<Query<Vec<(String, String)>>, QueryRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    if !accepts_fhir(&headers) {
+        return Err(Code::NotAcceptable.into());
+    }
+    let Query(parameters) = parameters.map_err(|_| ApiError::from(Code::QueryInvalid).at("query"))?;
+    let (filter, count) = read(&parameters)?;
+    // One more tells whether there is another page.
+    let found = within(async { search::list(&app.store.pool().get().await?, &filter, count + 1).await });
+    let mut events = found.await?;
+    let more = events.len() > count;
+    events.truncate(count);
+    let next = events.last().filter(|_| more).map(|last| last.id);
+    let mut links = vec![json!({"relation": "self", "url": url(&app, &parameters, filter.cursor)})];
+    if next.is_some() {
+        links.push(json!({"relation": "next", "url": url(&app, &parameters, next)}));
+    }
+    let entry = |event: &Recorded| {
+        let full = format!("{}/fhir/AuditEvent/{}", app.public_url, event.id);
+        json!({"fullUrl": full, "resource": resource(event), "search": {"mode": "match"}})
+    };
+    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
+    if !events.is_empty() {
+        bundle["entry"] = events.iter().map(entry).collect();
+    }
+    let deed = Deeds::one(Action::TrailRead, None, json!({ "events": events.len() }));
+    Ok(deed.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
+}
+
+fn read(parameters: &[(String, String)]) -> Result<(Filter, usize), ApiError> {
+    let (mut filter, mut count) = (Filter::default(), DEFAULT_PAGE);
+    for (name, value) in parameters {
+        let invalid = || ApiError::from(Code::QueryInvalid).at(name.clone());
+        match name.as_str() {
+            "date" => {
+                let (since, until) = period(value).ok_or_else(invalid)?;
+                filter.since = filter.since.max(since);
+                filter.until = match (filter.until, until) {
+                    (Some(one), Some(other)) => Some(one.min(other)),
+                    (one, other) => one.or(other),
+                };
+            }
+            "agent" if is_id(value) => filter.actor = Some(value.clone()),
+            "entity" if is_id(value) => filter.object = Some(value.clone()),
+            "outcome" => {
+                let word =
+                    |code: &str| OUTCOMES.iter().find(|(known, _)| *known == code).map(|(_, word)| *word);
+                filter.outcomes = value.split(',').map(word).collect::<Option<_>>().ok_or_else(invalid)?;
+            }
+            "action" | "subtype" if !filter.actions.is_empty() => return Err(invalid()),
+            "action" => {
+                let wanted: Vec<&str> = value.split(',').collect();
+                if !wanted.iter().all(|letter| ["C", "R", "U", "D", "E"].contains(letter)) {
+                    return Err(invalid());
+                }
+                let matches = ACTIONS.iter().filter(|action| wanted.contains(&action.letter()));
+                filter.actions = matches.map(|action| action.as_str()).collect();
+            }
+            "subtype" => {
+                let word =
+                    |word: &str| ACTIONS.iter().map(|action| action.as_str()).find(|known| *known == word);
+                filter.actions = value.split(',').map(word).collect::<Option<_>>().ok_or_else(invalid)?;
+            }
+            "_count" => count = value.parse::<usize>().map_err(|_| invalid())?.clamp(1, MAX_PAGE),
+            "_cursor" => filter.cursor = Some(value.parse().map_err(|_| invalid())?),
+            "_sort" if value == "-date" => {}
+            "_format" if value.contains("json") => {}
+            _ => return Err(invalid()),
+        }
+    }
+    Ok((filter, count))
+}
+
+/// What an id or a name of ours looks like; it goes into links as it is.
+fn is_id(value: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    (1..=64).contains(&value.len()) && value.bytes().all(plain)
+}
+
+/// From when, and before when. A date stands for its whole day, an instant for its millisecond (FHIR R4, search,
+/// date).
+fn period(value: &str) -> Option<(Option<OffsetDateTime>, Option<OffsetDateTime>)> {
+    let letters = value.bytes().take_while(u8::is_ascii_lowercase).count();
+    let (prefix, text) = value.split_at(letters);
+    let instant = || {
+        let at = OffsetDateTime::parse(text, &Rfc3339).ok()?;
+        Some((at, at.checked_add(Duration::milliseconds(1))?))
+    };
+    let day = || {
+        let date = Date::parse(text, format_description!("[year]-[month]-[day]")).ok()?;
+        Some((date.midnight().assume_utc(), date.next_day()?.midnight().assume_utc()))
+    };
+    let (start, end) = instant().or_else(day)?;
+    match prefix {
+        "" | "eq" => Some((Some(start), Some(end))),
+        "ge" => Some((Some(start), None)),
+        "gt" | "sa" => Some((Some(end), None)),
+        "le" => Some((None, Some(end))),
+        "lt" | "eb" => Some((None, Some(start))),
+        _ => None,
+    }
+}
+
+fn url(app: &App, parameters: &[(String, String)], cursor: Option<i64>) -> String {
+    // None of the values that are let through has a character that a query would have to escape but `+`.
+    let escaped = |value: &str| value.replace('+', "%2B").replace(' ', "%20");
+    let kept = parameters.iter().filter(|(name, _)| name != "_cursor");
+    let kept = kept.map(|(name, value)| format!("{name}={}", escaped(value)));
+    let query: Vec<String> = kept.chain(cursor.map(|cursor| format!("_cursor={cursor}"))).collect();
+    format!("{}/fhir/AuditEvent?{}", app.public_url, query.join("&"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(text: &str) -> OffsetDateTime {
+        OffsetDateTime::parse(text, &Rfc3339).unwrap()
+    }
+
+    #[test]
+    fn a_date_is_a_whole_day() {
+        let (day, next) = (Some(at("2026-01-31T00:00:00Z")), Some(at("2026-02-01T00:00:00Z")));
+        assert_eq!(period("2026-01-31"), Some((day, next)));
+        assert_eq!(period("ge2026-01-31"), Some((day, None)));
+        assert_eq!(period("gt2026-01-31"), Some((next, None)));
+        assert_eq!(period("le2026-01-31"), Some((None, next)));
+        assert_eq!(period("lt2026-01-31"), Some((None, day)));
+        assert_eq!(period("gt2026-01-31T00:00:00Z"), Some((Some(at("2026-01-31T00:00:00.001Z")), None)));
+        for bad in ["", "ge", "xx2026-01-31", "2026-02-30", "31.1.2026", "9999-12-31"] {
+            assert_eq!(period(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_would_be_passed_over_in_silence_is_refused() {
+        let read = |name: &str, value: &str| read(&[(name.to_owned(), value.to_owned())]);
+        for (name, value) in [
+            ("date", "2026-01-31"),
+            ("agent", "sweeper"),
+            ("outcome", "0,4"),
+            ("action", "E"),
+            ("subtype", "login,access"),
+            ("_count", "7"),
+        ] {
+            assert!(read(name, value).is_ok(), "{name}={value}");
+        }
+        for (name, value) in [
+            ("date", "x"),
+            ("agent", "a b"),
+            ("outcome", "12"),
+            ("outcome", ""),
+            ("action", "X"),
+            ("subtype", "nothing"),
+            ("patient", "1"),
+            ("agent:identifier", "x"),
+            ("_sort", "date"),
+        ] {
+            assert!(read(name, value).is_err(), "{name}={value}");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! The way into the audit trail for what has no transaction of its own: logins, refusals, reads.
+//!
+//! As with jobs ([`crate::commit`]), events of concurrent requests go to the database in one statement, and nobody
+//! waits for a group to fill. An answer that hands something out leaves when its event is on disk; when the event
+//! cannot be written, the answer is an error instead. A refusal stays a refusal: that it is missing in the trail is
+//! counted, and logged. A flood of refusals must not become a flood of events: of each kind and address
+//! [`AUDIT_REFUSALS`] a second are written before their answer leaves; the rest are counted, and written as one
+//! event within about a second after.
+
+use std::{
+    collections::HashMap,
+    mem,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use deadpool_postgres::Pool;
+use dermflow_auth::audit::{self, Action, Actor, Event, Outcome, Who};
+use dermflow_schemas::{
+    clock,
+    error::Code,
+    limits::{AUDIT_GROUP, AUDIT_QUEUE, AUDIT_REFUSALS, AUDIT_SOURCES, AUDIT_WRITERS},
+};
+use prometheus::IntCounter;
+use serde_json::json;
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    time::interval,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::answer::Problem;
+
+/// An answer's events, written together or not at all.
+type Entry = (Vec<Event>, oneshot::Sender<bool>);
+
+/// What a refusal is counted by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Kind {
+    source: Option<IpAddr>,
+    action: Action,
+    code: Code,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Count {
+    written: u32,
+    /// Not written, but counted.
+    more: u64,
+}
+
+/// The way in. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Trail {
+    entries: mpsc::Sender<Entry>,
+    /// Since the last look of [`count`].
+    refusals: Arc<Mutex<HashMap<Kind, Count>>>,
+    lost: IntCounter,
+}
+
+impl Trail {
+    /// The way in; its other end runs until every clone is gone. `lost` counts refusals that could not be written.
+    pub(crate) fn start(pool: Pool, lost: IntCounter) -> Self {
+        let (entries, received) = mpsc::channel(AUDIT_QUEUE);
+        tokio::spawn(write(pool, received));
+        Self { entries, refusals: Arc::default(), lost }
+    }
+
+    /// Returns when the events are on disk.
+    pub(crate) async fn record(&self, events: Vec<Event>) -> Result<(), Problem> {
+        let (reply, written) = oneshot::channel();
+        self.entries.try_send((events, reply)).map_err(|_| Code::Overloaded)?;
+        if written.await.unwrap_or(false) { Ok(()) } else { Err(Code::DatabaseUnavailable.into()) }
+    }
+
+    /// Records that `event` was refused with `code`, or counts it.
+    pub(crate) async fn refused(&self, event: Event, code: Code) {
+        if !self.admits(Kind { source: event.who.source, action: event.action, code }) {
+            return;
+        }
+        if self.record(vec![event.outcome(Outcome::Refused, code)]).await.is_err() {
+            self.lose(1);
+        }
+    }
+
+    fn lose(&self, refusals: u64) {
+        self.lost.inc_by(refusals);
+        tracing::error!(refusals, "not in the audit trail");
+    }
+
+    fn admits(&self, kind: Kind) -> bool {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = refusals.contains_key(&kind) || refusals.len() < AUDIT_SOURCES;
+        let count = refusals.entry(if is_known { kind } else { Kind { source: None, ..kind } }).or_default();
+        if count.written < AUDIT_REFUSALS {
+            count.written += 1;
+            true
+        } else {
+            count.more += 1;
+            false
+        }
+    }
+
+    /// Writes what was only counted.
+    async fn write_counts(&self) {
+        let counts = mem::take(&mut *self.refusals.lock().unwrap_or_else(PoisonError::into_inner));
+        let now = clock::now();
+        for (Kind { source, action, code }, Count { more, .. }) in counts {
+            if more > 0 {
+                let who = Who { actor: Actor::Unknown, source, request: None };
+                let event = Event::new(action, who, now).outcome(Outcome::Refused, code);
+                if self.record(vec![event.detail(json!({ "times": more }))]).await.is_err() {
+                    self.lose(more);
+                }
+            }
+        }
+    }
+}
+
+/// Writes counts every second until `stop`, and those that are left then.
+pub(crate) async fn count(trail: Trail, stop: CancellationToken) {
+    let mut second = interval(Duration::from_secs(1));
+    loop {
+        let stopped = tokio::select! {
+            () = stop.cancelled() => true,
+            _ = second.tick() => false,
+        };
+        trail.write_counts().await;
+        if stopped {
+            return;
+        }
+    }
+}
+
+async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
+    let writers = Arc::new(Semaphore::new(AUDIT_WRITERS));
+    loop {
+        let Ok(permit) = writers.clone().acquire_owned().await else { return };
+        let Some(first) = entries.recv().await else { return };
+        let (mut events, mut replies) = (first.0, vec![first.1]);
+        while events.len() < AUDIT_GROUP
+            && let Ok((more, reply)) = entries.try_recv()
+        {
+            events.extend(more);
+            replies.push(reply);
+        }
+        let pool = pool.clone();
+        tokio::spawn(async move {
+            let outcome = audit::record(&pool, &events).await;
+            if let Err(error) = &outcome {
+                tracing::warn!(%error, events = events.len(), "audit trail");
+            }
+            for reply in replies {
+                // Whoever asked may have hung up: its event is written all the same.
+                let _ = reply.send(outcome.is_ok());
+            }
+            drop(permit);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trail() -> Trail {
+        let lost = IntCounter::new("lost", "Lost.").unwrap();
+        Trail { entries: mpsc::channel(1).0, refusals: Arc::default(), lost }
+    }
+
+    fn kind(n: u32) -> Kind {
+        Kind { source: Some(IpAddr::from(n.to_be_bytes())), action: Action::Access, code: Code::Forbidden }
+    }
+
+    #[test]
+    fn a_flood_is_counted_by_source_and_kind() {
+        let trail = trail();
+        let written = (0..100).filter(|_| trail.admits(kind(1))).count();
+        assert_eq!(written, AUDIT_REFUSALS as usize);
+        assert!(trail.admits(kind(2)), "another address");
+        assert!(trail.admits(Kind { code: Code::Unauthenticated, ..kind(1) }), "another code");
+        let counts = trail.refusals.lock().unwrap();
+        assert_eq!(counts[&kind(1)].more, 100 - u64::from(AUDIT_REFUSALS));
+    }
+
+    #[test]
+    fn addresses_without_number_take_no_memory_without_bound() {
+        let trail = trail();
+        let addresses = 2 * AUDIT_SOURCES as u32;
+        let written = (0..addresses).filter(|n| trail.admits(kind(*n))).count();
+        assert_eq!(written, AUDIT_SOURCES + AUDIT_REFUSALS as usize);
+        let counts = trail.refusals.lock().unwrap();
+        assert_eq!(counts.len(), AUDIT_SOURCES + 1);
+        let counted: u64 = counts.values().map(|count| u64::from(count.written) + count.more).sum();
+        assert_eq!(counted, u64::from(addresses), "none is forgotten");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_written_is_lost_aloud_and_never_a_success() {
+        let trail = trail();
+        let event = || Event::new(Action::Access, Who::part("test"), clock::now());
+        assert!(trail.record(vec![event()]).await.is_err());
+        trail.refused(event(), Code::Forbidden).await;
+        assert_eq!(trail.lost.get(), 1);
+    }
+}
