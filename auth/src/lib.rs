@@ -5,5 +5,7 @@
 
 pub mod db;
 pub mod password;
+pub mod policy;
+pub mod throttle;
 pub mod token;
 pub mod users;

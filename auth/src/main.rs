@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use dermflow_auth::{
     db::DatabaseOptions,
+    password::PepperOptions,
     users::{self, QuotaChange, Role},
 };
 use dermflow_schemas::{clock, process};
@@ -17,6 +18,8 @@ use secrecy::ExposeSecret;
 struct Options {
     #[command(flatten)]
     database: DatabaseOptions,
+    #[command(flatten)]
+    pepper: PepperOptions,
     #[command(subcommand)]
     command: Command,
 }
@@ -69,8 +72,8 @@ async fn run(options: Options) -> anyhow::Result<()> {
     users::migrate(&pool).await?;
     match options.command {
         Command::User(UserCommand::Create { name, role }) => {
-            let password =
-                users::create(&pool, &name, role, clock::now()).await.context("cannot register")?;
+            let created = users::create(&pool, &options.pepper.load()?, &name, role, clock::now()).await;
+            let password = created.context("cannot register")?;
             println!("{}", password.expose_secret());
         }
         Command::User(UserCommand::Disable { name }) => {

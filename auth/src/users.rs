@@ -1,6 +1,6 @@
 //! Registered users, in the table `auth.users`.
 
-use std::{collections::HashMap, str::FromStr};
+use std::{collections::HashMap, net::IpAddr, str::FromStr, time::Duration};
 
 use deadpool_postgres::Pool;
 use dermflow_schemas::{id::ClientId, limits};
@@ -10,7 +10,8 @@ use uuid::Uuid;
 
 use crate::{
     db::{self, DbError},
-    password::{self, Hasher, PasswordError},
+    password::{self, Hasher, PasswordError, Peppers, Verdict},
+    throttle::{Admission, Outcome, Throttle},
     token::{SCOPE_ANALYZE, SCOPE_OPERATE},
 };
 
@@ -83,6 +84,9 @@ pub enum UserError {
     /// The name has the wrong form.
     #[error("a user name has 1 to 63 of a-z 0-9 . _ @ - and begins with a letter or digit")]
     BadName,
+    /// Too many wrong passwords: not before this time has passed.
+    #[error("too many wrong passwords")]
+    Throttled(Duration),
     /// See [`PasswordError`].
     #[error(transparent)]
     Password(#[from] PasswordError),
@@ -117,6 +121,7 @@ pub async fn migrate(pool: &Pool) -> Result<(), DbError> {
 /// When the name is taken or malformed, or the database is away.
 pub async fn create(
     pool: &Pool,
+    peppers: &Peppers,
     name: &str,
     role: Role,
     now: OffsetDateTime,
@@ -125,7 +130,7 @@ pub async fn create(
         return Err(UserError::BadName);
     }
     let password = password::generate()?;
-    let hash = password::hash(&password)?;
+    let hash = password::hash(&password, peppers)?;
     let inserted = pool
         .get()
         .await?
@@ -138,26 +143,69 @@ pub async fn create(
     if inserted == 1 { Ok(password) } else { Err(UserError::Exists(name.into())) }
 }
 
-/// Checks a name and a password; `None` when either is wrong, in the same time for both.
+/// What checks a login.
+#[derive(Debug)]
+pub struct Doorkeeper {
+    /// Hashes.
+    pub hasher: Hasher,
+    /// Counts guesses.
+    pub throttle: Throttle,
+}
+
+/// Checks a name and a password that came from `source`; `None` when either is wrong, in the same time for both.
 ///
 /// # Errors
-/// When the database is away or every hashing thread is taken.
+/// [`UserError::Throttled`] when there were too many wrong ones, for a name that nobody has as for any other. When the
+/// database is away or every hashing thread is taken.
 pub async fn authenticate(
     pool: &Pool,
-    hasher: &Hasher,
+    doorkeeper: &Doorkeeper,
     name: &str,
     password: SecretString,
+    source: IpAddr,
+    now: OffsetDateTime,
 ) -> Result<Option<User>, UserError> {
+    let Doorkeeper { hasher, throttle } = doorkeeper;
+    let place = hasher.place()?;
+    let guess = match throttle.admit(pool, name, source, now).await? {
+        Admission::Granted(guess) => guess,
+        Admission::Delayed(wait) => return Err(UserError::Throttled(wait)),
+    };
+    let checked = async {
+        let row = find(pool, name).await?;
+        let stored = row.as_ref().map(|(_, hash)| hash.clone());
+        Ok::<_, UserError>((row, hasher.verify(place, password, stored).await?))
+    };
+    let checked = checked.await;
+    let outcome = match &checked {
+        Ok((_, Verdict { right: true, .. })) => Outcome::Right,
+        Ok(_) => Outcome::Wrong,
+        Err(_) => Outcome::Void,
+    };
+    throttle.settle(pool, guess, outcome, now).await?;
+    let (row, verdict) = checked?;
+    let Some(((client, role), stored)) = row.filter(|_| verdict.right) else { return Ok(None) };
+    if let Some(fresh) = verdict.rehashed {
+        let rehash = "SELECT auth.rehash($1, $2, $3)";
+        pool.get().await?.execute(rehash, &[&client, &stored, &fresh]).await?;
+    }
+    // A role that a newer build has introduced opens nothing here.
+    Ok(role.parse().ok().map(|role| User { client: client.into(), role }))
+}
+
+/// Id, role and hash of a user who is not shut out. A name of the wrong form is looked for like any other, so that it
+/// takes as long.
+async fn find(pool: &Pool, name: &str) -> Result<Option<((Uuid, String), String)>, UserError> {
+    // Nobody has the empty name, and PostgreSQL takes no NUL.
+    let name = if valid_name(name) { name } else { "" };
     let select = "SELECT id, role, password_hash FROM auth.users WHERE username = $1 AND NOT disabled";
-    let find = async { Ok::<_, UserError>(pool.get().await?.query_opt(select, &[&name]).await?) };
-    let row = if valid_name(name) { db::within(find).await? } else { None };
-    let user = row.as_ref().and_then(|row| {
-        // A role that a newer build has introduced opens nothing here.
-        let role = row.get::<_, &str>(1).parse().ok()?;
-        Some(User { client: row.get::<_, Uuid>(0).into(), role })
-    });
-    let right = hasher.verify(password, row.map(|row| row.get::<_, String>(2))).await?;
-    Ok(user.filter(|_| right))
+    db::within(async {
+        let connection = pool.get().await?;
+        let select = connection.prepare_cached(select).await?;
+        let row = connection.query_opt(&select, &[&name]).await?;
+        Ok(row.map(|row| ((row.get(0), row.get(1)), row.get(2))))
+    })
+    .await
 }
 
 /// Shuts a user out: no new token, and those it holds are refused by every replica within a second.
@@ -183,6 +231,10 @@ pub struct Quota {
     pub running: i64,
     /// Share of the workers against other clients with bulk jobs, 1 to [`limits::MAX_WEIGHT`].
     pub weight: i16,
+    /// Requests a minute, but for polls.
+    pub requests: i64,
+    /// Images a minute.
+    pub images: i64,
 }
 
 impl Default for Quota {
@@ -192,6 +244,8 @@ impl Default for Quota {
             bytes: limits::QUOTA_BYTES,
             running: limits::QUOTA_RUNNING,
             weight: 1,
+            requests: limits::REQUESTS_PER_MINUTE,
+            images: limits::IMAGES_PER_MINUTE,
         }
     }
 }
@@ -211,6 +265,12 @@ pub struct QuotaChange {
     /// Share of the workers against other clients with bulk jobs.
     #[arg(long, value_parser = clap::value_parser!(i16).range(1..=i64::from(limits::MAX_WEIGHT)))]
     pub weight: Option<i16>,
+    /// Requests a minute, but for polls; a sixth of them in any 10 seconds.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(6..))]
+    pub requests: Option<i64>,
+    /// Images a minute.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
+    pub images: Option<i64>,
 }
 
 /// Changes a user's quota; ingress knows it within a second, workers with the user's next jobs.
@@ -220,9 +280,11 @@ pub struct QuotaChange {
 pub async fn set_quota(pool: &Pool, name: &str, change: QuotaChange) -> Result<(), UserError> {
     let update = "UPDATE auth.users SET quota_jobs = coalesce($2, quota_jobs), \
                   quota_bytes = coalesce($3, quota_bytes), quota_running = coalesce($4, quota_running), \
-                  weight = coalesce($5, weight) WHERE username = $1";
-    let QuotaChange { jobs, bytes, running, weight } = change;
-    match pool.get().await?.execute(update, &[&name, &jobs, &bytes, &running, &weight]).await? {
+                  weight = coalesce($5, weight), quota_requests = coalesce($6, quota_requests), \
+                  quota_images = coalesce($7, quota_images) WHERE username = $1";
+    let QuotaChange { jobs, bytes, running, weight, requests, images } = change;
+    let set = pool.get().await?;
+    match set.execute(update, &[&name, &jobs, &bytes, &running, &weight, &requests, &images]).await? {
         0 => Err(UserError::Unknown(name.into())),
         _ => Ok(()),
     }
@@ -242,8 +304,9 @@ pub struct Standing {
 /// # Errors
 /// When the database is away.
 pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbError> {
-    let select = "SELECT id, disabled, quota_jobs, quota_bytes, quota_running, weight FROM auth.users \
-                  WHERE disabled OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0";
+    let select = "SELECT id, disabled, quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images \
+                  FROM auth.users WHERE disabled OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0 \
+                  OR num_nonnulls(quota_requests, quota_images) > 0";
     db::within(async {
         let rows = pool.get().await?.query(select, &[]).await?;
         Ok(rows.iter().map(|row| (row.get::<_, Uuid>("id").into(), standing(row))).collect())
@@ -258,6 +321,8 @@ fn standing(row: &tokio_postgres::Row) -> Standing {
         bytes: row.get::<_, Option<_>>("quota_bytes").unwrap_or(usual.bytes),
         running: row.get::<_, Option<_>>("quota_running").unwrap_or(usual.running),
         weight: row.get::<_, Option<_>>("weight").unwrap_or(usual.weight),
+        requests: row.get::<_, Option<_>>("quota_requests").unwrap_or(usual.requests),
+        images: row.get::<_, Option<_>>("quota_images").unwrap_or(usual.images),
     };
     Standing { disabled: row.get("disabled"), quota }
 }

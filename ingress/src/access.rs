@@ -18,12 +18,16 @@ use dermflow_schemas::{id::ClientId, limits::ACCESS_INTERVAL};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+use crate::rates::Rates;
+
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {
     /// Checks tokens.
     fn tokens(&self) -> &Tokens;
     /// Who is shut out.
     fn access(&self) -> &Access;
+    /// How often clients may call.
+    fn rates(&self) -> &Rates;
     /// Where the users are.
     fn users(&self) -> &Pool;
 }

@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::{Access, Gate},
     answer::Problem,
+    rates::Rates,
     store::{Requeue, Store},
 };
 
@@ -40,6 +41,7 @@ pub(crate) struct Operators {
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
     pub(crate) access: Access,
+    pub(crate) rates: Rates,
     pub(crate) publisher: Publisher,
 }
 
@@ -50,6 +52,10 @@ impl Gate for Operators {
 
     fn access(&self) -> &Access {
         &self.access
+    }
+
+    fn rates(&self) -> &Rates {
+        &self.rates
     }
 
     fn users(&self) -> &deadpool_postgres::Pool {

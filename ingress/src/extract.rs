@@ -21,7 +21,7 @@ use futures_util::StreamExt;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem, app::Bounds};
+use crate::{access::Gate, answer::Problem, app::Bounds, rates};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -52,7 +52,10 @@ impl<G: Gate> FromRequestParts<Arc<G>> for Caller {
         let token =
             bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
         match gate.tokens().verify(token.unwrap_or_default(), clock::now()) {
-            Ok(caller) if gate.access().permits(caller.client) => Ok(Self(caller)),
+            Ok(caller) if gate.access().permits(caller.client) => {
+                rates::count(gate.as_ref(), caller.client, parts)?;
+                Ok(Self(caller))
+            }
             Ok(caller) => {
                 tracing::info!(client = %caller.client, "access refused: disabled");
                 Err(refused())

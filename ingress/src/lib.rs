@@ -22,10 +22,12 @@ mod lanes;
 mod lines;
 mod linger;
 mod lost;
+mod meter;
 mod metrics;
 mod ndjson;
 mod parameters;
 mod prefer;
+mod rates;
 mod recorder;
 mod routes;
 mod serve;
@@ -42,7 +44,7 @@ pub use serve::{TlsError, tls_config};
 use std::sync::Arc;
 
 use anyhow::Context;
-use dermflow_auth::{password::Hasher, token::Tokens};
+use dermflow_auth::{password::Hasher, throttle::Throttle, token::Tokens, users::Doorkeeper};
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS},
     process::shutdown_requested,
@@ -59,6 +61,7 @@ use crate::{
     drain::Drain,
     lanes::Lanes,
     metrics::Metrics,
+    rates::Rates,
     store::Store,
 };
 
@@ -69,6 +72,7 @@ use crate::{
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let tls = tls_config(&options.tls_cert, &options.tls_key)?;
     let tokens = Tokens::load(&options.signing_key, options.public_url.as_str())?;
+    let peppers = options.pepper.load()?;
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
     store.migrate().await.context("cannot prepare the database")?;
@@ -84,7 +88,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         store,
         tokens,
         access: Access::default(),
-        hasher: Hasher::new()?,
+        rates: Rates::default(),
+        doorkeeper: Doorkeeper { throttle: Throttle::new(&peppers), hasher: Hasher::new(peppers)? },
         keyring,
         nats,
         publisher: Publisher::new(context),
@@ -109,6 +114,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
         tokio::spawn(keeper::run(app.clone(), options.ack_wait(), options.replicas, stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(rates::exchange(app.clone(), stop_recording.clone())),
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
         tokio::spawn(timekeeper::run(app.clone(), stop_recording.clone())),
     ];
@@ -150,6 +156,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
         store,
         tokens,
         access: Access::default(),
+        rates: Rates::default(),
         publisher: Publisher::new(queue::context(nats)),
     });
     operators.access.refresh(operators.store.pool()).await;

@@ -29,6 +29,8 @@ pub struct Pki {
     pub signing_key: PathBuf,
     /// The keys that seal images and reports.
     pub sealing_keys: PathBuf,
+    /// The peppers of passwords.
+    pub peppers: PathBuf,
 }
 
 impl Pki {
@@ -55,6 +57,8 @@ impl Pki {
             key,
             signing_key: state.keep("signing-key.pem", || new_key(&PKCS_ED25519))?,
             sealing_keys: state.keep("sealing-keys", sealing_key)?,
+            peppers: state
+                .keep("password-pepper", || Ok(format!("p1 {}\n", STANDARD.encode(random_bytes()?))))?,
         })
     }
 }

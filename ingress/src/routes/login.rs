@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Form,
+    Extension, Form,
     extract::{FromRequest, State},
     http::{HeaderMap, Request, header},
     response::Response,
@@ -14,7 +14,11 @@ use dermflow_auth::{
     token::LIFETIME,
     users::{self, User, UserError},
 };
-use dermflow_schemas::{clock, error::Code, limits::MAX_FORM_BYTES};
+use dermflow_schemas::{
+    clock,
+    error::{ApiError, Code},
+    limits::MAX_FORM_BYTES,
+};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
@@ -23,6 +27,7 @@ use crate::{
     answer::{self, Problem},
     app::App,
     extract::{Body, Held},
+    serve::Peer,
     submit::internal,
 };
 
@@ -41,12 +46,14 @@ fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretStr
 /// `expires_in` is RFC 6749's, in seconds; `expires_in_minutes` is what clients of the device API read.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
+    Extension(Peer(source)): Extension<Peer>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let Credentials { username, password } = read(headers, bytes).await?;
-    let user = users::authenticate(app.store.pool(), &app.hasher, &username, password).await;
+    let (pool, now) = (app.store.pool(), clock::now());
+    let user = users::authenticate(pool, &app.doorkeeper, &username, password, source, now).await;
     let User { client, role } = user.map_err(unavailable)?.ok_or_else(|| {
         tracing::info!("login refused");
         Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
@@ -72,6 +79,10 @@ fn unavailable(error: UserError) -> Problem {
     match error {
         UserError::Db(error) => error.into(),
         UserError::Password(PasswordError::Busy) => Code::Overloaded.into(),
+        UserError::Throttled(wait) => {
+            tracing::info!("login throttled");
+            ApiError::from(Code::LoginThrottled).after(wait).into()
+        }
         other => internal(&other),
     }
 }

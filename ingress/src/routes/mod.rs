@@ -19,6 +19,7 @@ use crate::{
     dead::Operators,
     extract::request_id,
     linger::linger,
+    rates,
 };
 
 mod analyze;
@@ -48,7 +49,7 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
         .route("/jobs/{id}", get(jobs::get));
-    measured(routes, app)
+    measured(routes.layer(from_fn_with_state(app.clone(), rates::tell)), app)
 }
 
 /// What operators reach, on the loopback interface only.
@@ -66,7 +67,7 @@ pub(crate) fn operators(operators: Arc<Operators>) -> Router {
         .route("/dead", get(dead::list))
         .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
         .route("/dead/{sequence}/requeue", post(dead::requeue));
-    dressed(bounded(routes), operators)
+    dressed(bounded(routes.layer(from_fn_with_state(operators.clone(), rates::tell))), operators)
 }
 
 fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {

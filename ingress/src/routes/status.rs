@@ -39,9 +39,6 @@ pub(crate) async fn get(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let client = caller.with_scope(SCOPE_ANALYZE)?;
-    if app.bounds.polls.check_key(&client).is_err() {
-        return Err(Code::PollTooFast.into());
-    }
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
