@@ -14,6 +14,8 @@ use zxcvbn::{Score, zxcvbn};
 pub const MIN_CHARS: usize = 15;
 /// Characters that a password may have. NIST asks for 64 at least; nothing is cut off.
 pub const MAX_CHARS: usize = 256;
+/// Of these, characters that are not of words known of the owner or of us.
+const MIN_OTHER_CHARS: usize = 8;
 /// What everybody would think of first, here.
 const PRODUCT: [&str; 3] = ["dermflow", "dermatology", "melanoma"];
 
@@ -51,10 +53,18 @@ pub fn check(password: &SecretString, context: &[&str]) -> Result<(), PolicyErro
         _ => return Err(PolicyError::TooLong),
     }
     let parts = context.iter().flat_map(|word| word.split(|c: char| !c.is_alphanumeric()));
-    let words: Vec<&str> = PRODUCT.iter().chain(context).copied().chain(parts).collect();
-    let words: Vec<&str> = words.into_iter().filter(|word| word.chars().count() > 2).collect();
+    let words = PRODUCT.iter().chain(context).copied().chain(parts).filter(|word| word.chars().count() > 2);
+    let words: Vec<String> = words.map(str::to_lowercase).collect();
+    let mut rest = Zeroizing::new(password.to_lowercase());
+    for word in &words {
+        rest = Zeroizing::new(rest.replace(word, ""));
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
     // The best score: more than 10^10 guesses for who knows the lists.
-    if zxcvbn(&password, &words).score() < Score::Four { Err(PolicyError::Guessable) } else { Ok(()) }
+    if rest.chars().count() < MIN_OTHER_CHARS || zxcvbn(&password, &words).score() < Score::Four {
+        return Err(PolicyError::Guessable);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod dead;
 mod fairness;
 mod faults;
 mod idempotency;
+mod limits;
 mod models;
 mod privacy;
 mod submit;
