@@ -16,6 +16,7 @@ use dermflow_auth::{
     credentials::PublicKey,
     db::DatabaseOptions,
     keys::{self, Keys},
+    password::{PepperOptions, Peppers},
     registry::{self, Account, Change, Filter, NewAccount, State},
     users::{self, QuotaChange, Role},
 };
@@ -33,6 +34,8 @@ use crate::audit_command::{self, AuditCommand};
 pub(crate) struct Options {
     #[command(flatten)]
     database: Option<DatabaseOptions>,
+    #[command(flatten)]
+    pepper: PepperOptions,
     /// JSON instead of text.
     #[arg(long, global = true)]
     json: bool,
@@ -244,12 +247,15 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let database = options.database.context("--database and --database-password-file are needed")?;
     let pool = database.pool("auth", 2)?;
     users::migrate(&pool).await?;
-    let console = Console { pool, json: options.json, actor: Who::part(audit::COMMAND), now: clock::now() };
+    let peppers = options.pepper.load()?;
+    let console =
+        Console { pool, peppers, json: options.json, actor: Who::part(audit::COMMAND), now: clock::now() };
     match options.command {
         Command::Migrate | Command::SigningKey(_) => Ok(()),
         Command::Bootstrap { name } => {
             let (id, password) =
-                registry::bootstrap(&console.pool, &console.actor, &name, console.now).await?;
+                registry::bootstrap(&console.pool, &console.peppers, &console.actor, &name, console.now)
+                    .await?;
             console.secret(json!({ "id": id, "name": name }), "password", &password)
         }
         Command::User(command) => console.user(command).await,
@@ -277,6 +283,7 @@ fn signing_key(command: KeyCommand) -> Result<()> {
 
 struct Console {
     pool: Pool,
+    peppers: Peppers,
     json: bool,
     actor: Who,
     now: OffsetDateTime,
@@ -284,11 +291,12 @@ struct Console {
 
 impl Console {
     async fn user(&self, command: UserCommand) -> Result<()> {
-        let Self { pool, actor, now, .. } = self;
+        let Self { pool, peppers, actor, now, .. } = self;
         match command {
             UserCommand::Create { name, role, contact, expires } => {
                 let new = NewAccount { name: &name, role, contact: contact.as_deref(), expires_at: expires };
-                let created = registry::create(pool, actor, &new, *now).await.context("cannot register")?;
+                let created =
+                    registry::create(pool, peppers, actor, &new, *now).await.context("cannot register")?;
                 return self.secret(json!({ "id": created.0, "name": name }), "password", &created.1);
             }
             UserCommand::List { role, state, name, unused_days } => {
@@ -320,7 +328,7 @@ impl Console {
             UserCommand::Password { name, stdin } => {
                 let chosen = if stdin { Some(line()?) } else { None };
                 let show = chosen.is_none();
-                let password = registry::set_password(pool, actor, &name, chosen, *now).await;
+                let password = registry::set_password(pool, peppers, actor, &name, chosen, *now).await;
                 let password = password.context("cannot set the password")?;
                 if show {
                     return self.secret(json!({ "name": name }), "password", &password);

@@ -13,7 +13,8 @@ use crate::{
     audit::{self, Action, Actor, Event, Object, Who},
     credentials::{BadKey, PublicKey},
     db::{self, DbError},
-    password::{self, PasswordError},
+    password::{self, PasswordError, Peppers},
+    policy::{self, PolicyError},
     revocation,
     secret::{self, Kind, NoRandomness},
     users::{Quota, QuotaChange, Role, valid_name},
@@ -67,6 +68,9 @@ pub enum RegistryError {
     /// See [`PasswordError`].
     #[error(transparent)]
     Password(#[from] PasswordError),
+    /// See [`PolicyError`].
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     /// See [`NoRandomness`].
     #[error(transparent)]
     NoRandomness(#[from] NoRandomness),
@@ -209,7 +213,8 @@ pub struct Filter {
 }
 
 const COLUMNS: &str = "id, username, role, contact, created_at, expires_at, last_used_at, quota_jobs, quota_bytes, \
-                       quota_running, weight, CASE WHEN deleted_at IS NOT NULL THEN 'deleted' \
+                       quota_running, weight, quota_requests, quota_images, \
+                       CASE WHEN deleted_at IS NOT NULL THEN 'deleted' \
                        WHEN disabled THEN 'disabled' WHEN expires_at <= now() THEN 'expired' ELSE 'active' END AS state";
 
 fn account(row: &Row) -> Account {
@@ -232,11 +237,12 @@ fn account(row: &Row) -> Account {
 /// When the name is taken or something is malformed, or the database is away.
 pub async fn create(
     pool: &Pool,
+    peppers: &Peppers,
     actor: &Who,
     new: &NewAccount<'_>,
     now: OffsetDateTime,
 ) -> Result<(ClientId, SecretString), RegistryError> {
-    act(pool, async |transaction| insert(transaction, actor, new, now).await).await
+    act(pool, async |transaction| insert(transaction, peppers, actor, new, now).await).await
 }
 
 /// Registers the first administrator. It works once, however many accounts are deleted later.
@@ -245,6 +251,7 @@ pub async fn create(
 /// [`RegistryError::Bootstrapped`] when there has been one, and as [`create`].
 pub async fn bootstrap(
     pool: &Pool,
+    peppers: &Peppers,
     actor: &Who,
     name: &str,
     now: OffsetDateTime,
@@ -257,13 +264,14 @@ pub async fn bootstrap(
             return Err(RegistryError::Bootstrapped);
         }
         let new = NewAccount { name, role: Role::Administrator, contact: None, expires_at: None };
-        insert(transaction, actor, &new, now).await
+        insert(transaction, peppers, actor, &new, now).await
     })
     .await
 }
 
 async fn insert(
     transaction: &Transaction<'_>,
+    peppers: &Peppers,
     actor: &Who,
     new: &NewAccount<'_>,
     now: OffsetDateTime,
@@ -274,7 +282,7 @@ async fn insert(
     check_contact(new.contact)?;
     check_expiry(new.expires_at, now)?;
     let password = password::generate()?;
-    let (id, hash) = (Uuid::new_v4(), password::hash(&password)?);
+    let (id, hash) = (Uuid::new_v4(), password::hash(&password, peppers)?);
     let insert = "INSERT INTO auth.users (id, username, password_hash, created_at, role, contact, expires_at) \
                   VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (username) DO NOTHING";
     let NewAccount { name, role, contact, expires_at } = new;
@@ -354,23 +362,36 @@ pub async fn change(
     check_expiry(change.expires_at, now)?;
     act(pool, async |transaction| {
         let id = find(transaction, who).await?;
-        let loses_access = change.disabled == Some(true) || change.role.is_some_and(|role| role != Role::Administrator);
+        let loses_access =
+            change.disabled == Some(true) || change.role.is_some_and(|role| role != Role::Administrator);
         if loses_access {
             keep_an_administrator(transaction, id).await?;
         }
-        let QuotaChange { jobs, bytes, running, weight } = change.quota;
+        let QuotaChange { jobs, bytes, running, weight, requests, images } = change.quota;
         let update = "UPDATE auth.users SET role = coalesce($2, role), contact = coalesce($3, contact), \
                       expires_at = coalesce($4, expires_at), disabled = coalesce($5, disabled), \
                       valid_after = CASE WHEN $2 <> role OR $5 THEN $6 ELSE valid_after END, \
                       quota_jobs = coalesce($7, quota_jobs), quota_bytes = coalesce($8, quota_bytes), \
-                      quota_running = coalesce($9, quota_running), weight = coalesce($10, weight) WHERE id = $1";
+                      quota_running = coalesce($9, quota_running), weight = coalesce($10, weight), \
+                      quota_requests = coalesce($11, quota_requests), \
+                      quota_images = coalesce($12, quota_images) WHERE id = $1";
         let role = change.role.map(Role::as_str);
         transaction
             .execute(
                 update,
                 &[
-                    &id, &role, &change.contact, &change.expires_at, &change.disabled, &now, &jobs, &bytes, &running,
+                    &id,
+                    &role,
+                    &change.contact,
+                    &change.expires_at,
+                    &change.disabled,
+                    &now,
+                    &jobs,
+                    &bytes,
+                    &running,
                     &weight,
+                    &requests,
+                    &images,
                 ],
             )
             .await?;
@@ -412,15 +433,22 @@ pub async fn delete(pool: &Pool, actor: &Who, who: &str, now: OffsetDateTime) ->
 /// When there is no such account, the password is not good enough, or the database is away.
 pub async fn set_password(
     pool: &Pool,
+    peppers: &Peppers,
     actor: &Who,
     who: &str,
     chosen: Option<SecretString>,
     now: OffsetDateTime,
 ) -> Result<SecretString, RegistryError> {
+    let is_chosen = chosen.is_some();
     let password = chosen.map_or_else(password::generate, Ok)?;
-    let hash = password::hash(&password)?;
+    let hash = password::hash(&password, peppers)?;
     act(pool, async |transaction| {
         let id = find(transaction, who).await?;
+        if is_chosen {
+            let select = "SELECT username, coalesce(contact, '') FROM auth.users WHERE id = $1";
+            let row = transaction.query_one(select, &[&id]).await?;
+            policy::check(&password, &[row.get(0), row.get(1)])?;
+        }
         let update = "UPDATE auth.users SET password_hash = $2, valid_after = $3 WHERE id = $1";
         transaction.execute(update, &[&id, &hash, &now]).await?;
         forget(transaction, id).await?;

@@ -1,6 +1,6 @@
 //! Registered users, in the table `auth.users`.
 
-use std::{collections::HashMap, fmt, str::FromStr};
+use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, time::Duration};
 
 use deadpool_postgres::Pool;
 use dermflow_schemas::{id::ClientId, limits};
@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use crate::{
     db::{self, DbError},
-    password::{Hasher, PasswordError},
+    password::{Hasher, PasswordError, Verdict},
+    throttle::{Admission, Outcome, Throttle},
     token::Grant,
 };
 
@@ -129,6 +130,9 @@ pub enum UserError {
     /// The name has the wrong form.
     #[error("a user name has 1 to 63 of a-z 0-9 . _ @ - and begins with a letter or digit")]
     BadName,
+    /// Too many wrong passwords: not before this time has passed.
+    #[error("too many wrong passwords")]
+    Throttled(Duration),
     /// See [`PasswordError`].
     #[error(transparent)]
     Password(#[from] PasswordError),
@@ -157,28 +161,75 @@ pub async fn migrate(pool: &Pool) -> Result<(), DbError> {
     db::migrate(pool, &migrations::migrations::runner()).await
 }
 
-/// Checks a name and a password; `None` when either is wrong, in the same time for both.
+/// What checks a login.
+#[derive(Debug)]
+pub struct Doorkeeper {
+    /// Hashes.
+    pub hasher: Hasher,
+    /// Counts guesses.
+    pub throttle: Throttle,
+}
+
+/// Checks a name and a password that came from `source`; `None` when either is wrong, in the same time for both.
 ///
 /// # Errors
-/// When the database is away or every hashing thread is taken.
+/// [`UserError::Throttled`] when there were too many wrong ones, for a name that nobody has as for any other. When the
+/// database is away or every hashing thread is taken.
 pub async fn authenticate(
     pool: &Pool,
-    hasher: &Hasher,
+    doorkeeper: &Doorkeeper,
     name: &str,
     password: SecretString,
+    source: IpAddr,
     now: OffsetDateTime,
 ) -> Result<Option<User>, UserError> {
-    let select = format!("SELECT {COLUMNS}, password_hash FROM auth.users WHERE username = $2 AND {OPEN}");
-    let find = async { Ok::<_, UserError>(pool.get().await?.query_opt(&select, &[&now, &name]).await?) };
-    let row = if valid_name(name) { db::within(find).await? } else { None };
-    let user = row.as_ref().and_then(User::read);
-    let stored = row.and_then(|row| row.get::<_, Option<String>>("password_hash"));
-    let right = hasher.verify(password, stored).await?;
-    let user = user.filter(|_| right);
+    let Doorkeeper { hasher, throttle } = doorkeeper;
+    let place = hasher.place()?;
+    let guess = match throttle.admit(pool, name, source, now).await? {
+        Admission::Granted(guess) => guess,
+        Admission::Delayed(wait) => return Err(UserError::Throttled(wait)),
+    };
+    let checked = async {
+        let row = find(pool, name, now).await?;
+        let stored = row.as_ref().and_then(|row| row.get::<_, Option<String>>("password_hash"));
+        Ok::<_, UserError>((row, stored.clone(), hasher.verify(place, password, stored).await?))
+    };
+    let checked = checked.await;
+    let outcome = match &checked {
+        Ok((_, _, Verdict { right: true, .. })) => Outcome::Right,
+        Ok(_) => Outcome::Wrong,
+        Err(_) => Outcome::Void,
+    };
+    throttle.settle(pool, guess, outcome, now).await?;
+    let (row, stored, verdict) = checked?;
+    let Some(row) = row.filter(|_| verdict.right) else { return Ok(None) };
+    if let Some(fresh) = verdict.rehashed {
+        let rehash = "SELECT auth.rehash($1, $2, $3)";
+        pool.get().await?.execute(rehash, &[&row.get::<_, Uuid>("id"), &stored, &fresh]).await?;
+    }
+    let user = User::read(&row);
     if let Some(user) = user {
         used(pool, user.client, None, now).await?;
     }
     Ok(user)
+}
+
+/// The account with its hash, unless it is shut out. A name of the wrong form is looked for like any other, so that it
+/// takes as long.
+async fn find(
+    pool: &Pool,
+    name: &str,
+    now: OffsetDateTime,
+) -> Result<Option<tokio_postgres::Row>, UserError> {
+    // Nobody has the empty name, and PostgreSQL takes no NUL.
+    let name = if valid_name(name) { name } else { "" };
+    let select = format!("SELECT {COLUMNS}, password_hash FROM auth.users WHERE username = $2 AND {OPEN}");
+    db::within(async {
+        let connection = pool.get().await?;
+        let select = connection.prepare_cached(&select).await?;
+        Ok(connection.query_opt(&select, &[&now, &name]).await?)
+    })
+    .await
 }
 
 /// Notes that an account and, if it was not its password, one of its credentials was used, to the hour: who reads
@@ -211,6 +262,10 @@ pub struct Quota {
     pub running: i64,
     /// Share of the workers against other clients with bulk jobs, 1 to [`limits::MAX_WEIGHT`].
     pub weight: i16,
+    /// Requests a minute, but for polls.
+    pub requests: i64,
+    /// Images a minute.
+    pub images: i64,
 }
 
 impl Quota {
@@ -222,6 +277,8 @@ impl Quota {
             bytes: row.get::<_, Option<_>>("quota_bytes").unwrap_or(usual.bytes),
             running: row.get::<_, Option<_>>("quota_running").unwrap_or(usual.running),
             weight: row.get::<_, Option<_>>("weight").unwrap_or(usual.weight),
+            requests: row.get::<_, Option<_>>("quota_requests").unwrap_or(usual.requests),
+            images: row.get::<_, Option<_>>("quota_images").unwrap_or(usual.images),
         }
     }
 }
@@ -233,6 +290,8 @@ impl Default for Quota {
             bytes: limits::QUOTA_BYTES,
             running: limits::QUOTA_RUNNING,
             weight: 1,
+            requests: limits::REQUESTS_PER_MINUTE,
+            images: limits::IMAGES_PER_MINUTE,
         }
     }
 }
@@ -253,6 +312,12 @@ pub struct QuotaChange {
     /// Share of the workers against other clients with bulk jobs.
     #[arg(long, value_parser = clap::value_parser!(i16).range(1..=i64::from(limits::MAX_WEIGHT)))]
     pub weight: Option<i16>,
+    /// Requests a minute, but for polls; a sixth of them in any 10 seconds.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(6..))]
+    pub requests: Option<i64>,
+    /// Images a minute.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
+    pub images: Option<i64>,
 }
 
 /// How a user stands that is not like all the others.
@@ -273,11 +338,12 @@ pub struct Standing {
 /// When the database is away.
 pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbError> {
     let select = "SELECT id, disabled OR deleted_at IS NOT NULL OR coalesce(expires_at <= now(), false) AS closed, \
-                  valid_after, quota_jobs, quota_bytes, quota_running, weight FROM auth.users \
-                  WHERE disabled OR deleted_at > now() - interval '1 hour' \
+                  valid_after, quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images \
+                  FROM auth.users WHERE disabled OR deleted_at > now() - interval '1 hour' \
                   OR expires_at BETWEEN now() - interval '1 hour' AND now() \
                   OR valid_after > now() - interval '1 hour' \
-                  OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0";
+                  OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0 \
+                  OR num_nonnulls(quota_requests, quota_images) > 0";
     db::within(async {
         let rows = pool.get().await?.query(select, &[]).await?;
         Ok(rows.iter().map(|row| (row.get::<_, Uuid>("id").into(), standing(row))).collect())

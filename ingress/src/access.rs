@@ -25,6 +25,8 @@ use uuid::Uuid;
 
 use crate::trail::Trail;
 
+use crate::rates::Rates;
+
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {
     /// Checks tokens.
@@ -33,6 +35,8 @@ pub(crate) trait Gate: Send + Sync + 'static {
     fn access(&self) -> &Access;
     /// What is recorded of its callers.
     fn trail(&self) -> &Trail;
+    /// How often clients may call.
+    fn rates(&self) -> &Rates;
     /// Where the users are.
     fn users(&self) -> &Pool;
 }

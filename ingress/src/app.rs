@@ -1,11 +1,10 @@
 //! What every request handler shares.
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::sync::Arc;
 
 use deadpool_postgres::Pool;
-use dermflow_auth::{password::Hasher, token::Tokens};
-use dermflow_schemas::{id::ClientId, limits, queue::Publisher, seal::Keyring};
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use dermflow_auth::{token::Tokens, users::Doorkeeper};
+use dermflow_schemas::{limits, queue::Publisher, seal::Keyring};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +14,7 @@ use crate::{
     drain::Drain,
     lanes::Lanes,
     metrics::Metrics,
+    rates::Rates,
     store::Store,
     trail::Trail,
 };
@@ -28,7 +28,8 @@ pub(crate) struct App {
     pub(crate) tokens: Tokens,
     pub(crate) access: Access,
     pub(crate) trail: Trail,
-    pub(crate) hasher: Hasher,
+    pub(crate) rates: Rates,
+    pub(crate) doorkeeper: Doorkeeper,
     pub(crate) keyring: Keyring,
     pub(crate) nats: async_nats::Client,
     pub(crate) publisher: Publisher,
@@ -54,6 +55,10 @@ impl Gate for App {
         &self.trail
     }
 
+    fn rates(&self) -> &Rates {
+        &self.rates
+    }
+
     fn users(&self) -> &Pool {
         self.store.pool()
     }
@@ -68,19 +73,15 @@ pub(crate) struct Bounds {
     pub(crate) waiters: Arc<Semaphore>,
     /// A permit an upload to a batch.
     pub(crate) uploads: Arc<Semaphore>,
-    /// Status polls by client.
-    pub(crate) polls: DefaultKeyedRateLimiter<ClientId>,
 }
 
 impl Bounds {
     /// The bounds of [`limits`].
     pub(crate) fn new() -> Self {
-        let polls = NonZeroU32::new(limits::POLLS_PER_SECOND).unwrap_or(NonZeroU32::MIN);
         Self {
             body_kib: Arc::new(Semaphore::new(limits::BODY_MEMORY_BYTES / 1024)),
             waiters: Arc::new(Semaphore::new(limits::MAX_WAITERS)),
             uploads: Arc::new(Semaphore::new(limits::MAX_UPLOADS)),
-            polls: RateLimiter::keyed(Quota::per_second(polls)),
         }
     }
 }

@@ -23,11 +23,7 @@ use dermflow_schemas::{
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem, extract::REQUEST_ID};
-
-/// The network address of the peer, which the listener adds to each request.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Peer(pub(crate) IpAddr);
+use crate::{access::Gate, answer::Problem, extract::REQUEST_ID, serve::Peer};
 
 /// Where a request comes from, and who is behind it as soon as that is known.
 #[derive(Debug, Clone, Default)]
@@ -150,5 +146,7 @@ pub(crate) async fn audited<G: Gate>(
 
 /// The code of an answer that shuts the caller out.
 fn refusal(problem: &Problem) -> Option<Code> {
-    [Code::Unauthenticated, Code::LoginFailed, Code::Forbidden].into_iter().find(|code| problem.is(*code))
+    [Code::Unauthenticated, Code::LoginFailed, Code::LoginThrottled, Code::Forbidden]
+        .into_iter()
+        .find(|code| problem.is(*code))
 }

@@ -3,7 +3,7 @@
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Parser;
-use dermflow_auth::db::DatabaseOptions;
+use dermflow_auth::{db::DatabaseOptions, password::PepperOptions};
 use dermflow_schemas::{limits, queue::NatsOptions};
 
 /// Takes skin images over HTTPS, queues them, and answers with FHIR R4 reports.
@@ -47,6 +47,9 @@ pub struct Options {
     /// The database.
     #[command(flatten)]
     pub database: DatabaseOptions,
+    /// The peppers of passwords.
+    #[command(flatten)]
+    pub pepper: PepperOptions,
 }
 
 /// Serves the operators' API: lists, shows, requeues and purges dead letters. A process of its own, as the one

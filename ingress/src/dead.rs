@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::{Access, Gate},
     answer::Problem,
+    rates::Rates,
     store::{Requeue, Store},
     trail::Trail,
 };
@@ -42,6 +43,7 @@ pub(crate) struct Operators {
     pub(crate) tokens: Tokens,
     pub(crate) access: Access,
     pub(crate) trail: Trail,
+    pub(crate) rates: Rates,
     pub(crate) publisher: Publisher,
 }
 
@@ -56,6 +58,10 @@ impl Gate for Operators {
 
     fn trail(&self) -> &Trail {
         &self.trail
+    }
+
+    fn rates(&self) -> &Rates {
+        &self.rates
     }
 
     fn users(&self) -> &deadpool_postgres::Pool {

@@ -26,6 +26,7 @@ use crate::{
     answer::Problem,
     app::Bounds,
     audited::Origin,
+    rates,
 };
 
 pub(crate) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -72,6 +73,7 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
         let caller = bearer(&parts.headers, gate.as_ref())?;
         let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
         origin.is(caller.client);
+        rates::count(gate.as_ref(), caller.client, parts)?;
         if !caller.may(P::PERMISSION) {
             return Err(Code::Forbidden.into());
         }

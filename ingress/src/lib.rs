@@ -24,10 +24,12 @@ mod lanes;
 mod lines;
 mod linger;
 mod lost;
+mod meter;
 mod metrics;
 mod ndjson;
 mod parameters;
 mod prefer;
+mod rates;
 mod recorder;
 mod routes;
 mod serve;
@@ -45,7 +47,7 @@ pub use serve::{TlsError, tls_config};
 use std::sync::Arc;
 
 use anyhow::Context;
-use dermflow_auth::{audit, password::Hasher, token::Tokens};
+use dermflow_auth::{audit, password::Hasher, throttle::Throttle, token::Tokens, users::Doorkeeper};
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS},
     process::shutdown_requested,
@@ -62,6 +64,7 @@ use crate::{
     drain::Drain,
     lanes::Lanes,
     metrics::Metrics,
+    rates::Rates,
     store::Store,
     trail::Trail,
 };
@@ -73,6 +76,7 @@ use crate::{
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let tls = tls_config(&options.tls_cert, &options.tls_key)?;
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
+    let peppers = options.pepper.load()?;
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
     prepare(&store).await?;
@@ -91,7 +95,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokens,
         access: Access::default(),
         trail,
-        hasher: Hasher::new()?,
+        rates: Rates::default(),
+        doorkeeper: Doorkeeper { throttle: Throttle::new(&peppers), hasher: Hasher::new(peppers)? },
         keyring,
         nats,
         publisher: Publisher::new(context),
@@ -116,6 +121,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
         tokio::spawn(keeper::run(app.clone(), options.ack_wait(), options.replicas, stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(rates::exchange(app.clone(), stop_recording.clone())),
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
         tokio::spawn(timekeeper::run(app.clone(), stop_recording.clone())),
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
@@ -167,6 +173,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
         tokens,
         access: Access::default(),
         trail,
+        rates: Rates::default(),
         publisher: Publisher::new(queue::context(nats)),
     });
     operators.access.refresh(operators.store.pool()).await;

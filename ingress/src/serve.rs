@@ -6,7 +6,7 @@
 use std::{
     future::pending,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::Path,
     sync::{
         Arc,
@@ -39,8 +39,6 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::audited::Peer;
-
 /// HTTP/2 flow-control windows: with the defaults an upload of megabytes takes a round trip every 64 KiB.
 const STREAM_WINDOW: u32 = 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
@@ -52,6 +50,10 @@ const MAX_HEADER_BYTES: u32 = 32 * 1024;
 const H2_PING: Duration = Duration::from_secs(20);
 /// The pause after an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Where a request's connection comes from, an extension of every request. Behind a proxy, the proxy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer(pub(crate) IpAddr);
 
 /// Why the certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -96,18 +98,16 @@ pub(crate) async fn https(
     let graceful = GracefulShutdown::new();
     let serve = |stream: TcpStream| {
         let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
-        let peer = stream.peer_addr().map(|address| Peer(address.ip())).ok();
         async move {
+            let Ok(peer) = stream.peer_addr() else { return };
             let Ok(Ok(stream)) = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else { return };
             let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
             let builder = builder(is_h2);
             let (router, spoke) = (TowerToHyperService::new(router), Arc::new(AtomicBool::new(false)));
             let heard = spoke.clone();
             let service = service_fn(move |mut request: Request<Incoming>| {
-                if let Some(peer) = peer {
-                    request.extensions_mut().insert(peer);
-                }
                 heard.store(true, Ordering::Relaxed);
+                request.extensions_mut().insert(Peer(peer.ip()));
                 router.call(request)
             });
             let connection =

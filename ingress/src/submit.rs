@@ -25,7 +25,7 @@ use crate::{
     answer::Problem,
     app::App,
     commit::{Committed, Entry, prepare, publish_one},
-    recorder,
+    rates, recorder,
     store::{
         Record,
         claim::{Member, NewJob},
@@ -70,9 +70,10 @@ pub(crate) async fn submit(app: Arc<App>, submission: Submission) -> Result<Subm
 async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Submitted, Problem> {
     let Submission { client, who, lane, key, payload, cancel_after, member, patience, memory: _memory } =
         submission;
+    let images = payload.images.len();
+    rates::images(&app, client, images, patience).await?;
     let now = clock::now();
     let mut header = JobHeader::new(JobId::new(now), client, lane, now, cancel_after);
-    let images = payload.images.len();
     let Packed { sealed, bytes, digest } = pack(&app, header.job, payload).await?;
     header.key.clone_from(&sealed.key_id);
     let claim_check = bytes > limits::MAX_INLINE_BYTES;

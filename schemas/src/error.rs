@@ -109,6 +109,8 @@ catalogue! {
     CustomIdRepeated     "custom-id-repeated"     422 "duplicate"     Never   "This upload has a line of the same name already."
     BatchTooLong         "batch-too-long"         413 "too-long"      Never   "An upload has more lines than this server accepts: put the rest into another upload."
     QuotaExceeded        "quota-exceeded"         429 "throttled"     Safe    "This client has as many open jobs, or bytes in them, as its quota allows."
+    RateExceeded         "rate-exceeded"          429 "throttled"     Safe    "This client sends more requests, or images, than its rate allows."
+    LoginThrottled       "login-throttled"        429 "throttled"     Safe    "There were too many wrong passwords: try again later, or from where you signed in before."
     RequeueRefused       "requeue-refused"        409 "conflict"      Never   "Only a failed job whose record and payload are kept can be put back into the queue."
     PollTooFast          "poll-too-fast"          429 "throttled"     Safe    "The status was asked for too often."
     Internal             "internal"               500 "exception"     SameKey "The server failed to handle the request."
@@ -156,6 +158,13 @@ impl ApiError {
     /// The row of the catalogue for the answer as a whole.
     pub fn kind(&self) -> Kind {
         self.faults.first().map_or(Code::Internal, |fault| fault.code).kind()
+    }
+
+    /// Says when the request may be sent again; a part of a second counts as one.
+    #[must_use]
+    pub fn after(mut self, pause: Duration) -> Self {
+        self.retry_after = Some(Duration::from_secs(pause.as_secs() + u64::from(pause.subsec_nanos() > 0)));
+        self
     }
 
     /// Names the element, or the header, at fault.

@@ -87,8 +87,24 @@ pub const DEFAULT_WAIT: Duration = Duration::from_secs(25);
 pub const WAITER_POLL: Duration = Duration::from_secs(1);
 /// What a client is told to wait between two polls.
 pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Status polls per second of one client; beyond it, 429.
-pub const POLLS_PER_SECOND: u32 = 200;
+/// Over how long a client's requests are counted, and its polls, on all replicas together.
+pub const REQUEST_WINDOW: Duration = Duration::from_secs(10);
+/// Over how long its images are.
+pub const IMAGE_WINDOW: Duration = Duration::from_mins(1);
+/// Requests of one client a minute, but for polls, unless staff gave it another rate: more than one ingress process
+/// can answer on two cores. Beyond it, 429.
+pub const REQUESTS_PER_MINUTE: i64 = 60_000;
+/// Images of one client a minute, unless staff gave it another rate.
+pub const IMAGES_PER_MINUTE: i64 = 60_000;
+/// Status polls of one client a minute.
+pub const POLLS_PER_MINUTE: i64 = 12_000;
+/// Between two messages in which a replica tells the others what it has counted.
+pub const COUNT_INTERVAL: Duration = Duration::from_millis(100);
+/// A replica that was silent for this long is gone; when that is all of them, ourselves included, it is the broker
+/// that is away.
+pub const COUNT_SILENCE: Duration = Duration::from_secs(2);
+/// Clients in one such message: 60 kB.
+pub const COUNTED_CLIENTS: usize = 1_000;
 
 /// A TLS handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);

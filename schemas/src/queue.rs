@@ -148,6 +148,9 @@ pub fn cancel_subject(job: JobId) -> String {
 /// All cancellations.
 pub const ALL_CANCELS: &str = "cancel.*";
 
+/// What the replicas of ingress have counted of each client lately, for each other.
+pub const COUNTS: &str = "counts";
+
 /// The id that a subject ends with.
 pub fn last_token<T: FromStr>(subject: &str) -> Option<T> {
     subject.rsplit('.').next()?.parse().ok()

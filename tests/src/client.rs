@@ -1,6 +1,6 @@
 //! A client of the API, as an integrator would write it.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -69,6 +69,18 @@ impl Client {
     /// # Errors
     /// When the CA cannot be read.
     pub fn new(ca: &Path, base: &str) -> anyhow::Result<Self> {
+        Self::build(ca, base, None)
+    }
+
+    /// The same, from another address of this machine: of 127.0.0.0/8, Linux lets a client take any.
+    ///
+    /// # Errors
+    /// When the CA cannot be read.
+    pub fn from_source(ca: &Path, base: &str, source: IpAddr) -> anyhow::Result<Self> {
+        Self::build(ca, base, Some(source))
+    }
+
+    fn build(ca: &Path, base: &str, source: Option<IpAddr>) -> anyhow::Result<Self> {
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_file_iter(ca)? {
             roots.add(certificate?)?;
@@ -82,6 +94,7 @@ impl Client {
             .tls_backend_preconfigured(tls)
             .redirect(reqwest::redirect::Policy::none())
             .timeout(Duration::from_secs(90))
+            .local_address(source)
             .build()?;
         Ok(Self { http, base: base.trim_end_matches('/').into(), token: String::new() })
     }

@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use async_nats::jetstream::{self, Context};
+use deadpool_postgres::Pool;
+use dermflow_auth::db::DatabaseOptions;
 use dermflow_local::{
     nats::{ADMIN, Nats, Settings},
     ports,
@@ -418,6 +420,20 @@ impl Lab {
     /// When it fails.
     pub async fn sql(&self, statement: &str) -> Result<Vec<Row>> {
         Ok(self.sql.query(statement, &[]).await?)
+    }
+
+    /// Connections to the database, as one of our programs has them.
+    ///
+    /// # Errors
+    /// When there is no such role.
+    pub fn pool(&self, role: &str) -> Result<Pool> {
+        let postgres = &self.stack.postgres;
+        let options = DatabaseOptions {
+            database: postgres.url(role),
+            database_password_file: postgres.password_file(role)?.to_owned(),
+            database_ca: None,
+        };
+        Ok(options.pool("ingress", 4)?)
     }
 
     /// The one number that a query gives; 0 when it gives no row.

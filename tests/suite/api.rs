@@ -129,7 +129,12 @@ async fn polling_without_a_pause_is_throttled() -> Result<()> {
         polls.into_iter().find(|poll| poll.status == 429)
     };
     let refused = eventually("a poll is refused", LONG, throttled).await?;
-    assert_eq!((refused.code(), refused.header("retry-after")), ("poll-too-fast", "1"));
+    assert_eq!(refused.code(), "poll-too-fast");
+    assert!(
+        (1..=10).contains(&refused.header("retry-after").parse::<u64>()?),
+        "{}",
+        refused.header("retry-after")
+    );
     assert_eq!(lab.client().get(&format!("/jobs/{job}")).await?.body["status"], "queued");
     lab.stop().await
 }

@@ -13,7 +13,7 @@ const ALLOWED: [(&str, &[&str]); 7] = [
     ("dermflow-workers", &["dermflow-schemas"]),
     ("dermflow-cli", &["dermflow-schemas"]),
     ("dermflow-local", &["dermflow-schemas"]),
-    ("dermflow-tests", &["dermflow-local", "dermflow-schemas", "dermflow-workers"]),
+    ("dermflow-tests", &["dermflow-auth", "dermflow-local", "dermflow-schemas", "dermflow-workers"]),
 ];
 
 /// What only one crate may know.

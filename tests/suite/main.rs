@@ -13,6 +13,7 @@ mod fairness;
 mod faults;
 mod idempotency;
 mod identity;
+mod limits;
 mod models;
 mod privacy;
 mod submit;

@@ -39,6 +39,7 @@ pub const INGRESS: Permissions = Permissions {
         "jobs.>",
         "wake.bulk.*",
         "cancel.*",
+        "counts",
         "$O.payloads.>",
         "$JS.API.INFO",
         "$JS.API.STREAM.CREATE.JOBS",
@@ -71,7 +72,7 @@ pub const INGRESS: Permissions = Permissions {
         "$JS.API.CONSUMER.MSG.NEXT.RESULTS.*",
         "$JS.ACK.RESULTS.>",
     ],
-    subscribe: &["results.*", "progress.*", "_INBOX_ingress.>"],
+    subscribe: &["results.*", "progress.*", "counts", "_INBOX_ingress.>"],
 };
 
 /// A worker pulls jobs, reads large payloads, and publishes what came of a job. It cannot submit one: a retry

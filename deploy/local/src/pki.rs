@@ -29,6 +29,8 @@ pub struct Pki {
     pub signing_keys: PathBuf,
     /// The keys that seal images and reports.
     pub sealing_keys: PathBuf,
+    /// The peppers of passwords.
+    pub peppers: PathBuf,
 }
 
 impl Pki {
@@ -51,7 +53,15 @@ impl Pki {
         let signing_keys = state.folder("signing-keys")?;
         state.keep("signing-keys/19700101T000000Z.pem", || new_key(&PKCS_ED25519))?;
         let sealing_key = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
-        Ok(Self { ca, cert, key, signing_keys, sealing_keys: state.keep("sealing-keys", sealing_key)? })
+        let pepper = || Ok(format!("p1 {}\n", STANDARD.encode(random_bytes()?)));
+        Ok(Self {
+            ca,
+            cert,
+            key,
+            signing_keys,
+            sealing_keys: state.keep("sealing-keys", sealing_key)?,
+            peppers: state.keep("password-pepper", pepper)?,
+        })
     }
 }
 

@@ -204,7 +204,9 @@ impl Stack {
             .arg("--database")
             .arg(self.database())
             .arg("--database-password-file")
-            .arg(self.postgres.password_file("dermflow_ingress")?);
+            .arg(self.postgres.password_file("dermflow_ingress")?)
+            .arg("--password-pepper")
+            .arg(&self.pki.peppers);
         let broker = self.detours.ingress_broker.clone();
         let process = self.with_queue(process, nats::INGRESS.user, broker)?.args(extra);
         self.ingress.push(Ingress { process, ports });
@@ -260,6 +262,8 @@ impl Stack {
             .arg(self.postgres.url("dermflow_auth"))
             .arg("--database-password-file")
             .arg(self.postgres.password_file("dermflow_auth")?)
+            .arg("--password-pepper")
+            .arg(&self.pki.peppers)
             .args(args)
             .stdin(Stdio::null())
             .output()

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Form,
+    Extension, Form,
     extract::{FromRequest, State},
     http::{HeaderMap, Request, header},
     response::Response,
@@ -15,7 +15,11 @@ use dermflow_auth::{
     password::PasswordError,
     users::{self, UserError},
 };
-use dermflow_schemas::{clock, error::Code, limits::MAX_FORM_BYTES};
+use dermflow_schemas::{
+    clock,
+    error::{ApiError, Code},
+    limits::MAX_FORM_BYTES,
+};
 use secrecy::SecretString;
 use serde::Deserialize;
 
@@ -25,6 +29,7 @@ use crate::{
     audited::Origin,
     extract::{Body, Held},
     routes::oauth::{self, Refusal},
+    serve::Peer,
     submit::internal,
 };
 
@@ -46,14 +51,16 @@ fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretStr
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
     origin: Origin,
+    Extension(Peer(source)): Extension<Peer>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let Credentials { username, password, scope } = read(headers, bytes).await?;
-    let user = users::authenticate(app.store.pool(), &app.hasher, &username, password, clock::now()).await;
+    let (pool, now) = (app.store.pool(), clock::now());
+    let user = users::authenticate(pool, &app.doorkeeper, &username, password, source, now).await;
     // Asked whatever comes of it, so that both take the same time.
-    origin.claims(audit::account_named(app.store.pool(), &username).await?);
+    origin.claims(audit::account_named(pool, &username).await?);
     let user = user.map_err(unavailable)?.ok_or_else(|| {
         tracing::info!("login refused");
         Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
@@ -73,6 +80,10 @@ fn unavailable(error: UserError) -> Problem {
     match error {
         UserError::Db(error) => error.into(),
         UserError::Password(PasswordError::Busy) => Code::Overloaded.into(),
+        UserError::Throttled(wait) => {
+            tracing::info!("login throttled");
+            ApiError::from(Code::LoginThrottled).after(wait).into()
+        }
         other => internal(&other),
     }
 }

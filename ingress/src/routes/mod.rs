@@ -20,6 +20,7 @@ use crate::{
     dead::Operators,
     extract::request_id,
     linger::linger,
+    rates,
 };
 
 mod analyze;
@@ -59,6 +60,7 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
         .route("/jobs/{id}", get(jobs::get))
+        .layer(from_fn_with_state(app.clone(), rates::tell))
         .layer(from_fn_with_state(app.clone(), audited));
     measured(routes, app)
 }
@@ -78,6 +80,7 @@ pub(crate) fn operators(operators: Arc<Operators>) -> Router {
         .route("/dead", get(dead::list))
         .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
         .route("/dead/{sequence}/requeue", post(dead::requeue))
+        .layer(from_fn_with_state(operators.clone(), rates::tell))
         .layer(from_fn_with_state(operators.clone(), audited));
     dressed(bounded(routes), operators)
 }

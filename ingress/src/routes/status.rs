@@ -38,9 +38,6 @@ pub(crate) async fn get(
     JobPath(id): JobPath,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    if app.bounds.polls.check_key(&client).is_err() {
-        return Err(Code::PollTooFast.into());
-    }
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }

@@ -26,6 +26,7 @@ use crate::measure::{bare, cpu_seconds, maximum, median, minimum, model_millis, 
 
 mod burst;
 mod degradation;
+mod logins;
 mod measure;
 mod publish;
 mod scale;
@@ -39,6 +40,7 @@ const USAGE: &str = "usage: bench COMMAND
   degradation [ROW] [--long]  what goes wrong, case by case
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
+  logins                      what 200 logins at once cost others, and what an unknown name costs
   publish                     durable publications a second, single and in batches, and accepted jobs";
 
 /// The images of a run, in turn.
@@ -81,6 +83,7 @@ async fn run(args: &[&str]) -> Result<()> {
         ["scale", "elastic"] => scale::elastic(4, 16).await,
         ["upload"] => upload::memory(2_000_000_000).await,
         ["upload", "--short"] => upload::memory(256_000_000).await,
+        ["logins"] => Box::pin(logins::logins()).await,
         ["publish"] => Box::pin(publish::publish()).await,
         _ => bail!("{USAGE}"),
     }

@@ -1,0 +1,277 @@
+//! How often one may call, and guess.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use dermflow_auth::{
+    password::Peppers,
+    throttle::{Admission, FREE_FAILURES, Guess, LONGEST_DELAY, Outcome, Throttle},
+};
+use dermflow_schemas::clock;
+use dermflow_tests::{
+    client::{Answer, Client, sample},
+    lab::{Lab, Setup},
+    wait::eventually,
+};
+use futures_util::future::try_join_all;
+
+const LONG: Duration = Duration::from_secs(30);
+
+/// The value of a key of an item of a structured field, such as `r` of `requests`.
+fn item(field: &str, name: &str, key: &str) -> Option<u64> {
+    let item = field.split(", ").find(|item| item.starts_with(&format!("\"{name}\";")))?;
+    item.split(';').find_map(|part| part.strip_prefix(&format!("{key}=")))?.parse().ok()
+}
+
+// Every answer to a client that has shown who it is says how it stands; the first one beyond the limit is a 429 that
+// says when to come back, and then the client is served. Polls and images have rates of their own.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_say_how_the_client_stands() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    lab.auth(&["user", "quota", "demo", "--requests", "60", "--images", "4"])?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    let known = async || {
+        let answer = lab.client().get(&format!("/fhir/_async/{job}")).await.ok()?;
+        (item(answer.header("ratelimit-policy"), "requests", "q")? == 10).then_some(answer)
+    };
+    let poll = eventually("the replica knows the quota", LONG, known).await?;
+    assert_eq!(
+        poll.header("ratelimit-policy"),
+        "\"requests\";q=10;w=10, \"polls\";q=2000;w=10, \"images\";q=4;w=60;qu=\"images\""
+    );
+    assert_eq!(item(poll.header("ratelimit"), "images", "r"), Some(3), "{}", poll.header("ratelimit"));
+    assert_eq!(item(poll.header("ratelimit"), "requests", "r"), None, "polls do not count as requests");
+    let mut before = 10;
+    let refused = loop {
+        let answer = lab.client().get("/jobs/nonsense").await?;
+        let left = item(answer.header("ratelimit"), "requests", "r").context("no RateLimit")?;
+        if answer.status == 429 {
+            break answer;
+        }
+        assert_eq!(answer.status, 404);
+        assert!(left < before || before == 0, "{left} after {before}");
+        before = left;
+    };
+    assert_eq!((refused.code(), before), ("rate-exceeded", 0));
+    let pause: u64 = refused.header("retry-after").parse()?;
+    assert!((1..=20).contains(&pause), "{pause}");
+    assert_eq!(lab.client().get(&format!("/fhir/_async/{job}")).await?.status, 202, "polls go on");
+    tokio::time::sleep(Duration::from_secs(pause)).await;
+    assert_eq!(lab.client().get(&format!("/jobs/{job}")).await?.status, 200);
+    // Three images are left, of which none counts for a request that has too many.
+    for (status, code) in [(202, ""), (202, ""), (202, ""), (429, "rate-exceeded")] {
+        let answer = lab.client().analyze(&sample("ham10000-nv.jpg"), &[("prefer", "respond-async")]).await?;
+        assert_eq!(
+            (answer.status, if status == 429 { answer.code() } else { "" }),
+            (status, code),
+            "{}",
+            answer.text
+        );
+    }
+    let stranger = lab.client().clone().with_token("");
+    assert_eq!(stranger.get("/jobs").await?.header("ratelimit"), "", "nobody's limits are nobody's business");
+    lab.stop().await
+}
+
+// Two replicas grant the limit together, not each.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rate_holds_over_two_replicas_within_a_tenth() -> Result<()> {
+    let lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
+    lab.auth(&["user", "quota", "demo", "--requests", "1800"])?;
+    let replicas = [lab.client().clone(), lab.client().clone().at(&lab.url(1))];
+    for replica in &replicas {
+        let known = async || {
+            let answer = replica.get("/jobs/nonsense").await.ok()?;
+            (item(answer.header("ratelimit-policy"), "requests", "q")? == 300).then_some(())
+        };
+        eventually("both know the quota", LONG, known).await?;
+    }
+    // What the looks have used is forgotten after two windows.
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let call = |n: usize| replicas[n % 2].get("/jobs/nonsense");
+    let begun = tokio::time::Instant::now();
+    let mut granted = 0;
+    while begun.elapsed() < Duration::from_secs(6) {
+        let answers: Vec<Answer> = try_join_all((0..16).map(call)).await?;
+        granted += answers.iter().filter(|answer| answer.status == 404).count();
+    }
+    println!("{granted} of 300 granted");
+    assert!((270..=330).contains(&granted), "{granted} of 300");
+    lab.stop().await
+}
+
+fn address(n: usize) -> IpAddr {
+    Ipv4Addr::new(203, 0, 113, n as u8).into()
+}
+
+fn granted(admission: Admission) -> Option<Guess> {
+    match admission {
+        Admission::Granted(guess) => Some(guess),
+        Admission::Delayed(_) => None,
+    }
+}
+
+// NIST SP 800-63B-4 §3.2.2 and ASVS 6.1.1: fifty sources in turn, through two replicas, for two hours of a clock that
+// is handed in. The owner signs in all the while, and the tables forget.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_get_a_hundred_guesses_an_hour_and_the_owner_is_let_in() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let pools = [lab.pool("dermflow_ingress")?, lab.pool("dermflow_ingress")?];
+    let throttle = Throttle::new(&Peppers::default());
+    let (start, home) = (clock::now(), address(200));
+    let minutes = |n: i64| start + Duration::from_mins(1) * n as u32;
+    for name in ["demo", "nobody"] {
+        let first =
+            granted(throttle.admit(&pools[0], name, home, start).await?).context("the first login")?;
+        throttle.settle(&pools[0], first, Outcome::Right, start).await?;
+        let mut guesses = Vec::new();
+        for minute in 0..120 {
+            let now = minutes(minute);
+            for n in 0..50 {
+                let pool = &pools[n % 2];
+                if let Some(guess) = granted(throttle.admit(pool, name, address(n), now).await?) {
+                    throttle.settle(pool, guess, Outcome::Wrong, now).await?;
+                    guesses.push(minute);
+                }
+            }
+            let owner = granted(throttle.admit(&pools[1], name, home, now).await?);
+            let owner = owner.with_context(|| format!("the owner is shut out in minute {minute}"))?;
+            throttle.settle(&pools[1], owner, Outcome::Right, now).await?;
+        }
+        let most =
+            (0..120).map(|from| guesses.iter().filter(|at| (from..from + 60).contains(*at)).count()).max();
+        println!("{name}: {} guesses in two hours, {most:?} in the worst one", guesses.len());
+        assert!((90..=100).contains(&most.unwrap_or(0)), "{most:?}");
+        // The owner from elsewhere waits like a stranger, and is told so.
+        let elsewhere = throttle.admit(&pools[0], name, address(201), minutes(119)).await?;
+        assert!(matches!(elsewhere, Admission::Delayed(wait) if wait > Duration::ZERO));
+    }
+    let rows = lab.count("SELECT count(*) FROM auth.login_guesses").await?;
+    assert!((50..=200).contains(&rows), "{rows}");
+    // Two days later others sign in, and what is left of it all goes.
+    for n in 0..60 {
+        let now = minutes(3 * 1_440 + n);
+        let guess = granted(throttle.admit(&pools[0], &format!("user-{n}"), address(250), now).await?)
+            .context("guess")?;
+        throttle.settle(&pools[0], guess, Outcome::Right, now).await?;
+    }
+    let old = "SELECT count(*) FROM auth.login_guesses WHERE expires_at < now() + interval '2 days'";
+    assert_eq!(lab.count(old).await?, 0);
+    lab.stop().await
+}
+
+// Wrong passwords at one source: five, then a pause that doubles. A source that tries many names runs out, too; what
+// was not checked does not count, and guesses at the same time do not slip through.
+#[tokio::test(flavor = "multi_thread")]
+async fn delays_double_and_a_sprayer_runs_out() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (pool, throttle) = (lab.pool("dermflow_ingress")?, Throttle::new(&Peppers::default()));
+    let (mut now, mut pauses) = (clock::now(), Vec::new());
+    for _ in 0..20 {
+        match throttle.admit(&pool, "demo", address(1), now).await? {
+            Admission::Granted(guess) => throttle.settle(&pool, guess, Outcome::Wrong, now).await?,
+            Admission::Delayed(wait) => {
+                pauses.push(wait.as_secs_f64().round() as u64);
+                now += wait;
+            }
+        }
+    }
+    assert_eq!(pauses[..8], [1, 2, 4, 8, 16, 32, 64, 128]);
+    assert_eq!(pauses.len() as i32 + FREE_FAILURES + pauses.len() as i32, 21, "{pauses:?}");
+    for _ in 0..6 {
+        now += LONGEST_DELAY;
+        let guess = granted(throttle.admit(&pool, "demo", address(1), now).await?)
+            .context("the longest delay is over")?;
+        throttle.settle(&pool, guess, Outcome::Wrong, now).await?;
+    }
+    let network: IpAddr = Ipv6Addr::new(0x2001, 0xdb8, 1, 2, 0, 0, 0, 1).into();
+    let neighbour: IpAddr = Ipv6Addr::new(0x2001, 0xdb8, 1, 2, 9, 9, 9, 9).into();
+    let spray = (0..300).map(|n| {
+        let (pool, throttle) = (pool.clone(), throttle.clone());
+        async move {
+            let from = if n % 2 == 0 { network } else { neighbour };
+            Ok::<_, anyhow::Error>(granted(throttle.admit(&pool, &format!("user-{n}"), from, now).await?))
+        }
+    });
+    let admitted: Vec<Guess> = try_join_all(spray).await?.into_iter().flatten().collect();
+    println!("{} of 300 names", admitted.len());
+    // Those that were the very first at the same time.
+    assert!((100..=104).contains(&admitted.len()), "{}", admitted.len());
+    for guess in admitted {
+        throttle.settle(&pool, guess, Outcome::Void, now).await?;
+    }
+    assert!(granted(throttle.admit(&pool, "user-0", network, now).await?).is_some(), "nothing was checked");
+    let at_once = (0..200).map(|n| throttle.admit(&pool, "victim", address(n), now));
+    let admitted = try_join_all(at_once).await?.into_iter().filter_map(granted).count();
+    assert_eq!(admitted, 50);
+    lab.stop().await
+}
+
+// The same over HTTPS: fifty addresses, two replicas, a known name and an unknown one, which look the same. The owner
+// signs in from where it did before, and its token never notices.
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_sources_do_not_lock_the_owner_out() -> Result<()> {
+    let lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
+    let mut throttled = Vec::new();
+    for name in ["demo", "nobody"] {
+        let mut checked = 0;
+        for n in 0..50_usize {
+            let source = Ipv4Addr::new(127, 0, 1, 1 + n as u8).into();
+            let stranger = Client::from_source(&lab.ca(), &lab.url(n % 2), source)?;
+            for _ in 0..3 {
+                let answer = stranger.try_login(name, "not the password").await?;
+                match answer.status {
+                    401 => checked += 1,
+                    503 => {}
+                    _ => throttled.push(answer),
+                }
+            }
+        }
+        println!("{name}: {checked} of 150 guesses were checked");
+        assert!((30..=60).contains(&checked), "{checked}");
+    }
+    for answer in &throttled {
+        assert_eq!((answer.status, answer.code()), (429, "login-throttled"));
+        assert!(answer.header("retry-after").parse::<u64>()? >= 1);
+    }
+    let mut bodies: Vec<String> = throttled.iter().map(|answer| answer.body["title"].to_string()).collect();
+    bodies.dedup();
+    assert_eq!(bodies.len(), 1);
+    let owner = lab.client().clone().login("demo", &lab.password("demo")?).await?;
+    assert_eq!(owner.get("/jobs").await?.status, 200);
+    assert_eq!(lab.client().clone().at(&lab.url(1)).get("/jobs").await?.status, 200, "the older token");
+    lab.stop().await
+}
+
+// A hash without the pepper, and one with weak parameters, is replaced at the next login; no row says a password.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_hash_is_replaced_at_the_next_login() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let hash = async || -> Result<String> {
+        Ok(lab.sql("SELECT password_hash FROM auth.users WHERE username = 'demo'").await?[0].get(0))
+    };
+    let first = hash().await?;
+    assert!(first.starts_with("$argon2id$v=19$m=19456,t=2,p=1,keyid="), "{first}");
+    let plain = dermflow_auth::password::hash(&lab.password("demo")?.into(), &Peppers::default())?;
+    lab.sql(&format!("UPDATE auth.users SET password_hash = '{plain}' WHERE username = 'demo'")).await?;
+    let anonymous = lab.client().clone();
+    assert_eq!(anonymous.try_login("demo", "wrong").await?.status, 401);
+    assert_eq!(hash().await?, plain);
+    assert_eq!(anonymous.try_login("demo", &lab.password("demo")?).await?.status, 200);
+    let second = hash().await?;
+    assert!(second.starts_with("$argon2id$v=19$m=19456,t=2,p=1,keyid=") && second != first, "{second}");
+    assert_eq!(anonymous.try_login("demo", &lab.password("demo")?).await?.status, 200);
+    assert_eq!(hash().await?, second);
+    lab.sql("SET ROLE dermflow_ingress").await?;
+    for forbidden in [
+        "SELECT * FROM auth.login_guesses",
+        "SELECT * FROM auth.login_sources",
+        "SELECT auth.login_count('', 1, now())",
+    ] {
+        assert!(lab.sql(forbidden).await.is_err(), "{forbidden}");
+    }
+    lab.stop().await
+}
