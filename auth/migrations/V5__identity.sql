@@ -68,6 +68,7 @@ BEGIN
         GRANT SELECT ON auth.credentials TO dermflow_ingress;
         GRANT UPDATE (last_used_at) ON auth.users, auth.credentials TO dermflow_ingress;
         GRANT SELECT, INSERT, DELETE ON auth.revocations, auth.assertions TO dermflow_ingress;
+        GRANT UPDATE (expires_at) ON auth.revocations TO dermflow_ingress;
         GRANT SELECT, INSERT, DELETE, UPDATE (used_at) ON auth.refresh_tokens TO dermflow_ingress;
     END IF;
 END $$;

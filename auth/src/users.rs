@@ -205,7 +205,7 @@ pub async fn authenticate(
     let Some(row) = row.filter(|_| verdict.right) else { return Ok(None) };
     if let Some(fresh) = verdict.rehashed {
         let rehash = "SELECT auth.rehash($1, $2, $3)";
-        pool.get().await?.execute(rehash, &[&row.get::<_, Uuid>("id"), &stored, &fresh]).await?;
+        pool.get().await?.execute(rehash, &[&row.get::<_, Uuid>("user_id"), &stored, &fresh]).await?;
     }
     let user = User::read(&row);
     if let Some(user) = user {

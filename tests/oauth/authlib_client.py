@@ -40,6 +40,8 @@ def sign_in(url, ca, folder, client_id, secret):
     def session(method, credential):
         made = OAuth2Session(client_id, credential, token_endpoint_auth_method=method)
         made.verify = ca
+        # A bundle that the environment names would take precedence.
+        made.trust_env = False
         return made
 
     sessions = {way: session(way, secret) for way in ("client_secret_basic", "client_secret_post")}

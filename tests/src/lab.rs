@@ -436,12 +436,12 @@ impl Lab {
         Ok(options.pool("ingress", 4)?)
     }
 
-    /// The one number that a query gives; 0 when it gives no row.
+    /// The one number that a query gives; 0 when it gives no row, or NULL.
     ///
     /// # Errors
     /// When it fails.
     pub async fn count(&self, query: &str) -> Result<i64> {
-        Ok(self.sql(query).await?.first().map_or(0, |row| row.get(0)))
+        Ok(self.sql(query).await?.first().and_then(|row| row.get(0)).unwrap_or(0))
     }
 
     /// Waits until the record says that `job` is in `state`.

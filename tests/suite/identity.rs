@@ -306,7 +306,9 @@ async fn there_is_one_first_administrator() -> Result<()> {
         (&shown["role"], &shown["state"], &shown["contact"]),
         (&json!("administrator"), &json!("active"), &json!("it@example.org"))
     );
-    let unused = lab.auth(&["user", "list", "--unused-days", "0", "--json"])?;
+    let aged = "UPDATE auth.users SET created_at = now() - interval '31 days'";
+    lab.sql(aged).await?;
+    let unused = lab.auth(&["user", "list", "--unused-days", "30", "--json"])?;
     assert!(unused.contains("\"second\"") && !unused.contains("\"demo\""), "{unused}");
     lab.stop().await
 }
