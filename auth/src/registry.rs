@@ -370,7 +370,7 @@ pub async fn change(
         let QuotaChange { jobs, bytes, running, weight, requests, images } = change.quota;
         let update = "UPDATE auth.users SET role = coalesce($2, role), contact = coalesce($3, contact), \
                       expires_at = coalesce($4, expires_at), disabled = coalesce($5, disabled), \
-                      valid_after = CASE WHEN $2 <> role OR $5 THEN $6 ELSE valid_after END, \
+                      valid_after = CASE WHEN $2 <> role OR $5 THEN greatest($6, valid_after + interval '1 second') ELSE valid_after END, \
                       quota_jobs = coalesce($7, quota_jobs), quota_bytes = coalesce($8, quota_bytes), \
                       quota_running = coalesce($9, quota_running), weight = coalesce($10, weight), \
                       quota_requests = coalesce($11, quota_requests), \
@@ -449,7 +449,8 @@ pub async fn set_password(
             let row = transaction.query_one(select, &[&id]).await?;
             policy::check(&password, &[row.get(0), row.get(1)])?;
         }
-        let update = "UPDATE auth.users SET password_hash = $2, valid_after = $3 WHERE id = $1";
+        let update = "UPDATE auth.users SET password_hash = $2, \
+                      valid_after = greatest($3, valid_after + interval '1 second') WHERE id = $1";
         transaction.execute(update, &[&id, &hash, &now]).await?;
         forget(transaction, id).await?;
         note(transaction, actor, Action::PasswordSet, id, now).await
@@ -470,7 +471,8 @@ pub async fn revoke_all(
 ) -> Result<(), RegistryError> {
     act(pool, async |transaction| {
         let id = find(transaction, who).await?;
-        transaction.execute("UPDATE auth.users SET valid_after = $2 WHERE id = $1", &[&id, &now]).await?;
+        let update = "UPDATE auth.users SET valid_after = greatest($2, valid_after + interval '1 second') WHERE id = $1";
+        transaction.execute(update, &[&id, &now]).await?;
         forget(transaction, id).await?;
         note(transaction, actor, Action::SessionsRevoked, id, now).await
     })

@@ -176,9 +176,10 @@ impl Tokens {
         let keys = self.keys();
         let key = keys.signing(now);
         let expires = grant.ends.map_or(now + LIFETIME, |ends| ends.min(now + LIFETIME));
-        // The claims count whole seconds (RFC 7519 §2): the next one, for a token that must differ from those before.
+        // The claims count whole seconds (RFC 7519 §2). A token that must differ from those before has a later one, as
+        // long as the clocks of the replicas may be that far apart.
         let after = grant.after.map_or(i64::MIN, |after| after.unix_timestamp() + 1);
-        let now = now.unix_timestamp().max(after.min(now.unix_timestamp() + 1));
+        let now = now.unix_timestamp().max(after.min(now.unix_timestamp() + LEEWAY));
         let claims = Claims {
             iss: self.issuer.clone(),
             sub: grant.client.uuid(),

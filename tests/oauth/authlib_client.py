@@ -46,9 +46,9 @@ def sign_in(url, ca, folder, client_id, secret):
 
     sessions = {way: session(way, secret) for way in ("client_secret_basic", "client_secret_post")}
     for algorithm in ALGORITHMS:
-        pem = (folder / f"{algorithm}.pem").read_text()
+        key = ALGORITHMS[algorithm].import_key((folder / f"{algorithm}.pem").read_bytes())
         assertion = PrivateKeyJWT(endpoint, alg=algorithm, headers={"kid": algorithm})
-        made = session("private_key_jwt", pem)
+        made = session("private_key_jwt", key)
         made.register_client_auth_method(assertion)
         sessions[algorithm] = made
     for way, made in sessions.items():
