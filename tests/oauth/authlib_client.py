@@ -8,6 +8,7 @@ Prints one JSON document with what came of each way to sign in.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[sys.argv.index("--libs") + 1])
@@ -20,6 +21,15 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa  # noqa: E402
 from joserfc.jwk import ECKey, RSAKey  # noqa: E402
 
 ALGORITHMS = {"ES384": ECKey, "RS384": RSAKey}
+
+
+class BackendServices(PrivateKeyJWT):
+    """SMART Backend Services allow an assertion five minutes; Authlib gives it an hour unless told."""
+
+    def sign(self, auth, token_endpoint):
+        # Authlib adds a fresh `jti` to what is a fresh dictionary only.
+        self.claims = {"exp": int(time.time()) + 240}
+        return super().sign(auth, token_endpoint)
 
 
 def make_keys(folder):
@@ -47,7 +57,7 @@ def sign_in(url, ca, folder, client_id, secret):
     sessions = {way: session(way, secret) for way in ("client_secret_basic", "client_secret_post")}
     for algorithm in ALGORITHMS:
         key = ALGORITHMS[algorithm].import_key((folder / f"{algorithm}.pem").read_bytes())
-        assertion = PrivateKeyJWT(endpoint, alg=algorithm, headers={"kid": algorithm})
+        assertion = BackendServices(endpoint, alg=algorithm, headers={"kid": algorithm})
         made = session("private_key_jwt", key)
         made.register_client_auth_method(assertion)
         sessions[algorithm] = made
