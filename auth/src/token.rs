@@ -269,6 +269,8 @@ impl Tokens {
 
 #[cfg(test)]
 mod tests {
+    mod attacks;
+
     use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
     use dermflow_schemas::clock;
     use secrecy::ExposeSecret;
@@ -295,21 +297,6 @@ mod tests {
         Uuid::new_v4().into()
     }
 
-    fn claims(now: OffsetDateTime) -> Value {
-        let (now, id) = (now.unix_timestamp(), Uuid::new_v4());
-        json!({"iss": "https://localhost", "sub": id, "aud": AUDIENCE, "exp": now + 900, "iat": now, "nbf": now,
-               "jti": Uuid::new_v4(), "client_id": id, "scope": SCOPE,
-               "credential": Uuid::new_v4()})
-    }
-
-    fn sign(tokens: &Tokens, change: impl FnOnce(&mut Header), claims: &Value) -> String {
-        let mut header = Header::new(Algorithm::EdDSA);
-        header.typ = Some(TYPE.into());
-        header.kid = Some(tokens.keys().signing(clock::now()).id.clone());
-        change(&mut header);
-        jsonwebtoken::encode(&header, claims, &tokens.keys().signing(clock::now()).signing).unwrap()
-    }
-
     /// SRS-004: a token speaks for its client, for as long as it lives.
     #[test]
     fn a_token_speaks_for_its_client_until_it_expires() {
@@ -322,68 +309,6 @@ mod tests {
         assert!(tokens.verify(token.expose_secret(), later).is_err());
         let before = now - Duration::from_secs(31);
         assert!(tokens.verify(token.expose_secret(), before).is_err());
-    }
-
-    /// SRS-004: every claim is required and every one is checked.
-    #[test]
-    fn a_token_with_a_claim_missing_or_wrong_is_refused() {
-        let (tokens, now) = (tokens("claims"), clock::now());
-        let good = claims(now);
-        assert!(tokens.verify(&sign(&tokens, |_| (), &good), now).is_ok());
-        for name in ["iss", "sub", "aud", "exp", "iat", "nbf", "jti", "client_id", "scope", "credential"] {
-            let mut missing = good.clone();
-            missing.as_object_mut().unwrap().remove(name);
-            assert!(tokens.verify(&sign(&tokens, |_| (), &missing), now).is_err(), "without {name}");
-        }
-        let seconds = now.unix_timestamp();
-        let wrong = [
-            ("iss", json!("https://other")),
-            ("aud", json!("other")),
-            ("aud", json!(["other"])),
-            ("exp", json!(seconds - 60)),
-            ("exp", json!(seconds + 100_000)),
-            ("exp", json!((seconds + 900).to_string())),
-            ("exp", json!(u64::MAX)),
-            ("nbf", json!(seconds + 60)),
-            ("iat", json!(seconds + 60)),
-            ("client_id", json!(Uuid::new_v4())),
-            ("admin", json!(true)),
-        ];
-        for (name, value) in wrong {
-            let mut bad = good.clone();
-            bad[name] = value.clone();
-            assert!(tokens.verify(&sign(&tokens, |_| (), &bad), now).is_err(), "{name} = {value}");
-        }
-    }
-
-    /// SRS-004: no other key, algorithm or header parameter gets through.
-    #[test]
-    fn a_token_with_another_header_or_key_is_refused() {
-        let (ours, theirs, now) = (tokens("ours"), tokens("theirs"), clock::now());
-        let key_id = ours.keys().signing(now).id.clone();
-        let good = claims(now);
-        let forged = jsonwebtoken::encode(
-            &Header { typ: Some(TYPE.into()), kid: Some(key_id.clone()), ..Header::new(Algorithm::EdDSA) },
-            &good,
-            &theirs.keys().signing(now).signing,
-        );
-        assert!(ours.verify(&forged.unwrap(), now).is_err());
-        let changes: [fn(&mut Header); 5] = [
-            |h| h.typ = Some("JWT".into()),
-            |h| h.typ = None,
-            |h| h.kid = Some("../../etc/passwd".into()),
-            |h| h.crit = Some(vec!["exp".into()]),
-            |h| h.jku = Some("https://attacker.example/keys".into()),
-        ];
-        for change in changes {
-            assert!(ours.verify(&sign(&ours, change, &good), now).is_err());
-        }
-        let body = URL_SAFE_NO_PAD.encode(good.to_string());
-        for alg in ["none", "None", "HS256"] {
-            let header = json!({"alg": alg, "typ": TYPE, "kid": key_id}).to_string();
-            let token = format!("{}.{body}.", URL_SAFE_NO_PAD.encode(header));
-            assert!(ours.verify(&token, now).is_err(), "{alg}");
-        }
     }
 
     /// SRS-004: one changed character anywhere is one too many.

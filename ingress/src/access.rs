@@ -118,3 +118,72 @@ pub(crate) async fn run<G: Gate>(gate: Arc<G>, stop: CancellationToken) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use dermflow_schemas::clock;
+
+    use super::*;
+
+    fn caller() -> Caller {
+        let (id, now) = (Uuid::new_v4(), clock::now());
+        Caller {
+            client: id.into(),
+            jti: Uuid::new_v4(),
+            credential: id,
+            issued_at: now,
+            expires_at: now + Duration::from_mins(15),
+            scope: String::new(),
+        }
+    }
+
+    fn access(age: Duration, view: View) -> Access {
+        Access(RwLock::new(View { of: Instant::now().checked_sub(age), ..view }))
+    }
+
+    fn revoked(id: Uuid) -> View {
+        View { revoked: HashSet::from([id]), ..View::default() }
+    }
+
+    /// I6: whoever was shut out since the last look is not known, so that nobody is let in.
+    #[tokio::test]
+    async fn an_old_view_lets_nobody_in() {
+        assert_eq!(Access::default().judge(&caller()), Verdict::Unknown, "no view yet");
+        let second = Duration::from_secs(1);
+        assert_eq!(
+            access(ACCESS_STALE.saturating_sub(second), View::default()).judge(&caller()),
+            Verdict::Open
+        );
+        assert_eq!(access(ACCESS_STALE + second, View::default()).judge(&caller()), Verdict::Unknown);
+        // Nor is anybody told more than that.
+        let caller = caller();
+        let revoked = access(ACCESS_STALE + second, revoked(caller.jti));
+        assert_eq!(revoked.judge(&caller), Verdict::Unknown);
+    }
+
+    /// A token counts whole seconds: one of the second of the revocation may be from before it.
+    #[tokio::test]
+    async fn a_token_of_the_second_of_the_revocation_is_refused() {
+        let caller = caller();
+        let judge = |valid_after: time::OffsetDateTime| {
+            let standing = Standing { valid_after: Some(valid_after), ..Standing::default() };
+            let exceptions = HashMap::from([(caller.client, standing)]);
+            access(Duration::ZERO, View { exceptions, ..View::default() }).judge(&caller)
+        };
+        let second = caller.issued_at.replace_nanosecond(0).unwrap();
+        assert_eq!(judge(second - Duration::from_secs(1)), Verdict::Open);
+        for after in [second, second + Duration::from_millis(999), second + Duration::from_mins(1)] {
+            assert_eq!(judge(after), Verdict::Revoked, "{after}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_revoked_id_refuses_by_token_and_by_credential() {
+        let caller = caller();
+        for id in [caller.jti, caller.credential] {
+            assert_eq!(access(Duration::ZERO, revoked(id)).judge(&caller), Verdict::Revoked);
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Who may call which route: a row for every one in the table of `ingress`, and none more.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use dermflow_tests::{
+    client::{Answer, Client, sample, sample_bytes, send},
+    lab::{Lab, Setup},
+};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+/// What a route is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Object {
+    Nothing,
+    /// One of the caller's own.
+    Job,
+    Batch,
+    /// Nobody's own.
+    Event,
+    DeadLetter,
+}
+
+/// Whom a route wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rule {
+    /// Everybody.
+    Open,
+    /// Whoever proves itself in the form.
+    Form,
+    /// A client whose scope has this letter (SMART App Launch 2.2).
+    Client(char),
+    Auditor,
+    Operator,
+}
+
+use Object::{Batch, DeadLetter, Event, Job, Nothing};
+use Rule::{Auditor, Client as May, Form, Open, Operator};
+
+const ROUTES: [(&str, &str, Rule, Object); 32] = [
+    ("POST", "/login", Form, Nothing),
+    ("POST", "/oauth/token", Form, Nothing),
+    ("POST", "/oauth/revoke", Form, Nothing),
+    ("POST", "/oauth/introspect", Form, Nothing),
+    ("GET", "/.well-known/jwks.json", Open, Nothing),
+    ("GET", "/.well-known/oauth-authorization-server", Open, Nothing),
+    ("GET", "/fhir/.well-known/smart-configuration", Open, Nothing),
+    ("POST", "/fhir/DiagnosticReport/$analyze", May('c'), Nothing),
+    ("GET", "/fhir/DiagnosticReport/{id}", May('r'), Job),
+    ("GET", "/fhir/_async/{id}", May('r'), Job),
+    ("DELETE", "/fhir/_async/{id}", May('d'), Job),
+    ("POST", "/fhir", May('c'), Nothing),
+    ("GET", "/fhir/Task", May('s'), Nothing),
+    ("GET", "/fhir/Task/{id}", May('r'), Job),
+    ("GET", "/fhir/AuditEvent", Auditor, Nothing),
+    ("GET", "/fhir/AuditEvent/{id}", Auditor, Event),
+    ("GET", "/fhir/_bulk/{id}", May('r'), Batch),
+    ("POST", "/batches", May('c'), Nothing),
+    ("GET", "/batches/{id}", May('r'), Batch),
+    ("POST", "/batches/{id}", May('c'), Batch),
+    ("DELETE", "/batches/{id}", May('d'), Batch),
+    ("GET", "/batches/{id}/results", May('r'), Batch),
+    ("GET", "/batches/{id}/errors", May('r'), Batch),
+    ("GET", "/jobs", May('s'), Nothing),
+    ("GET", "/jobs/{id}", May('r'), Job),
+    // On the internal listener, which is on this machine only.
+    ("GET", "/livez", Open, Nothing),
+    ("GET", "/readyz", Open, Nothing),
+    ("GET", "/metrics", Open, Nothing),
+    // In the operators' process.
+    ("GET", "/dead", Operator, Nothing),
+    ("GET", "/dead/{sequence}", Operator, DeadLetter),
+    ("DELETE", "/dead/{sequence}", Operator, DeadLetter),
+    ("POST", "/dead/{sequence}/requeue", Operator, DeadLetter),
+];
+
+/// Method and path of every route in the source.
+fn written() -> BTreeSet<(String, String)> {
+    let source = include_str!("../../ingress/src/routes/mod.rs");
+    let mut routes = BTreeSet::new();
+    for route in source.split(".route(\"").skip(1) {
+        let (path, handlers) = route.split_once('"').unwrap_or_default();
+        let handlers = handlers.split([';', '\n']).next().unwrap_or_default();
+        let count = routes.len();
+        for (method, call) in [
+            ("GET", "get("),
+            ("POST", "post("),
+            ("PUT", "put("),
+            ("PATCH", "patch("),
+            ("DELETE", "delete("),
+            ("ANY", "any("),
+        ] {
+            if handlers.contains(&format!(" {call}")) || handlers.contains(&format!(".{call}")) {
+                routes.insert((method.to_owned(), path.to_owned()));
+            }
+        }
+        assert!(routes.len() > count, "{path}: {handlers}");
+    }
+    routes
+}
+
+// A route without a row, or a row without a route, fails.
+#[test]
+fn every_route_has_a_row() {
+    let rows: BTreeSet<_> =
+        ROUTES.iter().map(|(method, path, ..)| (String::from(*method), String::from(*path))).collect();
+    assert_eq!(rows, written());
+}
+
+/// Whoever calls.
+struct Callers {
+    client: Client,
+    stranger: Client,
+    auditor: Client,
+    operator: Client,
+    operate: String,
+    secret: [String; 2],
+}
+
+impl Callers {
+    async fn new(lab: &mut Lab) -> Result<Self> {
+        let password = lab.auth(&["user", "create", "ada", "--role", "auditor"])?;
+        let auditor = Client::new(&lab.ca(), &lab.url(0))?.login("ada", &password).await?;
+        let operator = lab.start_operate("olga").await?;
+        let added: Value =
+            serde_json::from_str(&lab.auth(&["credential", "add", "demo", "--label", "test"])?)?;
+        let text = |name: &str| added[name].as_str().unwrap_or_default().to_owned();
+        Ok(Self {
+            client: lab.client().clone(),
+            stranger: lab.register("stranger").await?,
+            auditor,
+            operator,
+            operate: lab.operate_url()?,
+            secret: [text("client_id"), text("client_secret")],
+        })
+    }
+
+    /// The client with everything but this letter in its scope.
+    async fn without(&self, letter: char) -> Result<Client> {
+        let letters: String = "crds".chars().filter(|other| *other != letter).collect();
+        let [id, secret] = &self.secret;
+        let form = [
+            ("grant_type", "client_credentials"),
+            ("client_id", id),
+            ("client_secret", secret),
+            ("scope", &format!("system/DiagnosticReport.{letters}")),
+        ];
+        let token =
+            send(self.client.clone().with_token("").request(Method::POST, "/oauth/token").form(&form))
+                .await?;
+        Ok(self.client.clone().with_token(token.body["access_token"].as_str().context("no token")?))
+    }
+}
+
+async fn call(client: &Client, method: &str, path: &str) -> Result<Answer> {
+    let request = client.request(method.parse()?, path);
+    // What is refused is refused before anybody looks at the body.
+    let request = if method == "POST" {
+        request.header("content-type", "application/x-ndjson").body("{}\n")
+    } else {
+        request
+    };
+    send(request).await
+}
+
+async fn batch(client: &Client) -> Result<String> {
+    let data = STANDARD.encode(sample_bytes("ham10000-nv.jpg"));
+    let line = json!({"custom_id": "a", "images": [{"data": data}]}).to_string() + "\n";
+    let request = client.request(Method::POST, "/batches").header("content-type", "application/x-ndjson");
+    let answer = send(request.body(line)).await?;
+    let first: Value = serde_json::from_str(answer.text.lines().next().unwrap_or_default())?;
+    Ok(first["batch"].as_str().context("no batch")?.to_owned())
+}
+
+// SRS-004, I5: each route with no token, with tokens that are none, with another role's, with a scope that lacks one
+// letter, and about what is another client's, which answers as what does not exist.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_keeps_to_its_rule() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let callers = Callers::new(&mut lab).await?;
+    let (job, batch) =
+        (callers.client.submit(&sample("ham10000-nv.jpg")).await?, batch(&callers.client).await?);
+    let missing = "0198f3a2-9c1e-7c55-8f0e-1d2c3b4a5e6f";
+    let mut refusals = BTreeSet::new();
+    for (method, path, rule, object) in ROUTES {
+        let id = match object {
+            Nothing => "",
+            Job => &job,
+            Batch => &batch,
+            Event => "1",
+            DeadLetter => "4711",
+        };
+        let with = |id: &str| path.replace("{id}", id).replace("{sequence}", id);
+        let (right, wrong) = match rule {
+            Open | Form => continue,
+            May(letter) => (
+                callers.client.clone(),
+                vec![callers.without(letter).await?, callers.auditor.clone(), callers.operator.clone()],
+            ),
+            Auditor => (callers.auditor.clone(), vec![callers.client.clone(), callers.operator.clone()]),
+            Operator => (callers.operator.clone(), vec![callers.client.clone(), callers.auditor.clone()]),
+        };
+        let base = if rule == Operator { callers.operate.clone() } else { lab.url(0) };
+        let right = right.at(&base);
+        for token in ["", "nonsense", &format!("{}x", &right.token()[..right.token().len() - 1])] {
+            let answer = call(&right.clone().with_token(token), method, &with(id)).await?;
+            assert_eq!((answer.status, answer.code()), (401, "unauthenticated"), "{method} {path} {token}");
+            ensure!(answer.header("www-authenticate").starts_with("Bearer"));
+            refusals.insert(answer.text);
+        }
+        let anonymous = right.clone().with_token("");
+        let basic = anonymous
+            .request(method.parse()?, &with(id))
+            .header("authorization", format!("Basic {}", right.token()));
+        assert_eq!(send(basic).await?.status, 401, "{method} {path}");
+        let in_url =
+            call(&anonymous, method, &format!("{}?access_token={}", with(id), right.token())).await?;
+        assert_eq!(in_url.status, 401, "{method} {path}");
+        let twice = right
+            .request(method.parse()?, &with(id))
+            .header("authorization", format!("Bearer {}", right.token()));
+        assert_eq!(send(twice).await?.status, 401, "two tokens at {method} {path}");
+        for wrong in wrong {
+            let answer = call(&wrong.at(&base), method, &with(id)).await?;
+            assert_eq!((answer.status, answer.code()), (403, "forbidden"), "{method} {path}");
+        }
+        if matches!(object, Job | Batch) {
+            let stranger = &callers.stranger;
+            let theirs = call(stranger, method, &with(id)).await?;
+            let nothing = call(stranger, method, &with(missing)).await?;
+            let nonsense = call(stranger, method, &with("..%2f")).await?;
+            assert_eq!((theirs.status, nothing.status, nonsense.status), (404, 404, 404), "{method} {path}");
+            assert_eq!(theirs.text.replace(id, missing), nothing.text, "{method} {path}");
+        }
+        // Nobody is kept out who may come in; what is removed comes last.
+        if method != "DELETE" {
+            let answer = call(&right, method, &with(id)).await?;
+            ensure!(![401, 403].contains(&answer.status), "{method} {path}: {}", answer.text);
+        }
+    }
+    assert_eq!(refusals.len(), 1, "refusals differ: {refusals:?}");
+    assert_eq!(callers.client.get(&format!("/jobs/{job}")).await?.body["status"], "queued");
+    let removed = callers.client.delete(&format!("/batches/{batch}")).await?;
+    assert_eq!(removed.status, 202);
+    lab.stop().await
+}
