@@ -132,6 +132,7 @@ async fn work(stack: &mut Stack, args: &Args) -> Result<()> {
     stack.start_servers().await?;
     let password_file = user(stack, DEMO, "integrator")?;
     user(stack, OPERATOR, "operator")?;
+    stack.keep_auth_command()?;
     say("starting ingress");
     stack.add_ingress(Ports::around(args.port), &[])?.process.spawn_ready(READY_WITHIN).await?;
     stack.add_operate(args.port + 1_001)?.process.spawn_ready(READY_WITHIN).await?;

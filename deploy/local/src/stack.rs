@@ -1,6 +1,10 @@
 //! All parts of one instance, and the flags of our own programs.
 
 use std::{
+    ffi::OsStr,
+    fs::{self, Permissions},
+    iter,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -15,7 +19,7 @@ use crate::{
     postgres::Postgres,
     process::{Process, Signal},
     servers::Servers,
-    state::State,
+    state::{State, write_private},
 };
 
 /// How long an `ingress` or a `worker` may take to be ready.
@@ -257,13 +261,8 @@ impl Stack {
     /// # Errors
     /// When it fails; the error is its last line.
     pub fn auth(&self, args: &[&str]) -> Result<String> {
-        let output = Command::new(self.options.programs.join("auth"))
-            .arg("--database")
-            .arg(self.postgres.url("dermflow_auth"))
-            .arg("--database-password-file")
-            .arg(self.postgres.password_file("dermflow_auth")?)
-            .arg("--password-pepper")
-            .arg(&self.pki.peppers)
+        let output = self
+            .auth_command()?
             .args(args)
             .stdin(Stdio::null())
             .output()
@@ -276,6 +275,34 @@ impl Stack {
             .context("auth printed something else than text")?
             .trim_end()
             .into())
+    }
+
+    /// Writes the file `auth` into the state: a command that is `auth` with this instance's database.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn keep_auth_command(&self) -> Result<PathBuf> {
+        let command = self.auth_command()?;
+        let quoted = |word: &OsStr| format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"));
+        let words: Vec<String> =
+            iter::once(command.get_program()).chain(command.get_args()).map(quoted).collect();
+        let path = self.state.path("auth");
+        write_private(&path, &format!("#!/bin/sh\nexec {} \"$@\"\n", words.join(" ")))?;
+        fs::set_permissions(&path, Permissions::from_mode(0o700))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+
+    fn auth_command(&self) -> Result<Command> {
+        let mut command = Command::new(self.options.programs.join("auth"));
+        command
+            .arg("--database")
+            .arg(self.postgres.url("dermflow_auth"))
+            .arg("--database-password-file")
+            .arg(self.postgres.password_file("dermflow_auth")?)
+            .arg("--password-pepper")
+            .arg(&self.pki.peppers);
+        Ok(command)
     }
 
     /// Stops everything in order: ingress and workers together, then NATS, then PostgreSQL.
