@@ -6,6 +6,7 @@
 pub mod chain;
 pub mod fhir;
 pub mod search;
+pub mod trail;
 
 use std::{borrow::Cow, net::IpAddr};
 
