@@ -60,6 +60,8 @@ macro_rules! actions {
 actions! {
     /// Somebody tried to sign in.
     Login "login" "E" Login,
+    /// Staff signed out.
+    Logout "logout" "E" Logout,
     /// A request was refused: no valid token, or not one for this.
     Access "access" "E" Alert,
     /// Jobs were accepted. A failed one: the queue would not have them after all.
@@ -90,6 +92,8 @@ actions! {
     TrailExported "trail-exported" "R" Export,
     /// The oldest events were removed.
     TrailPruned "trail-pruned" "D" LogUsed,
+    /// Staff looked at accounts.
+    AccountRead "account-read" "R" Read,
     /// A user was registered.
     UserCreated "user-created" "C" Security,
     /// A user was shut out.

@@ -14,6 +14,7 @@ use deadpool_postgres::Pool;
 use dermflow_auth::db::DatabaseOptions;
 use dermflow_local::{
     nats::{ADMIN, Nats, Settings},
+    pki::{self, Identity},
     ports,
     postgres::{Postgres, SUPERUSER},
     process::{Process, Signal},
@@ -362,6 +363,33 @@ impl Lab {
     pub async fn kill_operate(&mut self) -> Result<()> {
         self.stack.operate.as_mut().context("no operators' process")?.process.kill().await;
         Ok(())
+    }
+
+    /// Starts the registration service.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn start_registration(&mut self) -> Result<()> {
+        let registration = self.stack.add_registration(ports::free()?)?;
+        registration.process.set_env("RUST_LOG", self.log);
+        registration.process.spawn_ready(READY_WITHIN).await
+    }
+
+    /// A client of the registration service with a certificate of staff of this name, not signed in.
+    ///
+    /// # Errors
+    /// When the service was never started.
+    pub fn staff(&self, name: &str) -> Result<Client> {
+        let Identity { cert, key } = pki::staff(&self.stack.state, name)?;
+        Client::with_certificate(&self.ca(), &self.registration_url()?, &cert, &key)
+    }
+
+    /// The origin of the registration service.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub fn registration_url(&self) -> Result<String> {
+        Ok(self.stack.registration.as_ref().context("no registration service")?.url())
     }
 
     /// The password of a registered client.
