@@ -625,9 +625,10 @@ impl Lab {
     /// When a log cannot be read.
     pub fn logs(&self) -> Result<String> {
         let ingress = self.stack.ingress.iter().map(|ingress| &ingress.process);
+        let registration = self.stack.registration.iter().map(|registration| &registration.process);
         let servers = [&self.stack.nats.process, &self.stack.postgres.process];
         let read = |process: &Process| fs::read_to_string(process.log()).context(process.name().to_owned());
-        ingress.chain(&self.stack.workers).chain(servers).map(read).collect()
+        ingress.chain(registration).chain(&self.stack.workers).chain(servers).map(read).collect()
     }
 
     /// The folders in which broker and database keep their data.
