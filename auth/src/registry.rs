@@ -479,7 +479,7 @@ pub async fn change(
         let update = "UPDATE auth.users SET role = coalesce($2, role), \
                       contact = CASE WHEN $13 THEN $3 ELSE contact END, \
                       expires_at = CASE WHEN $14 THEN $4 ELSE expires_at END, disabled = coalesce($5, disabled), \
-                      valid_after = CASE WHEN $2 <> role OR $5 THEN $6 ELSE valid_after END, \
+                      valid_after = CASE WHEN $2 <> role OR $5 THEN greatest($6, valid_after + interval '1 second') ELSE valid_after END, \
                       quota_jobs = coalesce($7, quota_jobs), quota_bytes = coalesce($8, quota_bytes), \
                       quota_running = coalesce($9, quota_running), weight = coalesce($10, weight), \
                       quota_requests = coalesce($11, quota_requests), \
@@ -557,7 +557,8 @@ pub async fn set_password(
             let row = transaction.query_one(select, &[&id]).await?;
             policy::check(&password, &[row.get(0), row.get(1)])?;
         }
-        let update = "UPDATE auth.users SET password_hash = $2, valid_after = $3 WHERE id = $1";
+        let update = "UPDATE auth.users SET password_hash = $2, \
+                      valid_after = greatest($3, valid_after + interval '1 second') WHERE id = $1";
         transaction.execute(update, &[&id, &hash, &now]).await?;
         forget(transaction, id).await?;
         act.note(transaction, id).await
@@ -579,7 +580,8 @@ pub async fn revoke_all(
     let act = Act { actor, action: Action::SessionsRevoked, who, now };
     act.run(pool, async |transaction| {
         let id = find(transaction, who).await?;
-        transaction.execute("UPDATE auth.users SET valid_after = $2 WHERE id = $1", &[&id, &now]).await?;
+        let update = "UPDATE auth.users SET valid_after = greatest($2, valid_after + interval '1 second') WHERE id = $1";
+        transaction.execute(update, &[&id, &now]).await?;
         forget(transaction, id).await?;
         act.note(transaction, id).await
     })

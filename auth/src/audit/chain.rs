@@ -214,7 +214,7 @@ pub async fn extend(client: &mut Client, recent: Option<i64>) -> Result<u64, DbE
     let last = transaction.query_opt(&select, &[&recent.unwrap_or(1)]).await?;
     let since = last.as_ref().filter(|_| recent.is_some()).map_or(i64::MIN, |row| row.get("since"));
     let (mut number, mut hash) =
-        last.as_ref().map_or((0, NOTHING_BEFORE), |row| (row.get("link"), hash_of(row)));
+        last.as_ref().map_or((0_i64, NOTHING_BEFORE), |row| (row.get("link"), hash_of(row)));
     let select = format!(
         "SELECT {COLUMNS} FROM auth.audit WHERE id >= $1 AND NOT EXISTS \
          (SELECT FROM auth.audit_chain WHERE event = id) ORDER BY id LIMIT $2"

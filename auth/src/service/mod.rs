@@ -49,7 +49,7 @@ struct Service {
     doorkeeper: Doorkeeper,
     trail: Trail,
     metrics: Metrics,
-    /// The OpenAPI document.
+    /// The document that describes the API.
     api: String,
 }
 

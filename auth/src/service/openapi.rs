@@ -1,4 +1,4 @@
-//! `/openapi.json`: the service described from its own handlers (OpenAPI 3.1).
+//! `/openapi.json`: the service described from its own handlers.
 
 use std::{collections::BTreeMap, sync::Arc};
 
