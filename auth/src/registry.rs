@@ -244,21 +244,22 @@ pub struct Given {
 
 /// Changes of an account; what is left out stays as it is.
 #[derive(Debug, Clone, Default, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields)]
 pub struct Change {
     /// What it is for. With another one its tokens are refused from then on.
     pub role: Option<Role>,
     /// Whom to ask about it, 1 to 200 characters; null for nobody.
-    #[serde(deserialize_with = "named")]
+    #[serde(default, deserialize_with = "named")]
     #[schema(value_type = Option<String>)]
     pub contact: Option<Option<String>>,
     /// When it expires (RFC 3339); null for never.
-    #[serde(deserialize_with = "named_moment")]
+    #[serde(default, deserialize_with = "named_moment")]
     #[schema(value_type = Option<OffsetDateTime>)]
     pub expires_at: Option<Option<OffsetDateTime>>,
     /// Whether it is shut out.
     pub disabled: Option<bool>,
     /// What it may have open at once.
+    #[serde(default)]
     pub quota: QuotaChange,
 }
 

@@ -36,6 +36,7 @@ use rustls::{
     version::TLS13,
 };
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     time::{Duration, sleep, timeout},
@@ -52,6 +53,8 @@ const MAX_STREAMS: u32 = 128;
 const MAX_HEADER_BYTES: u32 = 32 * 1024;
 /// Between two HTTP/2 pings, and the wait for their answer.
 const H2_PING: Duration = Duration::from_secs(20);
+/// What a peer whose handshake failed is given to read why.
+const HANG_UP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause after an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -155,12 +158,14 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
         let refused = refused.clone();
         async move {
             let Ok(peer) = stream.peer_addr() else { return };
-            let stream = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+            let accepted = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream).into_fallible()).await;
+            let stream = match accepted {
                 Ok(Ok(stream)) => stream,
-                Ok(Err(error)) => {
+                Ok(Err((error, stream))) => {
                     // Anything else is a connection that broke before it said who it is.
                     if let Ok(error) = error.downcast::<rustls::Error>() {
                         refused(peer.ip(), error).await;
+                        hang_up(stream).await;
                     }
                     return;
                 }
@@ -200,6 +205,22 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
     if timeout(INGRESS_DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("requests were still in flight when the time to drain ended");
     }
+}
+
+/// Closes a connection so that its last words, the alert that says what was wrong, arrive: with bytes of the peer's still
+/// unread, TCP would reset it.
+async fn hang_up(mut stream: TcpStream) {
+    let mut rest = [0; 1024];
+    let discard = async {
+        stream.shutdown().await?;
+        for _ in 0..64 {
+            if stream.read(&mut rest).await? == 0 {
+                break;
+            }
+        }
+        io::Result::Ok(())
+    };
+    let _ = timeout(HANG_UP_TIMEOUT, discard).await;
 }
 
 fn fingerprint(certificate: &CertificateDer<'_>) -> Certificate {

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 #[derive(Debug)]
 pub(super) struct Json<T>(pub(super) T);
 
-/// A body of JSON, or no body for a `T` that is empty.
+/// A body of JSON; none, or null, for a `T` that is empty.
 #[derive(Debug)]
 pub(super) struct Perhaps<T>(pub(super) T);
 
@@ -54,7 +54,9 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for Perhaps<T
         let (headers, bytes) = read(request).await?;
         match bytes.is_empty() {
             true => Ok(Self(T::default())),
-            false if is(&headers, &["application/json"]) => parse(&bytes).map(Self),
+            false if is(&headers, &["application/json"]) => {
+                parse(&bytes).map(|body: Option<T>| Self(body.unwrap_or_default()))
+            }
             false => Err(Code::MediaType.into()),
         }
     }

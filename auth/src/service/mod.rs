@@ -113,7 +113,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(credentials::add))
         .routes(routes!(credentials::rotate))
         .routes(routes!(credentials::remove))
-        .routes(routes!(openapi::show))
+        .routes(routes!(openapi::describe))
         .routes(routes!(health::live))
         .routes(routes!(health::metrics))
 }

@@ -105,12 +105,14 @@ impl IntoResponses for Errors {
 /// This document.
 #[utoipa::path(get, path = "/openapi.json",
     responses((status = 200, description = "OpenAPI 3.1.", body = Object), Errors))]
-pub(super) async fn show(State(service): State<Arc<Service>>, _: Reader) -> Response {
+pub(super) async fn describe(State(service): State<Arc<Service>>, _: Reader) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], service.api.clone()).into_response()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use serde_json::{Value, json};
 
     use super::super::routes;
@@ -120,9 +122,10 @@ mod tests {
         let (_, api) = routes().split_for_parts();
         let api: Value = serde_json::to_value(api).unwrap();
         assert_eq!(api["openapi"], "3.1.0");
-        let mut open = Vec::new();
+        let (mut open, mut ids) = (Vec::new(), HashSet::new());
         for (path, item) in api["paths"].as_object().unwrap() {
             for (method, operation) in item.as_object().unwrap() {
+                assert!(ids.insert(operation["operationId"].to_string()), "{method} {path}");
                 if operation["security"] == json!([{}]) {
                     open.push(format!("{method} {path}"));
                 } else {
