@@ -6,6 +6,7 @@
 pub mod chain;
 pub mod fhir;
 pub mod search;
+pub mod trail;
 
 use std::{borrow::Cow, net::IpAddr};
 
@@ -59,6 +60,8 @@ macro_rules! actions {
 actions! {
     /// Somebody tried to sign in.
     Login "login" "E" Login,
+    /// Staff signed out.
+    Logout "logout" "E" Logout,
     /// A request was refused: no valid token, or not one for this.
     Access "access" "E" Alert,
     /// Jobs were accepted. A failed one: the queue would not have them after all.
@@ -89,6 +92,8 @@ actions! {
     TrailExported "trail-exported" "R" Export,
     /// The oldest events were removed.
     TrailPruned "trail-pruned" "D" LogUsed,
+    /// Staff looked at accounts.
+    AccountRead "account-read" "R" Read,
     /// A user was registered.
     UserCreated "user-created" "C" Security,
     /// A user was shut out.

@@ -17,7 +17,7 @@ use dermflow_auth::{
     db::DatabaseOptions,
     keys::{self, Keys},
     password::{PepperOptions, Peppers},
-    registry::{self, Account, Change, Filter, NewAccount, State},
+    registry::{self, Account, Change, Filter, Given, NewAccount, State},
     users::{self, QuotaChange, Role},
 };
 use dermflow_schemas::clock;
@@ -26,7 +26,10 @@ use serde_json::{Value, json};
 use time::{Duration, OffsetDateTime, format_description::well_known::Rfc3339};
 use uuid::Uuid;
 
-use crate::audit_command::{self, AuditCommand};
+use crate::{
+    audit_command::{self, AuditCommand},
+    service::{self, ServeOptions},
+};
 
 /// Registers the accounts of Dermflow, and keeps the keys that sign access tokens.
 #[derive(Debug, Parser)]
@@ -61,6 +64,8 @@ enum Command {
     /// The audit trail.
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Serves the registration API over HTTPS, for staff with a certificate, until it is told to stop.
+    Serve(ServeOptions),
     /// The keys that sign access tokens. Needs no database.
     #[command(subcommand)]
     SigningKey(KeyCommand),
@@ -116,6 +121,9 @@ enum UserCommand {
         /// When it expires (RFC 3339).
         #[arg(long, value_parser = moment)]
         expires: Option<OffsetDateTime>,
+        /// Never expires any more.
+        #[arg(long, conflicts_with = "expires")]
+        no_expiry: bool,
     },
     /// Shuts an account out within a second: no new token, and none of its tokens is taken any more.
     Disable {
@@ -245,13 +253,16 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         return signing_key(command);
     }
     let database = options.database.context("--database and --database-password-file are needed")?;
+    if let Command::Serve(serve) = options.command {
+        return service::run(serve, &database, options.pepper.load()?).await;
+    }
     let pool = database.pool("auth", 2)?;
     users::migrate(&pool).await?;
     let peppers = options.pepper.load()?;
     let console =
         Console { pool, peppers, json: options.json, actor: Who::part(audit::COMMAND), now: clock::now() };
     match options.command {
-        Command::Migrate | Command::SigningKey(_) => Ok(()),
+        Command::Migrate | Command::SigningKey(_) | Command::Serve(_) => Ok(()),
         Command::Bootstrap { name } => {
             let (id, password) =
                 registry::bootstrap(&console.pool, &console.peppers, &console.actor, &name, console.now)
@@ -306,13 +317,14 @@ impl Console {
                     .await;
             }
             UserCommand::Show { name } => {
-                let (account, credentials) = registry::get(pool, &name).await?;
+                let (account, credentials) = registry::get(pool, actor, &name, *now).await?;
                 let mut shown = json!(account);
                 shown["credentials"] = json!(credentials);
                 println!("{shown:#}");
             }
-            UserCommand::Change { name, role, contact, expires } => {
-                let change = Change { role, contact, expires_at: expires, ..Change::default() };
+            UserCommand::Change { name, role, contact, expires, no_expiry } => {
+                let expires_at = if no_expiry { Some(None) } else { expires.map(Some) };
+                let change = Change { role, contact: contact.map(Some), expires_at, ..Change::default() };
                 registry::change(pool, actor, &name, &change, *now).await.context("cannot change")?;
             }
             UserCommand::Disable { name } => {
@@ -354,7 +366,7 @@ impl Console {
     async fn list(&self, mut filter: Filter) -> Result<()> {
         let mut out = io::stdout().lock();
         loop {
-            let page = registry::list(&self.pool, &filter).await?;
+            let page = registry::list(&self.pool, &self.actor, &filter, self.now).await?;
             for account in &page {
                 if self.json {
                     writeln!(out, "{}", json!(account))?;
@@ -373,36 +385,25 @@ impl Console {
         let Self { pool, actor, now, .. } = self;
         match command {
             CredentialCommand::Add { name, label, key: None, expires } => {
-                let added = registry::add_secret(pool, actor, &name, &label, expires, *now).await;
-                self.client_secret(&name, added.context("cannot add a secret")?).await
+                let given = registry::add_secret(pool, actor, &name, &label, expires, *now).await;
+                show(&given.context("cannot add a secret")?)
             }
             CredentialCommand::Add { name, label, key: Some(file), expires } => {
                 let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
                 let key = PublicKey::parse(&text).with_context(|| file.display().to_string())?;
-                let id = registry::add_key(pool, actor, &name, &label, &key, expires, *now).await;
-                let id = id.context("cannot add the key")?;
-                let account = registry::get(pool, &name).await?.0;
-                println!("{:#}", json!({ "client_id": account.id, "credential": id }));
-                Ok(())
+                let given = registry::add_key(pool, actor, &name, &label, &key, expires, *now).await;
+                show(&given.context("cannot add the key")?)
             }
             CredentialCommand::Rotate { name, overlap_days } => {
                 let overlap = Duration::days(overlap_days.into());
-                let added = registry::rotate(pool, actor, &name, overlap, *now).await;
-                self.client_secret(&name, added.context("cannot rotate")?).await
+                let given = registry::rotate(pool, actor, &name, overlap, *now).await;
+                show(&given.context("cannot rotate")?)
             }
             CredentialCommand::Remove { name, id, sure } => {
                 sure.check(&format!("removes the credential {id} of {name}"))?;
                 registry::remove_credential(pool, actor, &name, id, *now).await.context("cannot remove")
             }
         }
-    }
-
-    async fn client_secret(&self, name: &str, (id, secret): (Uuid, SecretString)) -> Result<()> {
-        let account = registry::get(&self.pool, name).await?.0;
-        let shown =
-            json!({ "client_id": account.id, "credential": id, "client_secret": secret.expose_secret() });
-        println!("{shown:#}");
-        Ok(())
     }
 
     /// What is shown once: alone on a line, or as a member.
@@ -415,6 +416,16 @@ impl Console {
         }
         io::stdout().flush().context("the secret could not be shown")
     }
+}
+
+/// A credential, with the secret, which is shown once.
+fn show(given: &Given) -> Result<()> {
+    let mut shown = json!({ "client_id": given.client, "credential": given.credential });
+    if let Some(secret) = &given.secret {
+        shown["client_secret"] = json!(secret.expose_secret());
+    }
+    println!("{shown:#}");
+    io::stdout().flush().context("the secret could not be shown")
 }
 
 fn row(account: &Account) -> String {

@@ -3,7 +3,8 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
-use dermflow_schemas::{limits, process::read_secret};
+use dermflow_http::answer::Problem;
+use dermflow_schemas::{error::Code, limits, process::read_secret};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, pem::PemObject},
@@ -42,6 +43,14 @@ pub enum DbError {
     /// The pool cannot be built.
     #[error("cannot build the pool: {0}")]
     Build(#[from] deadpool_postgres::BuildError),
+}
+
+impl From<DbError> for Problem {
+    /// The cause goes to the log, not to the caller.
+    fn from(error: DbError) -> Self {
+        tracing::warn!(%error, "database");
+        Code::DatabaseUnavailable.into()
+    }
 }
 
 /// How a process reaches PostgreSQL.

@@ -15,6 +15,7 @@ pub mod registry;
 pub mod revocation;
 pub mod scope;
 pub mod secret;
+pub mod session;
 pub mod throttle;
 pub mod token;
 pub mod users;

@@ -1,7 +1,9 @@
-//! `auth`: the command line with which staff registers accounts and keeps the signing keys.
+//! `auth`: the command line with which staff registers accounts and keeps the signing keys; `auth serve`: the same
+//! over HTTPS.
 
 mod audit_command;
 mod cli;
+mod service;
 
 use std::process::ExitCode;
 

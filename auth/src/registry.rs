@@ -1,16 +1,22 @@
 //! The registration of accounts: everything that staff does to them, each act in one transaction with its entry in
-//! the audit trail. The registration service and the command line are two ways into these functions.
+//! the audit trail, and with one as well when it was not done. The registration service and the command line are two ways
+//! into these functions.
 
 use deadpool_postgres::{Pool, Transaction};
-use dermflow_schemas::id::ClientId;
+use dermflow_http::answer::Problem;
+use dermflow_schemas::{
+    error::{ApiError, Code},
+    id::ClientId,
+};
 use secrecy::SecretString;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::json;
 use time::{Duration, OffsetDateTime};
 use tokio_postgres::{Row, types::Json};
 use uuid::Uuid;
 
 use crate::{
-    audit::{self, Action, Actor, Event, Object, Who},
+    audit::{self, Action, Actor, Event, Object, Outcome, Who},
     credentials::{BadKey, PublicKey},
     db::{self, DbError},
     password::{self, PasswordError, Peppers},
@@ -44,9 +50,9 @@ pub enum RegistryError {
     /// The name has the wrong form.
     #[error("a user name has 1 to 63 of a-z 0-9 . _ @ - and begins with a letter or digit")]
     BadName,
-    /// The contact or the label has the wrong length.
-    #[error("{0}")]
-    BadText(&'static str),
+    /// A text or a number is not one that the named member may have.
+    #[error("{1}")]
+    BadValue(&'static str, &'static str),
     /// The moment has passed.
     #[error("an expiry lies in the future")]
     Past,
@@ -79,6 +85,53 @@ pub enum RegistryError {
     Db(#[from] DbError),
 }
 
+impl RegistryError {
+    /// The stable code.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Exists(_) => Code::AccountExists,
+            Self::Unknown(_) | Self::UnknownCredential(_) => Code::NotFound,
+            Self::BadName | Self::BadValue(..) | Self::Past | Self::Key(_) => Code::ValueInvalid,
+            Self::TooMany => Code::CredentialLimit,
+            Self::NotAClient => Code::NotAClient,
+            Self::Bootstrapped => Code::Bootstrapped,
+            Self::LastAdministrator => Code::LastAdministrator,
+            Self::Policy(_) => Code::PasswordRefused,
+            Self::Password(PasswordError::Busy) => Code::Overloaded,
+            Self::Password(PasswordError::Failed) | Self::NoRandomness(_) => Code::Internal,
+            Self::Db(_) => Code::DatabaseUnavailable,
+        }
+    }
+
+    /// The member of the request that is at fault.
+    fn field(&self) -> Option<&'static str> {
+        match self {
+            Self::Exists(_) | Self::BadName => Some("name"),
+            Self::BadValue(field, _) => Some(field),
+            Self::Past => Some("expires_at"),
+            Self::Key(_) => Some("jwk"),
+            Self::Policy(_) => Some("password"),
+            _ => None,
+        }
+    }
+}
+
+impl From<RegistryError> for Problem {
+    /// Causes that are ours go to the log, not to the caller.
+    fn from(error: RegistryError) -> Self {
+        let code = error.code();
+        if code.kind().status >= 500 {
+            tracing::warn!(%error, "registry");
+            return code.into();
+        }
+        let mut answer = ApiError::from(code);
+        if let Some(field) = error.field() {
+            answer = answer.at(field).detail(error.to_string());
+        }
+        answer.into()
+    }
+}
+
 impl From<tokio_postgres::Error> for RegistryError {
     fn from(error: tokio_postgres::Error) -> Self {
         Self::Db(error.into())
@@ -92,7 +145,7 @@ impl From<deadpool_postgres::PoolError> for RegistryError {
 }
 
 /// How an account stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// It may sign in.
@@ -120,7 +173,7 @@ impl std::str::FromStr for State {
 }
 
 /// An account as staff sees it: no password, no secret, no hash.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
 pub struct Account {
     /// Its id, which is the `client_id` of OAuth.
     pub id: Uuid,
@@ -146,7 +199,7 @@ pub struct Account {
 }
 
 /// A secret or key as staff sees it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
 pub struct Credential {
     /// Its id.
     pub id: Uuid,
@@ -178,21 +231,49 @@ pub struct NewAccount<'a> {
     pub expires_at: Option<OffsetDateTime>,
 }
 
-/// Changes of an account; what is `None` stays as it is.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+/// A secret or key that was given to a client.
+#[derive(Debug)]
+pub struct Given {
+    /// The client's id.
+    pub client: ClientId,
+    /// The credential's id.
+    pub credential: Uuid,
+    /// The secret, which is kept nowhere in clear; `None` for a key.
+    pub secret: Option<SecretString>,
+}
+
+/// Changes of an account; what is left out stays as it is.
+#[derive(Debug, Clone, Default, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Change {
-    /// What it is for. Its tokens are refused from then on.
+    /// What it is for. With another one its tokens are refused from then on.
     pub role: Option<Role>,
-    /// Whom to ask about it.
-    pub contact: Option<String>,
-    /// When it expires.
-    #[serde(with = "time::serde::rfc3339::option")]
-    pub expires_at: Option<OffsetDateTime>,
+    /// Whom to ask about it, 1 to 200 characters; null for nobody.
+    #[serde(default, deserialize_with = "named")]
+    #[schema(value_type = Option<String>)]
+    pub contact: Option<Option<String>>,
+    /// When it expires (RFC 3339); null for never.
+    #[serde(default, deserialize_with = "named_moment")]
+    #[schema(value_type = Option<OffsetDateTime>)]
+    pub expires_at: Option<Option<OffsetDateTime>>,
     /// Whether it is shut out.
     pub disabled: Option<bool>,
     /// What it may have open at once.
+    #[serde(default)]
     pub quota: QuotaChange,
+}
+
+/// A member that is there, be it null (RFC 7396).
+#[expect(clippy::option_option, reason = "left out, null and a value are three things")]
+fn named<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+#[expect(clippy::option_option, reason = "left out, null and a value are three things")]
+fn named_moment<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<OffsetDateTime>>, D::Error> {
+    time::serde::rfc3339::option::deserialize(deserializer).map(Some)
 }
 
 /// Which accounts to list.
@@ -242,7 +323,8 @@ pub async fn create(
     new: &NewAccount<'_>,
     now: OffsetDateTime,
 ) -> Result<(ClientId, SecretString), RegistryError> {
-    act(pool, async |transaction| insert(transaction, peppers, actor, new, now).await).await
+    let act = Act { actor, action: Action::UserCreated, who: new.name, now };
+    act.run(pool, async |transaction| insert(transaction, peppers, &act, new).await).await
 }
 
 /// Registers the first administrator. It works once, however many accounts are deleted later.
@@ -256,7 +338,8 @@ pub async fn bootstrap(
     name: &str,
     now: OffsetDateTime,
 ) -> Result<(ClientId, SecretString), RegistryError> {
-    act(pool, async |transaction| {
+    let act = Act { actor, action: Action::UserCreated, who: name, now };
+    act.run(pool, async |transaction| {
         // Two at once: the second waits, then finds the first.
         transaction.batch_execute("LOCK TABLE auth.users IN SHARE ROW EXCLUSIVE MODE").await?;
         let select = "SELECT EXISTS (SELECT FROM auth.users WHERE role = 'administrator')";
@@ -264,7 +347,7 @@ pub async fn bootstrap(
             return Err(RegistryError::Bootstrapped);
         }
         let new = NewAccount { name, role: Role::Administrator, contact: None, expires_at: None };
-        insert(transaction, peppers, actor, &new, now).await
+        insert(transaction, peppers, &act, &new).await
     })
     .await
 }
@@ -272,34 +355,39 @@ pub async fn bootstrap(
 async fn insert(
     transaction: &Transaction<'_>,
     peppers: &Peppers,
-    actor: &Who,
+    act: &Act<'_>,
     new: &NewAccount<'_>,
-    now: OffsetDateTime,
 ) -> Result<(ClientId, SecretString), RegistryError> {
     if !valid_name(new.name) {
         return Err(RegistryError::BadName);
     }
     check_contact(new.contact)?;
-    check_expiry(new.expires_at, now)?;
+    check_expiry(new.expires_at, act.now)?;
     let password = password::generate()?;
     let (id, hash) = (Uuid::new_v4(), password::hash(&password, peppers)?);
     let insert = "INSERT INTO auth.users (id, username, password_hash, created_at, role, contact, expires_at) \
                   VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (username) DO NOTHING";
     let NewAccount { name, role, contact, expires_at } = new;
     let role = role.as_str();
-    let inserted = transaction.execute(insert, &[&id, name, &hash, &now, &role, contact, expires_at]).await?;
+    let inserted =
+        transaction.execute(insert, &[&id, name, &hash, &act.now, &role, contact, expires_at]).await?;
     if inserted == 0 {
         return Err(RegistryError::Exists(new.name.into()));
     }
-    note(transaction, actor, Action::UserCreated, id, now).await?;
+    act.note(transaction, id).await?;
     Ok((id.into(), password))
 }
 
-/// A page of accounts by name.
+/// A page of accounts by name. Who looked is in the trail before anybody sees it.
 ///
 /// # Errors
 /// When the database is away.
-pub async fn list(pool: &Pool, filter: &Filter) -> Result<Vec<Account>, RegistryError> {
+pub async fn list(
+    pool: &Pool,
+    actor: &Who,
+    filter: &Filter,
+    now: OffsetDateTime,
+) -> Result<Vec<Account>, RegistryError> {
     let select = format!(
         "SELECT * FROM (SELECT {COLUMNS}, coalesce(last_used_at, created_at) AS seen FROM auth.users) accounts \
          WHERE ($1::text IS NULL OR role = $1) AND CASE WHEN $2::text IS NULL THEN state <> 'deleted' ELSE state = $2 END \
@@ -310,27 +398,41 @@ pub async fn list(pool: &Pool, filter: &Filter) -> Result<Vec<Account>, Registry
     let state = filter.state.and_then(|state| serde_json::to_value(state).ok());
     let state = state.as_ref().and_then(|state| state.as_str());
     let limit = filter.limit.clamp(1, MAX_PAGE);
-    let rows = db::within(async {
+    // What PostgreSQL takes for no text begins no name.
+    if [&filter.name, &filter.after].into_iter().flatten().any(|text| text.contains('\0')) {
+        return Ok(Vec::new());
+    }
+    db::within(async {
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
             [&role, &state, &filter.name, &filter.unused_since, &filter.after, &limit];
-        Ok::<_, RegistryError>(pool.get().await?.query(&select, &parameters).await?)
-    });
-    Ok(rows.await?.iter().map(account).collect())
+        let connection = pool.get().await?;
+        let rows = connection.query(&select, &parameters).await?;
+        let event = Event::new(Action::AccountRead, *actor, now).detail(json!({ "accounts": rows.len() }));
+        audit::insert(&connection, &[by_hand(event)]).await?;
+        Ok(rows.iter().map(account).collect())
+    })
+    .await
 }
 
-/// An account by its name or id, and its secrets and keys.
+/// An account by its name or id, and its secrets and keys. Who looked is in the trail before anybody sees it.
 ///
 /// # Errors
 /// When there is none, or the database is away.
-pub async fn get(pool: &Pool, who: &str) -> Result<(Account, Vec<Credential>), RegistryError> {
+pub async fn get(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    now: OffsetDateTime,
+) -> Result<(Account, Vec<Credential>), RegistryError> {
     let select = format!("SELECT {COLUMNS} FROM auth.users WHERE username = $1 OR id::text = $1");
     let credentials = "SELECT id, label, secret_hash IS NULL AS is_key, created_at, expires_at, last_used_at \
                        FROM auth.credentials WHERE account = $1 ORDER BY created_at";
-    db::within(async {
-        let connection = pool.get().await?;
-        let row = connection.query_opt(&select, &[&who]).await?;
+    let act = Act { actor, action: Action::AccountRead, who, now };
+    act.run(pool, async |transaction| {
+        let row = transaction.query_opt(&select, &[&known(who)?]).await?;
         let account = row.as_ref().map(account).ok_or_else(|| RegistryError::Unknown(who.into()))?;
-        let rows = connection.query(credentials, &[&account.id]).await?;
+        let rows = transaction.query(credentials, &[&account.id]).await?;
+        act.note(transaction, account.id).await?;
         Ok((account, rows.iter().map(credential).collect()))
     })
     .await
@@ -358,9 +460,16 @@ pub async fn change(
     change: &Change,
     now: OffsetDateTime,
 ) -> Result<(), RegistryError> {
-    check_contact(change.contact.as_deref())?;
-    check_expiry(change.expires_at, now)?;
-    act(pool, async |transaction| {
+    let action = match change.disabled {
+        Some(true) => Action::UserDisabled,
+        Some(false) => Action::UserEnabled,
+        None => Action::UserChanged,
+    };
+    let act = Act { actor, action, who, now };
+    act.run(pool, async |transaction| {
+        check_contact(change.contact.as_ref().and_then(Option::as_deref))?;
+        check_expiry(change.expires_at.flatten(), now)?;
+        change.quota.check().map_err(|text| RegistryError::BadValue("quota", text))?;
         let id = find(transaction, who).await?;
         let loses_access =
             change.disabled == Some(true) || change.role.is_some_and(|role| role != Role::Administrator);
@@ -368,8 +477,9 @@ pub async fn change(
             keep_an_administrator(transaction, id).await?;
         }
         let QuotaChange { jobs, bytes, running, weight, requests, images } = change.quota;
-        let update = "UPDATE auth.users SET role = coalesce($2, role), contact = coalesce($3, contact), \
-                      expires_at = coalesce($4, expires_at), disabled = coalesce($5, disabled), \
+        let update = "UPDATE auth.users SET role = coalesce($2, role), \
+                      contact = CASE WHEN $13 THEN $3 ELSE contact END, \
+                      expires_at = CASE WHEN $14 THEN $4 ELSE expires_at END, disabled = coalesce($5, disabled), \
                       valid_after = CASE WHEN $2 <> role OR $5 THEN greatest($6, valid_after + interval '1 second') ELSE valid_after END, \
                       quota_jobs = coalesce($7, quota_jobs), quota_bytes = coalesce($8, quota_bytes), \
                       quota_running = coalesce($9, quota_running), weight = coalesce($10, weight), \
@@ -382,8 +492,8 @@ pub async fn change(
                 &[
                     &id,
                     &role,
-                    &change.contact,
-                    &change.expires_at,
+                    &change.contact.as_ref().and_then(Option::as_deref),
+                    &change.expires_at.flatten(),
                     &change.disabled,
                     &now,
                     &jobs,
@@ -392,18 +502,15 @@ pub async fn change(
                     &weight,
                     &requests,
                     &images,
+                    &change.contact.is_some(),
+                    &change.expires_at.is_some(),
                 ],
             )
             .await?;
         if loses_access {
             forget(transaction, id).await?;
         }
-        let action = match change.disabled {
-            Some(true) => Action::UserDisabled,
-            Some(false) => Action::UserEnabled,
-            None => Action::UserChanged,
-        };
-        note(transaction, actor, action, id, now).await
+        act.note(transaction, id).await
     })
     .await
 }
@@ -413,7 +520,8 @@ pub async fn change(
 /// # Errors
 /// When there is no such account, or the database is away.
 pub async fn delete(pool: &Pool, actor: &Who, who: &str, now: OffsetDateTime) -> Result<(), RegistryError> {
-    act(pool, async |transaction| {
+    let act = Act { actor, action: Action::UserDeleted, who, now };
+    act.run(pool, async |transaction| {
         let id = find(transaction, who).await?;
         keep_an_administrator(transaction, id).await?;
         let update = "UPDATE auth.users SET username = 'deleted-' || id, contact = NULL, password_hash = NULL, \
@@ -421,7 +529,7 @@ pub async fn delete(pool: &Pool, actor: &Who, who: &str, now: OffsetDateTime) ->
         transaction.execute(update, &[&id, &now]).await?;
         transaction.execute("DELETE FROM auth.credentials WHERE account = $1", &[&id]).await?;
         forget(transaction, id).await?;
-        note(transaction, actor, Action::UserDeleted, id, now).await
+        act.note(transaction, id).await
     })
     .await
 }
@@ -442,7 +550,8 @@ pub async fn set_password(
     let is_chosen = chosen.is_some();
     let password = chosen.map_or_else(password::generate, Ok)?;
     let hash = password::hash(&password, peppers)?;
-    act(pool, async |transaction| {
+    let act = Act { actor, action: Action::PasswordSet, who, now };
+    act.run(pool, async |transaction| {
         let id = find(transaction, who).await?;
         if is_chosen {
             let select = "SELECT username, coalesce(contact, '') FROM auth.users WHERE id = $1";
@@ -453,7 +562,7 @@ pub async fn set_password(
                       valid_after = greatest($3, valid_after + interval '1 second') WHERE id = $1";
         transaction.execute(update, &[&id, &hash, &now]).await?;
         forget(transaction, id).await?;
-        note(transaction, actor, Action::PasswordSet, id, now).await
+        act.note(transaction, id).await
     })
     .await?;
     Ok(password)
@@ -469,20 +578,21 @@ pub async fn revoke_all(
     who: &str,
     now: OffsetDateTime,
 ) -> Result<(), RegistryError> {
-    act(pool, async |transaction| {
+    let act = Act { actor, action: Action::SessionsRevoked, who, now };
+    act.run(pool, async |transaction| {
         let id = find(transaction, who).await?;
         let update = "UPDATE auth.users SET valid_after = greatest($2, valid_after + interval '1 second') WHERE id = $1";
         transaction.execute(update, &[&id, &now]).await?;
         forget(transaction, id).await?;
-        note(transaction, actor, Action::SessionsRevoked, id, now).await
+        act.note(transaction, id).await
     })
     .await
 }
 
-/// A new secret for a client, which is returned and kept nowhere in clear, and its id.
+/// A new secret for a client, which is returned and kept nowhere in clear.
 ///
 /// # Errors
-/// When there is no such client, it has too many, or the database is away.
+/// When there is no such client, it has too many, something is malformed, or the database is away.
 pub async fn add_secret(
     pool: &Pool,
     actor: &Who,
@@ -490,18 +600,17 @@ pub async fn add_secret(
     label: &str,
     expires_at: Option<OffsetDateTime>,
     now: OffsetDateTime,
-) -> Result<(Uuid, SecretString), RegistryError> {
+) -> Result<Given, RegistryError> {
     let secret = secret::generate(Kind::Client)?;
-    let hash = secret::hash(&secret);
-    check_expiry(expires_at, now)?;
-    let id = act(pool, async |transaction| {
+    let act = Act { actor, action: Action::CredentialAdded, who, now };
+    act.run(pool, async |transaction| {
         let account = find(transaction, who).await?;
-        add(transaction, actor, account, label, (Some(&hash), None), expires_at, now).await
-    });
-    Ok((id.await?, secret))
+        add(transaction, &act, account, label, Proves::Secret(secret), expires_at).await
+    })
+    .await
 }
 
-/// Registers a public key of a client, and returns its id.
+/// Registers a public key of a client.
 ///
 /// # Errors
 /// As [`add_secret`].
@@ -513,11 +622,11 @@ pub async fn add_key(
     key: &PublicKey,
     expires_at: Option<OffsetDateTime>,
     now: OffsetDateTime,
-) -> Result<Uuid, RegistryError> {
-    check_expiry(expires_at, now)?;
-    act(pool, async |transaction| {
+) -> Result<Given, RegistryError> {
+    let act = Act { actor, action: Action::CredentialAdded, who, now };
+    act.run(pool, async |transaction| {
         let account = find(transaction, who).await?;
-        add(transaction, actor, account, label, (None, Some(key)), expires_at, now).await
+        add(transaction, &act, account, label, Proves::Key(key), expires_at).await
     })
     .await
 }
@@ -532,31 +641,34 @@ pub async fn rotate(
     who: &str,
     overlap: Duration,
     now: OffsetDateTime,
-) -> Result<(Uuid, SecretString), RegistryError> {
+) -> Result<Given, RegistryError> {
     let secret = secret::generate(Kind::Client)?;
-    let hash = secret::hash(&secret);
-    let id = act(pool, async |transaction| {
+    let act = Act { actor, action: Action::CredentialAdded, who, now };
+    act.run(pool, async |transaction| {
         let account = find(transaction, who).await?;
         let update = "UPDATE auth.credentials SET expires_at = least(coalesce(expires_at, $2), $2) \
                       WHERE account = $1 AND secret_hash IS NOT NULL";
         transaction.execute(update, &[&account, &(now + overlap)]).await?;
-        add(transaction, actor, account, "rotated", (Some(&hash), None), None, now).await
-    });
-    Ok((id.await?, secret))
+        add(transaction, &act, account, "rotated", Proves::Secret(secret), None).await
+    })
+    .await
+}
+
+enum Proves<'a> {
+    Secret(SecretString),
+    Key(&'a PublicKey),
 }
 
 async fn add(
     transaction: &Transaction<'_>,
-    actor: &Who,
+    act: &Act<'_>,
     account: Uuid,
     label: &str,
-    (secret, key): (Option<&Vec<u8>>, Option<&PublicKey>),
+    proves: Proves<'_>,
     expires_at: Option<OffsetDateTime>,
-    now: OffsetDateTime,
-) -> Result<Uuid, RegistryError> {
-    if !(1..=100).contains(&label.chars().count()) {
-        return Err(RegistryError::BadText("a label has 1 to 100 characters"));
-    }
+) -> Result<Given, RegistryError> {
+    check_text("label", label, 100, "a label has 1 to 100 characters, none of them a control character")?;
+    check_expiry(expires_at, act.now)?;
     let select = "SELECT role = 'integrator' AS client, (SELECT count(*) FROM auth.credentials WHERE account = $1) \
                   FROM auth.users WHERE id = $1";
     let row = transaction.query_one(select, &[&account]).await?;
@@ -566,12 +678,16 @@ async fn add(
     if row.get::<_, i64>(1) >= MAX_CREDENTIALS {
         return Err(RegistryError::TooMany);
     }
+    let (hash, jwk, secret) = match proves {
+        Proves::Secret(secret) => (Some(secret::hash(&secret)), None, Some(secret)),
+        Proves::Key(key) => (None, Some(Json(key)), None),
+    };
     let id = Uuid::new_v4();
     let insert = "INSERT INTO auth.credentials (id, account, label, secret_hash, jwk, created_at, expires_at) \
                   VALUES ($1, $2, $3, $4, $5, $6, $7)";
-    transaction.execute(insert, &[&id, &account, &label, &secret, &key.map(Json), &now, &expires_at]).await?;
-    note(transaction, actor, Action::CredentialAdded, account, now).await?;
-    Ok(id)
+    transaction.execute(insert, &[&id, &account, &label, &hash, &jwk, &act.now, &expires_at]).await?;
+    act.note(transaction, account).await?;
+    Ok(Given { client: account.into(), credential: id, secret })
 }
 
 /// Removes a secret or key; every token that was given for it is refused within a second.
@@ -585,7 +701,8 @@ pub async fn remove_credential(
     credential: Uuid,
     now: OffsetDateTime,
 ) -> Result<(), RegistryError> {
-    act(pool, async |transaction| {
+    let act = Act { actor, action: Action::CredentialRemoved, who, now };
+    act.run(pool, async |transaction| {
         let account = find(transaction, who).await?;
         let delete = "DELETE FROM auth.credentials WHERE account = $1 AND id = $2";
         if transaction.execute(delete, &[&account, &credential]).await? == 0 {
@@ -598,31 +715,87 @@ pub async fn remove_credential(
         ids.sort_unstable();
         ids.dedup();
         revocation::within(transaction, &ids, now).await?;
-        note(transaction, actor, Action::CredentialRemoved, account, now).await
+        act.note(transaction, account).await
     })
     .await
 }
 
-/// Runs one act in one transaction.
-async fn act<T>(
-    pool: &Pool,
-    work: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, RegistryError>,
-) -> Result<T, RegistryError> {
-    db::within(async {
-        let mut connection = pool.get().await?;
-        let transaction = connection.transaction().await?;
-        let done = work(&transaction).await?;
-        transaction.commit().await?;
-        Ok(done)
-    })
-    .await
+/// One act: who does what to which account, by its name or id, and when.
+#[derive(Debug, Clone, Copy)]
+struct Act<'a> {
+    actor: &'a Who,
+    action: Action,
+    who: &'a str,
+    now: OffsetDateTime,
+}
+
+impl Act<'_> {
+    /// Does it in one transaction; what was not done is in the trail too.
+    async fn run<T>(
+        &self,
+        pool: &Pool,
+        work: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, RegistryError>,
+    ) -> Result<T, RegistryError> {
+        let done = db::within(async {
+            let mut connection = pool.get().await?;
+            let transaction = connection.transaction().await?;
+            let done = work(&transaction).await?;
+            transaction.commit().await?;
+            Ok(done)
+        });
+        let done = done.await;
+        match &done {
+            Ok(_) | Err(RegistryError::Db(_)) => {}
+            Err(error) => self.note_failure(pool, error.code()).await,
+        }
+        done
+    }
+
+    /// The entry in the audit trail.
+    async fn note(&self, transaction: &Transaction<'_>, account: Uuid) -> Result<(), RegistryError> {
+        Ok(audit::insert(transaction, &[self.event(Some(account))]).await?)
+    }
+
+    async fn note_failure(&self, pool: &Pool, code: Code) {
+        let outcome = match code {
+            Code::Bootstrapped | Code::LastAdministrator => Outcome::Refused,
+            _ => Outcome::Failed,
+        };
+        let noted = db::within(async {
+            let connection = pool.get().await?;
+            let select = "SELECT id FROM auth.users WHERE username = $1 OR id::text = $1";
+            let row = connection.query_opt(select, &[&known(self.who).unwrap_or_default()]).await?;
+            let event = self.event(row.map(|row| row.get(0))).outcome(outcome, code);
+            Ok::<_, RegistryError>(audit::insert(&connection, &[event]).await?)
+        });
+        if let Err(error) = noted.await {
+            tracing::error!(%error, action = self.action.as_str(), "not in the audit trail");
+        }
+    }
+
+    fn event(&self, account: Option<Uuid>) -> Event {
+        let account = account.map(ClientId::from);
+        let event = Event::new(self.action, *self.actor, self.now).client(account);
+        by_hand(event.object(account.map(Object::account)))
+    }
+}
+
+/// With what is known of the person behind the command line.
+fn by_hand(event: Event) -> Event {
+    let by_command = event.who.actor == Actor::Part(audit::COMMAND);
+    if by_command { event.detail(audit::command_detail()) } else { event }
+}
+
+/// A name or id that an account could have: PostgreSQL takes no NUL.
+fn known(who: &str) -> Result<&str, RegistryError> {
+    if who.contains('\0') { Err(RegistryError::Unknown(String::new())) } else { Ok(who) }
 }
 
 /// The id of an account by its name or id, locked until the transaction ends.
 async fn find(transaction: &Transaction<'_>, who: &str) -> Result<Uuid, RegistryError> {
     let select =
         "SELECT id FROM auth.users WHERE (username = $1 OR id::text = $1) AND deleted_at IS NULL FOR UPDATE";
-    let row = transaction.query_opt(select, &[&who]).await?;
+    let row = transaction.query_opt(select, &[&known(who)?]).await?;
     row.map(|row| row.get(0)).ok_or_else(|| RegistryError::Unknown(who.into()))
 }
 
@@ -645,27 +818,20 @@ async fn keep_an_administrator(transaction: &Transaction<'_>, id: Uuid) -> Resul
 }
 
 fn check_contact(contact: Option<&str>) -> Result<(), RegistryError> {
-    match contact.map(|contact| contact.chars().count()) {
-        None | Some(1..=200) => Ok(()),
-        Some(_) => Err(RegistryError::BadText("a contact has 1 to 200 characters")),
-    }
+    let rule = "a contact has 1 to 200 characters, none of them a control character";
+    contact.map_or(Ok(()), |contact| check_text("contact", contact, 200, rule))
+}
+
+fn check_text(
+    field: &'static str,
+    text: &str,
+    longest: usize,
+    rule: &'static str,
+) -> Result<(), RegistryError> {
+    let fits = (1..=longest).contains(&text.chars().count()) && !text.contains(char::is_control);
+    if fits { Ok(()) } else { Err(RegistryError::BadValue(field, rule)) }
 }
 
 fn check_expiry(expires_at: Option<OffsetDateTime>, now: OffsetDateTime) -> Result<(), RegistryError> {
     if expires_at.is_some_and(|at| at <= now) { Err(RegistryError::Past) } else { Ok(()) }
-}
-
-/// The entry in the audit trail.
-async fn note(
-    transaction: &Transaction<'_>,
-    actor: &Who,
-    action: Action,
-    account: Uuid,
-    now: OffsetDateTime,
-) -> Result<(), RegistryError> {
-    let event = Event::new(action, *actor, now).client(Some(account.into()));
-    let event = event.object(Some(Object::account(account.into())));
-    let by_command = actor.actor == Actor::Part(audit::COMMAND);
-    let event = if by_command { event.detail(audit::command_detail()) } else { event };
-    Ok(audit::insert(transaction, &[event]).await?)
 }

@@ -22,7 +22,7 @@ mod migrations {
 
 /// What a user is for. It decides the scope of the user's tokens, and there is one for each: who operates the
 /// system cannot submit images, and the other way round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Submits images and reads the reports: a client's system.
@@ -252,7 +252,7 @@ pub(crate) async fn used(
 }
 
 /// What a client may have open at once, and its share of the workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Quota {
     /// Jobs that have not ended.
     pub jobs: i64,
@@ -297,7 +297,7 @@ impl Default for Quota {
 }
 
 /// Changes of a [`Quota`]; what is `None` stays as it is.
-#[derive(Debug, Clone, Copy, Default, clap::Args, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, clap::Args, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuotaChange {
     /// Jobs that have not ended.
@@ -318,6 +318,28 @@ pub struct QuotaChange {
     /// Images a minute.
     #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
     pub images: Option<i64>,
+}
+
+impl QuotaChange {
+    /// Whether every number is one that the command line takes, too.
+    ///
+    /// # Errors
+    /// The bound that is broken.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let below = |number: Option<i64>, least| number.is_some_and(|number| number < least);
+        let weights = 1..=i16::from(limits::MAX_WEIGHT);
+        if below(self.jobs, 0) || below(self.bytes, 0) {
+            Err("jobs and bytes are 0 or more")
+        } else if below(self.running, 1) || below(self.images, 1) {
+            Err("running and images are 1 or more")
+        } else if below(self.requests, 6) {
+            Err("requests are 6 or more")
+        } else if self.weight.is_some_and(|weight| !weights.contains(&weight)) {
+            Err("a weight is between 1 and 100")
+        } else {
+            Ok(())
+        }
+    }
 }
 
 /// How a user stands that is not like all the others.

@@ -11,6 +11,7 @@ use std::{
 
 use deadpool_postgres::Pool;
 use dermflow_auth::{
+    audit::trail::Trail,
     revocation,
     token::{Caller, Tokens},
     users::{self, Quota, Standing},
@@ -22,8 +23,6 @@ use dermflow_schemas::{
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-
-use crate::trail::Trail;
 
 use crate::rates::Rates;
 

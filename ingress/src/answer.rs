@@ -1,170 +1,15 @@
-//! How answers look: FHIR resources, and errors as `OperationOutcome` on `/fhir` or as RFC 9457 elsewhere.
+//! How ingress's answers look: FHIR resources, and which forms of them callers take and give.
 
 use axum::{
-    Json,
-    body::Body,
-    extract::Request,
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
-    middleware::Next,
+    http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use dermflow_auth::db::DbError;
+use dermflow_http::answer::{FHIR_JSON, error_coding, outcome};
+pub(crate) use dermflow_http::answer::{Problem, error_json, json};
 use dermflow_schemas::{
-    error::{ApiError, CODES, Code, Fault, Retry},
-    fhir::{CANONICAL, CodeableConcept, Coding, Issue, OperationOutcome, Resource, coding},
+    error::{ApiError, CODES, Code, Fault},
+    fhir::{CodeableConcept, Issue, OperationOutcome, Resource},
 };
-use serde_json::json;
-
-/// The media type of FHIR R4 JSON.
-pub(crate) const FHIR_JSON: &str = "application/fhir+json; fhirVersion=4.0";
-
-/// An error on its way out: handlers return it, [`render`] gives it the form of its path.
-#[derive(Debug, Clone)]
-pub(crate) struct Problem {
-    error: ApiError,
-    headers: Vec<(HeaderName, HeaderValue)>,
-}
-
-impl Problem {
-    /// Whether the answer is this error.
-    pub(crate) fn is(&self, code: Code) -> bool {
-        self.error.kind().code == code.kind().code
-    }
-
-    /// Whether a repeat is safe.
-    pub(crate) fn retry(&self) -> Retry {
-        self.error.kind().retry
-    }
-
-    /// As a member of a larger answer.
-    pub(crate) fn to_json(&self) -> serde_json::Value {
-        error_json(&self.error)
-    }
-
-    /// As the outcome of an entry of a FHIR batch.
-    pub(crate) fn outcome(&self) -> OperationOutcome {
-        outcome(&self.error)
-    }
-
-    /// The HTTP status.
-    pub(crate) fn status(&self) -> u16 {
-        self.error.kind().status
-    }
-
-    /// Adds a header, such as the URL to poll.
-    pub(crate) fn header(mut self, name: HeaderName, value: &str) -> Self {
-        if let Ok(value) = HeaderValue::from_str(value) {
-            self.headers.push((name, value));
-        }
-        self
-    }
-}
-
-impl From<ApiError> for Problem {
-    fn from(error: ApiError) -> Self {
-        Self { error, headers: Vec::new() }
-    }
-}
-
-impl From<Code> for Problem {
-    fn from(code: Code) -> Self {
-        ApiError::from(code).into()
-    }
-}
-
-impl From<DbError> for Problem {
-    /// The cause goes to the log, not to the caller.
-    fn from(error: DbError) -> Self {
-        tracing::warn!(%error, "database");
-        Code::DatabaseUnavailable.into()
-    }
-}
-
-impl IntoResponse for Problem {
-    fn into_response(self) -> Response {
-        let status =
-            StatusCode::from_u16(self.error.kind().status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = status.into_response();
-        response.headers_mut().extend(self.headers.iter().cloned());
-        response.extensions_mut().insert(self);
-        response
-    }
-}
-
-/// Gives every error the form of its path. The outermost layer but the headers.
-pub(crate) async fn render(request: Request, next: Next) -> Response {
-    let path = request.uri().path().to_owned();
-    let mut response = next.run(request).await;
-    let Some(Problem { error, .. }) = response.extensions_mut().remove::<Problem>() else { return response };
-    let (content_type, body) = if path == "/fhir" || path.starts_with("/fhir/") {
-        (FHIR_JSON, Resource::OperationOutcome(outcome(&error)).to_json())
-    } else {
-        ("application/problem+json", problem(&error, &path).to_string().into_bytes())
-    };
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-    if let Some(seconds) = error.retry_after.map(|pause| pause.as_secs().max(1)) {
-        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-    }
-    *response.body_mut() = Body::from(body);
-    response.headers_mut().remove(header::CONTENT_LENGTH);
-    response
-}
-
-/// RFC 9457, with the members `code`, `retry` and `errors` (one a fault) as extensions.
-fn problem(error: &ApiError, instance: &str) -> serde_json::Value {
-    let kind = error.kind();
-    let mut problem = error_json(error);
-    problem["type"] = json!(format!("{CANONICAL}/errors/{}", kind.code));
-    problem["instance"] = json!(instance);
-    problem
-}
-
-/// An error in plain JSON: code, sentence, status, whether a repeat is safe and after how many seconds, and one
-/// entry a fault.
-pub(crate) fn error_json(error: &ApiError) -> serde_json::Value {
-    let kind = error.kind();
-    let fault = |fault: &Fault| {
-        let mut entry = json!({"code": fault.code.kind().code, "detail": fault.code.kind().text});
-        if let Some(field) = &fault.field {
-            entry["field"] = json!(field);
-        }
-        if let Some(detail) = &fault.detail {
-            entry["hint"] = json!(detail);
-        }
-        entry
-    };
-    json!({
-        "title": kind.text,
-        "status": kind.status,
-        "code": kind.code,
-        "retry": kind.retry.as_str(),
-        "retry_after": error.retry_after.map(|pause| pause.as_secs().max(1)),
-        "errors": error.faults.iter().map(fault).collect::<Vec<_>>(),
-    })
-}
-
-fn outcome(error: &ApiError) -> OperationOutcome {
-    let retry = coding(&format!("{CANONICAL}/CodeSystem/retry"), error.kind().retry.as_str(), "");
-    let issue = |fault: &Fault| {
-        let kind = fault.code.kind();
-        // An entry of a batch has no Retry-After of its own.
-        let pause = error.retry_after.map(|pause| format!("retry after {} s", pause.as_secs().max(1)));
-        let diagnostics = [fault.detail.clone(), pause].into_iter().flatten().collect::<Vec<_>>().join("; ");
-        let codes = vec![error_coding(kind.code), Coding { display: None, ..retry.clone() }];
-        Issue {
-            severity: "error",
-            code: kind.issue,
-            details: CodeableConcept { coding: codes, text: Some(kind.text.into()) },
-            diagnostics: (!diagnostics.is_empty()).then_some(diagnostics),
-            expression: fault.field.iter().cloned().collect(),
-        }
-    };
-    OperationOutcome { issue: error.faults.iter().map(issue).collect() }
-}
-
-fn error_coding(code: &str) -> Coding {
-    Coding { display: None, ..coding(&format!("{CANONICAL}/CodeSystem/error"), code, "") }
-}
 
 /// The outcome of a line of a batch, from the error as [`error_json`] gives it.
 pub(crate) fn line_outcome(error: &serde_json::Value, place: &str) -> Vec<u8> {
@@ -207,11 +52,6 @@ pub(crate) fn fhir(status: StatusCode, body: Vec<u8>) -> Response {
     (status, [(header::CONTENT_TYPE, FHIR_JSON)], body).into_response()
 }
 
-/// A body of plain JSON.
-pub(crate) fn json(body: serde_json::Value) -> Response {
-    Json(body).into_response()
-}
-
 /// Whether the caller takes FHIR R4 JSON (RFC 9110 §12.5.1; quality values do not matter for one form).
 pub(crate) fn accepts_fhir(headers: &HeaderMap) -> bool {
     let mut ranges = headers
@@ -246,6 +86,8 @@ fn is_fhir_json(range: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::{HeaderName, HeaderValue};
+
     use super::*;
 
     fn headers(name: HeaderName, value: &'static str) -> HeaderMap {
@@ -271,13 +113,5 @@ mod tests {
         assert!(!sends_fhir(&headers(header::CONTENT_TYPE, "text/plain")));
         assert!(!sends_fhir(&headers(header::CONTENT_TYPE, "*/*")));
         assert!(!sends_fhir(&HeaderMap::new()));
-    }
-
-    #[test]
-    fn a_problem_names_code_retry_and_field() {
-        let body = problem(&ApiError::from(Code::HeaderInvalid).at("Idempotency-Key"), "/x");
-        assert_eq!(body["code"], "header-invalid");
-        assert_eq!(body["retry"], "never");
-        assert_eq!(body["errors"][0]["field"], "Idempotency-Key");
     }
 }

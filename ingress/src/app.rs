@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use deadpool_postgres::Pool;
-use dermflow_auth::{token::Tokens, users::Doorkeeper};
+use dermflow_auth::{audit::trail::Trail, token::Tokens, users::Doorkeeper};
 use dermflow_schemas::{limits, queue::Publisher, seal::Keyring};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +16,6 @@ use crate::{
     metrics::Metrics,
     rates::Rates,
     store::Store,
-    trail::Trail,
 };
 
 /// The state of an ingress process: nothing in it outlives a request but bounds and connections.

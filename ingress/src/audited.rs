@@ -15,6 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use dermflow_auth::audit::{Action, Actor, Event, Object, Who};
+use dermflow_http::{dress::REQUEST_ID, serve::Peer};
 use dermflow_schemas::{
     clock,
     error::Code,
@@ -23,7 +24,7 @@ use dermflow_schemas::{
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem, extract::REQUEST_ID, serve::Peer};
+use crate::{access::Gate, answer::Problem};
 
 /// Where a request comes from, and who is behind it as soon as that is known.
 #[derive(Debug, Clone, Default)]
@@ -131,7 +132,7 @@ pub(crate) async fn audited<G: Gate>(
         };
         return match gate.trail().record(deeds.into_iter().map(event).collect()).await {
             Ok(()) => response,
-            Err(problem) => problem.into_response(),
+            Err(code) => Problem::from(code).into_response(),
         };
     }
     let refused = response.extensions_mut().remove().map(|Refused(code)| code);

@@ -12,7 +12,10 @@ use async_nats::jetstream::{
     stream::{RawMessageErrorKind, Stream},
 };
 use bytes::Bytes;
-use dermflow_auth::{audit::Who, token::Tokens};
+use dermflow_auth::{
+    audit::{Who, trail::Trail},
+    token::Tokens,
+};
 use dermflow_schemas::{
     clock,
     envelope::{JobHeader, job_of},
@@ -31,7 +34,6 @@ use crate::{
     answer::Problem,
     rates::Rates,
     store::{Requeue, Store},
-    trail::Trail,
 };
 
 /// The state of the operators' process.

@@ -5,9 +5,7 @@ use std::{marker::PhantomData, sync::Arc};
 use axum::{
     body::Body as AxumBody,
     extract::{FromRequest, FromRequestParts, Path, Request},
-    http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts},
-    middleware::Next,
-    response::Response,
+    http::{HeaderMap, header, request::Parts},
 };
 use bytes::{Bytes, BytesMut};
 use dermflow_auth::{audit::Who, scope::Permission, token};
@@ -19,7 +17,6 @@ use dermflow_schemas::{
 };
 use futures_util::StreamExt;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
-use uuid::Uuid;
 
 use crate::{
     access::{Gate, Verdict},
@@ -28,8 +25,6 @@ use crate::{
     audited::Origin,
     rates,
 };
-
-pub(crate) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// What a handler's callers must be permitted.
 pub(crate) trait Needs {
@@ -190,24 +185,4 @@ impl<S: Send + Sync> FromRequestParts<S> for JobPath {
             _ => Err(Code::NotFound.into()),
         }
     }
-}
-
-/// Gives every request an id, the caller's own if it is fit to be logged, and puts it in the answer.
-pub(crate) async fn request_id(mut request: Request, next: Next) -> Response {
-    let id = callers_id(request.headers()).unwrap_or_else(new_id);
-    request.headers_mut().insert(REQUEST_ID.clone(), id.clone());
-    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
-    let mut response = tracing::Instrument::instrument(next.run(request), span).await;
-    response.headers_mut().insert(REQUEST_ID.clone(), id);
-    response
-}
-
-fn callers_id(headers: &HeaderMap) -> Option<HeaderValue> {
-    let id = headers.get(&REQUEST_ID)?;
-    let plain = |b: &u8| b.is_ascii_alphanumeric() || b"._-".contains(b);
-    (id.len() <= 64 && !id.is_empty() && id.as_bytes().iter().all(plain)).then(|| id.clone())
-}
-
-fn new_id() -> HeaderValue {
-    HeaderValue::from_str(&Uuid::new_v4().to_string()).unwrap_or_else(|_| HeaderValue::from_static("-"))
 }

@@ -22,7 +22,6 @@ mod json;
 mod keeper;
 mod lanes;
 mod lines;
-mod linger;
 mod lost;
 mod meter;
 mod metrics;
@@ -32,22 +31,29 @@ mod prefer;
 mod rates;
 mod recorder;
 mod routes;
-mod serve;
 mod snomed;
 mod store;
 mod submit;
 mod sweeper;
 mod timekeeper;
-mod trail;
 mod upload;
 
 pub use config::{OperateOptions, Options};
-pub use serve::{TlsError, tls_config};
 
 use std::sync::Arc;
 
 use anyhow::Context;
-use dermflow_auth::{audit, password::Hasher, throttle::Throttle, token::Tokens, users::Doorkeeper};
+use dermflow_auth::{
+    audit::{
+        self,
+        trail::{self, Trail},
+    },
+    password::Hasher,
+    throttle::Throttle,
+    token::Tokens,
+    users::Doorkeeper,
+};
+use dermflow_http::serve::{self, tls_config};
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS},
     process::shutdown_requested,
@@ -66,7 +72,6 @@ use crate::{
     metrics::Metrics,
     rates::Rates,
     store::Store,
-    trail::Trail,
 };
 
 /// Runs an ingress process until SIGTERM or SIGINT, then drains.

@@ -298,3 +298,17 @@ pub const AUDIT_LATE: Duration = Duration::from_mins(10);
 pub const AUDIT_PRUNE_BATCH: i64 = 100_000;
 /// What `auth audit` commands give a statement: they look at all there is.
 pub const AUDIT_COMMAND_DEADLINE: Duration = Duration::from_mins(10);
+
+/// How long staff may stay signed in at the registration service: a working day (NIST SP 800-63B-4 §2.2.3 allows 24
+/// hours).
+pub const STAFF_SESSION: Duration = Duration::from_hours(8);
+/// How long a session of staff may lie idle (NIST allows an hour).
+pub const STAFF_IDLE: Duration = Duration::from_mins(30);
+/// The use of a session is noted to this: not every request should cost a write.
+pub const STAFF_IDLE_STEP: Duration = Duration::from_mins(1);
+/// Sessions of one member of staff at once; one more ends the oldest.
+pub const STAFF_SESSIONS: i64 = 16;
+/// Bytes of a request to the registration service: a public key is the largest thing in one.
+pub const MAX_STAFF_BODY_BYTES: usize = 64 * 1024;
+/// Connections to PostgreSQL of the registration service.
+pub const STAFF_CONNECTIONS: usize = 8;

@@ -7,7 +7,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use reqwest::{Method, RequestBuilder, StatusCode, header::HeaderMap};
 use rustls::{
     ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 use serde_json::{Value, json};
 
@@ -69,7 +69,7 @@ impl Client {
     /// # Errors
     /// When the CA cannot be read.
     pub fn new(ca: &Path, base: &str) -> anyhow::Result<Self> {
-        Self::build(ca, base, None)
+        Self::build(ca, base, None, None)
     }
 
     /// The same, from another address of this machine: of 127.0.0.0/8, Linux lets a client take any.
@@ -77,10 +77,23 @@ impl Client {
     /// # Errors
     /// When the CA cannot be read.
     pub fn from_source(ca: &Path, base: &str, source: IpAddr) -> anyhow::Result<Self> {
-        Self::build(ca, base, Some(source))
+        Self::build(ca, base, Some(source), None)
     }
 
-    fn build(ca: &Path, base: &str, source: Option<IpAddr>) -> anyhow::Result<Self> {
+    /// The same, which shows a certificate (mutual TLS) of the given PEM file, with its key.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn with_certificate(ca: &Path, base: &str, certificate: &Path, key: &Path) -> anyhow::Result<Self> {
+        Self::build(ca, base, None, Some((certificate, key)))
+    }
+
+    fn build(
+        ca: &Path,
+        base: &str,
+        source: Option<IpAddr>,
+        identity: Option<(&Path, &Path)>,
+    ) -> anyhow::Result<Self> {
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_file_iter(ca)? {
             roots.add(certificate?)?;
@@ -88,8 +101,14 @@ impl Client {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let tls = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+            .with_root_certificates(roots);
+        let tls = match identity {
+            Some((certificate, key)) => {
+                let chain = vec![CertificateDer::from_pem_file(certificate)?];
+                tls.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(key)?)?
+            }
+            None => tls.with_no_client_auth(),
+        };
         let http = reqwest::Client::builder()
             .tls_backend_preconfigured(tls)
             .redirect(reqwest::redirect::Policy::none())

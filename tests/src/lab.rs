@@ -14,6 +14,7 @@ use deadpool_postgres::Pool;
 use dermflow_auth::db::DatabaseOptions;
 use dermflow_local::{
     nats::{ADMIN, Nats, Settings},
+    pki::{self, Identity},
     ports,
     postgres::{Postgres, SUPERUSER},
     process::{Process, Signal},
@@ -364,6 +365,33 @@ impl Lab {
         Ok(())
     }
 
+    /// Starts the registration service.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn start_registration(&mut self) -> Result<()> {
+        let registration = self.stack.add_registration(ports::free()?)?;
+        registration.process.set_env("RUST_LOG", self.log);
+        registration.process.spawn_ready(READY_WITHIN).await
+    }
+
+    /// A client of the registration service with a certificate of staff of this name, not signed in.
+    ///
+    /// # Errors
+    /// When the service was never started.
+    pub fn staff(&self, name: &str) -> Result<Client> {
+        let Identity { cert, key } = pki::staff(&self.stack.state, name)?;
+        Client::with_certificate(&self.ca(), &self.registration_url()?, &cert, &key)
+    }
+
+    /// The origin of the registration service.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub fn registration_url(&self) -> Result<String> {
+        Ok(self.stack.registration.as_ref().context("no registration service")?.url())
+    }
+
     /// The password of a registered client.
     ///
     /// # Errors
@@ -597,9 +625,10 @@ impl Lab {
     /// When a log cannot be read.
     pub fn logs(&self) -> Result<String> {
         let ingress = self.stack.ingress.iter().map(|ingress| &ingress.process);
+        let registration = self.stack.registration.iter().map(|registration| &registration.process);
         let servers = [&self.stack.nats.process, &self.stack.postgres.process];
         let read = |process: &Process| fs::read_to_string(process.log()).context(process.name().to_owned());
-        ingress.chain(&self.stack.workers).chain(servers).map(read).collect()
+        ingress.chain(registration).chain(&self.stack.workers).chain(servers).map(read).collect()
     }
 
     /// The folders in which broker and database keep their data.

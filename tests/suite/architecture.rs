@@ -6,20 +6,21 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 /// Which of our crates each crate may use, dev-dependencies included.
-const ALLOWED: [(&str, &[&str]); 7] = [
+const ALLOWED: [(&str, &[&str]); 8] = [
     ("dermflow-schemas", &[]),
-    ("dermflow-auth", &["dermflow-schemas"]),
-    ("dermflow-ingress", &["dermflow-auth", "dermflow-schemas"]),
+    ("dermflow-http", &["dermflow-schemas"]),
+    ("dermflow-auth", &["dermflow-http", "dermflow-schemas"]),
+    ("dermflow-ingress", &["dermflow-auth", "dermflow-http", "dermflow-schemas"]),
     ("dermflow-workers", &["dermflow-schemas"]),
     ("dermflow-cli", &["dermflow-schemas"]),
     ("dermflow-local", &["dermflow-schemas"]),
     ("dermflow-tests", &["dermflow-auth", "dermflow-local", "dermflow-schemas", "dermflow-workers"]),
 ];
 
-/// What only one crate may know.
+/// What only these crates may know.
 const OWNED: [(&str, &[&str]); 4] = [
     ("ort", &["dermflow-workers"]),
-    ("axum", &["dermflow-ingress"]),
+    ("axum", &["dermflow-http", "dermflow-auth", "dermflow-ingress"]),
     ("jsonwebtoken", &["dermflow-auth"]),
     ("argon2", &["dermflow-auth"]),
 ];

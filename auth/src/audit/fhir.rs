@@ -15,6 +15,7 @@ const HL7: &str = "http://terminology.hl7.org/CodeSystem";
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
     Login,
+    Logout,
     Alert,
     Security,
     Application,
@@ -29,7 +30,7 @@ impl Kind {
     fn coding(self) -> Value {
         let dcm = |code: &str, display: &str| json!({"system": DCM, "code": code, "display": display});
         match self {
-            Self::Login => dcm("110114", "User Authentication"),
+            Self::Login | Self::Logout => dcm("110114", "User Authentication"),
             Self::Alert | Self::Security => dcm("110113", "Security Alert"),
             Self::Application => dcm("110100", "Application Activity"),
             Self::LogUsed => dcm("110101", "Audit Log Used"),
@@ -46,6 +47,7 @@ impl Kind {
         let rest = |code: &str| json!({"system": "http://hl7.org/fhir/restful-interaction", "code": code, "display": code});
         match self {
             Self::Login => Some(dcm("110122", "Login")),
+            Self::Logout => Some(dcm("110123", "Logout")),
             Self::Security => Some(dcm("110137", "User Security Attributes Changed")),
             Self::Operation => Some(rest("operation")),
             Self::Read => Some(rest("read")),

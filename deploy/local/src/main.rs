@@ -20,6 +20,7 @@ use tokio::{
 
 const DEMO: &str = "demo";
 const OPERATOR: &str = "operator";
+const ADMINISTRATOR: &str = "admin";
 const SAMPLES: [&str; 2] = ["tests/images/ham10000-mel.jpg", "tests/images/isic2017-nv.png"];
 
 /// Brings Dermflow up on this machine: NATS, PostgreSQL, ingress and workers, with a demo client and two sample
@@ -37,8 +38,8 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// HTTPS port; plain HTTP listens on this less 363, health and metrics on this plus 1000, the operators' API
-    /// on this plus 1001.
-    #[arg(long, value_name = "P", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1_387..=64_534))]
+    /// on this plus 1001, the registration service on this plus 1002.
+    #[arg(long, value_name = "P", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1_387..=64_533))]
     port: u16,
     /// Erase this state first: keys, users, jobs and reports.
     #[arg(long)]
@@ -132,10 +133,12 @@ async fn work(stack: &mut Stack, args: &Args) -> Result<()> {
     stack.start_servers().await?;
     let password_file = user(stack, DEMO, "integrator")?;
     user(stack, OPERATOR, "operator")?;
+    user(stack, ADMINISTRATOR, "administrator")?;
     stack.keep_auth_command()?;
     say("starting ingress");
     stack.add_ingress(Ports::around(args.port), &[])?.process.spawn_ready(READY_WITHIN).await?;
     stack.add_operate(args.port + 1_001)?.process.spawn_ready(READY_WITHIN).await?;
+    stack.add_registration(args.port + 1_002)?.process.spawn_ready(READY_WITHIN).await?;
     say(&format!("starting {} workers", args.workers));
     for _ in 0..args.workers {
         stack.add_worker(&[])?.spawn_ready(READY_WITHIN).await?;
@@ -163,8 +166,9 @@ fn user(stack: &Stack, name: &str, role: &str) -> Result<PathBuf> {
     let file = stack.state.path(&format!("{name}.password"));
     if !file.exists() {
         say(&format!("registering the {role} {name}"));
+        let (create, first) = (["user", "create", name, "--role", role], ["bootstrap", name]);
         let password = stack
-            .auth(&["user", "create", name, "--role", role])
+            .auth(if role == "administrator" { &first } else { &create })
             .with_context(|| format!("cannot register {name}"))?;
         write_private(&file, &password)?;
     }
@@ -204,7 +208,10 @@ curl -i "$STATUS" -H "Authorization: Bearer $TOKEN""#
 
 /// Starts again what ends although nobody asked it to. Returns only when NATS or PostgreSQL cannot be revived.
 async fn supervise(stack: &mut Stack) -> Result<()> {
-    let ours = stack.ingress.len() + stack.operate.iter().len() + stack.workers.len();
+    let ours = stack.ingress.len()
+        + stack.operate.iter().len()
+        + stack.registration.iter().len()
+        + stack.workers.len();
     let mut due: Vec<(Backoff, Option<Instant>)> = (0..ours).map(|_| (Backoff::default(), None)).collect();
     loop {
         sleep(Duration::from_millis(100)).await;
@@ -218,7 +225,8 @@ async fn supervise(stack: &mut Stack) -> Result<()> {
         }
         let ingress = stack.ingress.iter_mut().map(|ingress| &mut ingress.process);
         let operate = stack.operate.iter_mut().map(|operate| &mut operate.process);
-        let processes = ingress.chain(operate).chain(&mut stack.workers);
+        let registration = stack.registration.iter_mut().map(|registration| &mut registration.process);
+        let processes = ingress.chain(operate).chain(registration).chain(&mut stack.workers);
         for (process, (backoff, due)) in processes.zip(&mut due) {
             revive(process, backoff, due);
         }

@@ -1,4 +1,5 @@
-//! The keys of one instance: a private CA, the server's certificate, the signing key, the sealing keys.
+//! The keys of one instance: a private CA, the server's certificate, another CA for the certificates of staff, the
+//! signing key, the sealing keys.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -25,12 +26,25 @@ pub struct Pki {
     pub cert: PathBuf,
     /// Its private key.
     pub key: PathBuf,
+    /// The certificate of the CA of staff: what the registration service trusts.
+    pub staff_ca: PathBuf,
+    /// A certificate of staff.
+    pub staff: Identity,
     /// The folder of keys that sign access tokens.
     pub signing_keys: PathBuf,
     /// The keys that seal images and reports.
     pub sealing_keys: PathBuf,
     /// The peppers of passwords.
     pub peppers: PathBuf,
+}
+
+/// A certificate with its private key.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The certificate.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
 }
 
 impl Pki {
@@ -42,14 +56,15 @@ impl Pki {
     pub fn prepare(state: &State) -> Result<Self> {
         let ca_key_file = state.keep("ca-key.pem", || new_key(&PKCS_ECDSA_P256_SHA256))?;
         let ca_key = KeyPair::from_pem(&read(&ca_key_file)?).context("the key of the CA is damaged")?;
-        let ca = state.keep("ca.pem", || Ok(ca_params().self_signed(&ca_key)?.pem()))?;
+        let ca = state.keep("ca.pem", || Ok(ca_params("Dermflow local CA").self_signed(&ca_key)?.pem()))?;
         let key = state.keep("server-key.pem", || new_key(&PKCS_ECDSA_P256_SHA256))?;
         let leaf_key = KeyPair::from_pem(&read(&key)?).context("the key of the server is damaged")?;
-        let issuer = Issuer::new(ca_params(), &ca_key);
+        let issuer = Issuer::new(ca_params("Dermflow local CA"), &ca_key);
         let leaf =
             leaf_params()?.signed_by(&leaf_key, &issuer).context("cannot issue the server's certificate")?;
         let cert = state.path("server.pem");
         write_private(&cert, &leaf.pem())?;
+        let staff = staff(state, "staff")?;
         let signing_keys = state.folder("signing-keys")?;
         state.keep("signing-keys/19700101T000000Z.pem", || new_key(&PKCS_ED25519))?;
         let sealing_key = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
@@ -58,11 +73,34 @@ impl Pki {
             ca,
             cert,
             key,
+            staff_ca: state.path("staff-ca.pem"),
+            staff,
             signing_keys,
             sealing_keys: state.keep("sealing-keys", sealing_key)?,
             peppers: state.keep("password-pepper", pepper)?,
         })
     }
+}
+
+/// A certificate of staff for the file name `name`, with a new one of 90 days every time. The CA (10 years), and the
+/// private keys, stay.
+///
+/// # Errors
+/// As [`Pki::prepare`].
+pub fn staff(state: &State, name: &str) -> Result<Identity> {
+    let ca_key = state.keep("staff-ca-key.pem", || new_key(&PKCS_ECDSA_P256_SHA256))?;
+    let ca_key = KeyPair::from_pem(&read(&ca_key)?).context("the key of the CA of staff is damaged")?;
+    state.keep("staff-ca.pem", || Ok(ca_params("Dermflow staff CA").self_signed(&ca_key)?.pem()))?;
+    let key = state.keep(&format!("{name}-key.pem"), || new_key(&PKCS_ECDSA_P256_SHA256))?;
+    let leaf_key = KeyPair::from_pem(&read(&key)?).context("the key of staff is damaged")?;
+    let mut leaf = params(name, LEAF_LIFE);
+    leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    let issuer = Issuer::new(ca_params("Dermflow staff CA"), &ca_key);
+    let leaf = leaf.signed_by(&leaf_key, &issuer).context("cannot issue the certificate of staff")?;
+    let cert = state.path(&format!("{name}.pem"));
+    write_private(&cert, &leaf.pem())?;
+    Ok(Identity { cert, key })
 }
 
 fn new_key(algorithm: &'static rcgen::SignatureAlgorithm) -> Result<String> {
@@ -80,8 +118,8 @@ fn params(name: &str, life: Duration) -> CertificateParams {
     params
 }
 
-fn ca_params() -> CertificateParams {
-    let mut params = params("Dermflow local CA", CA_LIFE);
+fn ca_params(name: &str) -> CertificateParams {
+    let mut params = params(name, CA_LIFE);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params

@@ -113,16 +113,16 @@ pub struct Detours {
     pub database: Option<String>,
 }
 
-/// The operators' `ingress operate`.
+/// A process for staff: `ingress operate` of operators, or `auth serve`.
 #[derive(Debug)]
-pub struct Operate {
+pub struct Internal {
     /// Its process; start it with [`Process::spawn_ready`].
     pub process: Process,
     /// Where it listens, on 127.0.0.1.
     pub port: u16,
 }
 
-impl Operate {
+impl Internal {
     /// Its origin.
     pub fn url(&self) -> String {
         format!("https://localhost:{}", self.port)
@@ -137,7 +137,9 @@ pub struct Stack {
     /// Ingress processes, in the order in which they were added.
     pub ingress: Vec<Ingress>,
     /// The operators' process, if one was added.
-    pub operate: Option<Operate>,
+    pub operate: Option<Internal>,
+    /// The registration service, if it was added.
+    pub registration: Option<Internal>,
     /// Worker processes, in the order in which they were added.
     pub workers: Vec<Process>,
     /// The broker.
@@ -165,6 +167,7 @@ impl Stack {
         Ok(Self {
             ingress: Vec::new(),
             operate: None,
+            registration: None,
             workers: Vec::new(),
             nats,
             postgres,
@@ -221,7 +224,7 @@ impl Stack {
     ///
     /// # Errors
     /// When a path cannot be made, or there is no `ingress`.
-    pub fn add_operate(&mut self, port: u16) -> Result<&mut Operate> {
+    pub fn add_operate(&mut self, port: u16) -> Result<&mut Internal> {
         let public = self.ingress.first().context("operators sign in at an ingress")?.url();
         let path = self.options.programs.join("ingress");
         let process = Process::new("operate", path, self.state.log("operate")?)
@@ -238,7 +241,31 @@ impl Stack {
             .arg("--database-password-file")
             .arg(self.postgres.password_file("dermflow_ingress")?);
         let process = self.with_broker(process, nats::OPERATOR.user, None)?;
-        Ok(self.operate.insert(Operate { process, port }))
+        Ok(self.operate.insert(Internal { process, port }))
+    }
+
+    /// Adds the registration service; it is not started yet.
+    ///
+    /// # Errors
+    /// When a path cannot be made.
+    pub fn add_registration(&mut self, port: u16) -> Result<&mut Internal> {
+        let path = self.options.programs.join("auth");
+        let process = Process::new("registration", path, self.state.log("registration")?)
+            .arg("--database")
+            .arg(self.postgres.url("dermflow_auth"))
+            .arg("--database-password-file")
+            .arg(self.postgres.password_file("dermflow_auth")?)
+            .arg("--password-pepper")
+            .arg(&self.pki.peppers)
+            .arg("serve")
+            .args(["--listen".into(), address(port)])
+            .arg("--tls-cert")
+            .arg(&self.pki.cert)
+            .arg("--tls-key")
+            .arg(&self.pki.key)
+            .arg("--staff-ca")
+            .arg(&self.pki.staff_ca);
+        Ok(self.registration.insert(Internal { process, port }))
     }
 
     /// Adds a `worker` with further flags; it is not started yet.
@@ -312,7 +339,8 @@ impl Stack {
     pub async fn stop(&mut self) -> Result<()> {
         let ingress = self.ingress.iter_mut().map(|ingress| &mut ingress.process);
         let operate = self.operate.iter_mut().map(|operate| &mut operate.process);
-        let mut ours: Vec<_> = ingress.chain(operate).chain(&mut self.workers).collect();
+        let registration = self.registration.iter_mut().map(|registration| &mut registration.process);
+        let mut ours: Vec<_> = ingress.chain(operate).chain(registration).chain(&mut self.workers).collect();
         for process in &mut ours {
             process.signal(Signal::TERM);
             process.resume();

@@ -15,6 +15,7 @@ use dermflow_auth::{
     password::PasswordError,
     users::{self, UserError},
 };
+use dermflow_http::serve::Peer;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -29,7 +30,6 @@ use crate::{
     audited::Origin,
     extract::{Body, Held},
     routes::oauth::{self, Refusal},
-    serve::Peer,
     submit::internal,
 };
 

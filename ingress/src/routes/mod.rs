@@ -5,23 +5,14 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::{MatchedPath, Request, State},
-    http::{HeaderValue, StatusCode, header},
-    middleware::{Next, from_fn, from_fn_with_state},
-    response::{IntoResponse, Response},
+    http::StatusCode,
+    middleware::{Next, from_fn_with_state},
+    response::Response,
     routing::{get, post},
 };
-use dermflow_schemas::error::Code;
-use tower_http::{catch_panic::CatchPanicLayer, set_header::SetResponseHeaderLayer};
+use dermflow_http::dress::{bounded, dressed};
 
-use crate::{
-    answer::{Problem, render},
-    app::App,
-    audited::audited,
-    dead::Operators,
-    extract::request_id,
-    linger::linger,
-    rates,
-};
+use crate::{app::App, audited::audited, dead::Operators, rates};
 
 mod analyze;
 mod batches;
@@ -87,34 +78,6 @@ pub(crate) fn operators(operators: Arc<Operators>) -> Router {
 
 fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
     dressed(bounded(routes).layer(from_fn_with_state(app.clone(), measure)), app)
-}
-
-/// With an answer for what is not in the table.
-fn bounded<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
-    routes
-        .fallback(async || Problem::from(Code::NotFound))
-        .method_not_allowed_fallback(async || Problem::from(Code::MethodNotAllowed))
-}
-
-fn dressed<S: Clone + Send + Sync + 'static>(routes: Router<S>, state: S) -> Router {
-    let header = |name, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));
-    routes
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(from_fn(render))
-        .layer(from_fn(linger))
-        .layer(from_fn(request_id))
-        .layer(header(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000"))
-        .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
-        .layer(SetResponseHeaderLayer::if_not_present(
-            header::CACHE_CONTROL,
-            HeaderValue::from_static("no-store"),
-        ))
-        .with_state(state)
-}
-
-fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
-    // The panic hook has logged place and message; the payload may quote a request.
-    Problem::from(Code::Internal).into_response()
 }
 
 async fn measure(

@@ -1,6 +1,6 @@
 //! The way into the audit trail for what has no transaction of its own: logins, refusals, reads.
 //!
-//! As with jobs ([`crate::commit`]), events of concurrent requests go to the database in one statement, and nobody
+//! Events of concurrent requests go to the database in one statement, and nobody
 //! waits for a group to fill. An answer that hands something out leaves when its event is on disk; when the event
 //! cannot be written, the answer is an error instead. A refusal stays a refusal: that it is missing in the trail is
 //! counted, and logged. A flood of refusals must not become a flood of events: of each kind and address
@@ -16,7 +16,6 @@ use std::{
 };
 
 use deadpool_postgres::Pool;
-use dermflow_auth::audit::{self, Action, Actor, Event, Outcome, Who};
 use dermflow_schemas::{
     clock,
     error::Code,
@@ -30,7 +29,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::answer::Problem;
+use super::{Action, Actor, Event, Outcome, Who};
 
 /// An answer's events, written together or not at all.
 type Entry = (Vec<Event>, oneshot::Sender<bool>);
@@ -52,7 +51,7 @@ struct Count {
 
 /// The way in. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(crate) struct Trail {
+pub struct Trail {
     entries: mpsc::Sender<Entry>,
     /// Since the last look of [`count`].
     refusals: Arc<Mutex<HashMap<Kind, Count>>>,
@@ -61,21 +60,24 @@ pub(crate) struct Trail {
 
 impl Trail {
     /// The way in; its other end runs until every clone is gone. `lost` counts refusals that could not be written.
-    pub(crate) fn start(pool: Pool, lost: IntCounter) -> Self {
+    pub fn start(pool: Pool, lost: IntCounter) -> Self {
         let (entries, received) = mpsc::channel(AUDIT_QUEUE);
         tokio::spawn(write(pool, received));
         Self { entries, refusals: Arc::default(), lost }
     }
 
     /// Returns when the events are on disk.
-    pub(crate) async fn record(&self, events: Vec<Event>) -> Result<(), Problem> {
+    ///
+    /// # Errors
+    /// When too many wait, or the database is away.
+    pub async fn record(&self, events: Vec<Event>) -> Result<(), Code> {
         let (reply, written) = oneshot::channel();
         self.entries.try_send((events, reply)).map_err(|_| Code::Overloaded)?;
-        if written.await.unwrap_or(false) { Ok(()) } else { Err(Code::DatabaseUnavailable.into()) }
+        if written.await.unwrap_or(false) { Ok(()) } else { Err(Code::DatabaseUnavailable) }
     }
 
     /// Records that `event` was refused with `code`, or counts it.
-    pub(crate) async fn refused(&self, event: Event, code: Code) {
+    pub async fn refused(&self, event: Event, code: Code) {
         if !self.admits(Kind { source: event.who.source, action: event.action, code }) {
             return;
         }
@@ -119,7 +121,7 @@ impl Trail {
 }
 
 /// Writes counts every second until `stop`, and those that are left then.
-pub(crate) async fn count(trail: Trail, stop: CancellationToken) {
+pub async fn count(trail: Trail, stop: CancellationToken) {
     let mut second = interval(Duration::from_secs(1));
     loop {
         let stopped = tokio::select! {
@@ -147,7 +149,7 @@ async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
         }
         let pool = pool.clone();
         tokio::spawn(async move {
-            let outcome = audit::record(&pool, &events).await;
+            let outcome = super::record(&pool, &events).await;
             if let Err(error) = &outcome {
                 tracing::warn!(%error, events = events.len(), "audit trail");
             }

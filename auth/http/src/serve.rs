@@ -14,6 +14,7 @@ use std::{
     },
 };
 
+use aws_lc_rs::digest::{SHA256, digest};
 use axum::{Router, body::Body, http::Request};
 use dermflow_schemas::limits::{HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS};
 use hyper::{
@@ -28,10 +29,14 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use rustls::{
-    ServerConfig,
+    RootCertStore, ServerConfig,
+    crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
+    version::TLS13,
 };
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     time::{Duration, sleep, timeout},
@@ -48,12 +53,19 @@ const MAX_STREAMS: u32 = 128;
 const MAX_HEADER_BYTES: u32 = 32 * 1024;
 /// Between two HTTP/2 pings, and the wait for their answer.
 const H2_PING: Duration = Duration::from_secs(20);
+/// What a peer whose handshake failed is given to read why.
+const HANG_UP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause after an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Where a request's connection comes from, an extension of every request. Behind a proxy, the proxy.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Peer(pub(crate) IpAddr);
+pub struct Peer(pub IpAddr);
+
+/// SHA-256 of the certificate that a connection's client has proved to own, an extension of its requests on a listener
+/// that asks for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Certificate(pub [u8; 32]);
 
 /// Why the certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +76,9 @@ pub enum TlsError {
     /// Certificate and key do not belong together, or are of no known kind.
     #[error("certificate and key: {0}")]
     Pair(#[from] rustls::Error),
+    /// There is no CA to trust.
+    #[error("the CA of clients: {0}")]
+    Clients(#[from] VerifierBuilderError),
 }
 
 /// TLS 1.2 and 1.3 with rustls's suites, all of them AEAD with forward secrecy; ALPN h2 and http/1.1.
@@ -71,43 +86,103 @@ pub enum TlsError {
 /// # Errors
 /// When certificate or key cannot be read or do not match.
 pub fn tls_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
-    let pem = |path: &Path, error: rustls::pki_types::pem::Error| {
-        TlsError::Pem(path.display().to_string(), error.to_string())
-    };
-    let chain = CertificateDer::pem_file_iter(certificate)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| pem(certificate, error))?;
-    let key = PrivateKeyDer::from_pem_file(key).map_err(|error| pem(key, error))?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
+    let mut config = builder.with_no_client_auth().with_single_cert(chain(certificate)?, private(key)?)?;
+    config.alpn_protocols = alpn();
     Ok(Arc::new(config))
 }
 
+/// TLS 1.3 for callers that own a certificate which `clients` has signed; the same ALPN.
+///
+/// Every connection proves it anew: a resumed session would outlive the certificate.
+///
+/// # Errors
+/// As [`tls_config`], and when `clients` holds no certificate of a CA.
+pub fn mutual_tls_config(
+    certificate: &Path,
+    key: &Path,
+    clients: &Path,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for authority in chain(clients)? {
+        roots.add(authority)?;
+    }
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build()?;
+    let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+    let mut config =
+        builder.with_client_cert_verifier(verifier).with_single_cert(chain(certificate)?, private(key)?)?;
+    config.alpn_protocols = alpn();
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+fn alpn() -> Vec<Vec<u8>> {
+    vec![b"h2".to_vec(), b"http/1.1".to_vec()]
+}
+
+fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let certificates = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    certificates.map_err(|error| pem(path, &error))
+}
+
+fn private(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_file(path).map_err(|error| pem(path, &error))
+}
+
+fn pem(path: &Path, error: &rustls::pki_types::pem::Error) -> TlsError {
+    TlsError::Pem(path.display().to_string(), error.to_string())
+}
+
 /// Serves `router` over HTTPS until `stop`, then lets requests in flight finish.
-pub(crate) async fn https(
+pub async fn https(listener: TcpListener, tls: Arc<ServerConfig>, router: Router, stop: CancellationToken) {
+    https_or(listener, tls, router, async |_, _| (), stop).await;
+}
+
+/// The same; `refused` is told of every handshake that failed with an error of TLS, with the caller's address.
+pub async fn https_or<F: Future<Output = ()> + Send>(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
     router: Router,
+    refused: impl Fn(IpAddr, rustls::Error) -> F + Clone + Send + 'static,
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(tls);
     let graceful = GracefulShutdown::new();
     let serve = |stream: TcpStream| {
         let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
+        let refused = refused.clone();
         async move {
             let Ok(peer) = stream.peer_addr() else { return };
-            let Ok(Ok(stream)) = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else { return };
-            let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            let accepted = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream).into_fallible()).await;
+            let stream = match accepted {
+                Ok(Ok(stream)) => stream,
+                Ok(Err((error, stream))) => {
+                    // Anything else is a connection that broke before it said who it is.
+                    if let Ok(error) = error.downcast::<rustls::Error>() {
+                        refused(peer.ip(), error).await;
+                        hang_up(stream).await;
+                    }
+                    return;
+                }
+                Err(_) => return,
+            };
+            let session = stream.get_ref().1;
+            let is_h2 = session.alpn_protocol() == Some(b"h2");
+            let certificate = session.peer_certificates().and_then(|chain| chain.first()).map(fingerprint);
             let builder = builder(is_h2);
             let (router, spoke) = (TowerToHyperService::new(router), Arc::new(AtomicBool::new(false)));
             let heard = spoke.clone();
             let service = service_fn(move |mut request: Request<Incoming>| {
                 heard.store(true, Ordering::Relaxed);
                 request.extensions_mut().insert(Peer(peer.ip()));
+                if let Some(certificate) = certificate {
+                    request.extensions_mut().insert(certificate);
+                }
                 router.call(request)
             });
             let connection =
@@ -132,6 +207,28 @@ pub(crate) async fn https(
     }
 }
 
+/// Closes a connection so that its last words, the alert that says what was wrong, arrive: with bytes of the peer's still
+/// unread, TCP would reset it.
+async fn hang_up(mut stream: TcpStream) {
+    let mut rest = [0; 1024];
+    let discard = async {
+        stream.shutdown().await?;
+        for _ in 0..64 {
+            if stream.read(&mut rest).await? == 0 {
+                break;
+            }
+        }
+        io::Result::Ok(())
+    };
+    let _ = timeout(HANG_UP_TIMEOUT, discard).await;
+}
+
+fn fingerprint(certificate: &CertificateDer<'_>) -> Certificate {
+    let mut fingerprint = [0; 32];
+    fingerprint.copy_from_slice(digest(&SHA256, certificate).as_ref());
+    Certificate(fingerprint)
+}
+
 fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_headers(100);
@@ -148,7 +245,7 @@ fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
 }
 
 /// Answers every plain request with 308 to `public_url`, without reading a body, and hangs up.
-pub(crate) async fn redirect(listener: TcpListener, public_url: Arc<str>, stop: CancellationToken) {
+pub async fn redirect(listener: TcpListener, public_url: Arc<str>, stop: CancellationToken) {
     let serve = move |stream: TcpStream| {
         let public_url = public_url.clone();
         async move {
@@ -202,8 +299,11 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
     }
 }
 
-/// Binds a listener; the error names the option and the address.
-pub(crate) async fn bind(option: &str, address: SocketAddr) -> io::Result<TcpListener> {
+/// Binds a listener.
+///
+/// # Errors
+/// When the address is taken or is not ours; the error names the option and the address.
+pub async fn bind(option: &str, address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .map_err(|error| io::Error::new(error.kind(), format!("--{option} {address}: {error}")))

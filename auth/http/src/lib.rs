@@ -1,0 +1,9 @@
+//! What every HTTPS listener of ours does the same way: the accept loop with its time-outs, TLS, the id of a request,
+//! the headers and errors of an answer.
+//!
+//! This crate knows neither routes nor callers: `ingress` serves clients with it, `auth` serves staff.
+
+pub mod answer;
+pub mod dress;
+mod linger;
+pub mod serve;

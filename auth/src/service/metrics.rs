@@ -1,0 +1,102 @@
+//! Every metric of the registration service, described once.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    middleware::Next,
+    response::Response,
+};
+use dermflow_schemas::error::Code;
+use prometheus::{Encoder, IntCounter, IntCounterVec, Opts, Registry, TextEncoder, core::Collector};
+
+use super::Service;
+
+/// Why an attempt is refused: the labels of [`Metrics::refused`], which are there from the start, so that the first one
+/// shows as a rise.
+const REFUSALS: [Code; 11] = [
+    Code::CertificateMissing,
+    Code::CertificateInvalid,
+    Code::HandshakeFailed,
+    Code::SessionMissing,
+    Code::SessionUnknown,
+    Code::SessionExpired,
+    Code::SessionForeign,
+    Code::TokenNoSession,
+    Code::LoginFailed,
+    Code::LoginThrottled,
+    Code::Forbidden,
+];
+
+/// The metrics of the process.
+#[derive(Debug, Clone)]
+pub(super) struct Metrics {
+    registry: Registry,
+    /// Answers by route, method and status.
+    requests: IntCounterVec,
+    /// Refused attempts, by reason: an alarm when they rise.
+    refused: IntCounterVec,
+    /// Refusals that are not in the audit trail: an alarm.
+    pub(super) audit_lost: IntCounter,
+}
+
+impl Metrics {
+    /// A registry with every metric in it.
+    pub(super) fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            add(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+        };
+        let refused = counter("dermflow_staff_refused_total", "Refused attempts.", &["reason"])?;
+        for code in REFUSALS {
+            refused.with_label_values(&[code.kind().code]).reset();
+        }
+        Ok(Self {
+            requests: counter("dermflow_http_requests_total", "Answers.", &["route", "method", "status"])?,
+            refused,
+            audit_lost: add(
+                &registry,
+                IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?,
+            )?,
+            registry: registry.clone(),
+        })
+    }
+
+    /// Counts a refused attempt.
+    pub(super) fn refuse(&self, code: Code) {
+        self.refused.with_label_values(&[code.kind().code]).inc();
+    }
+
+    /// The exposition.
+    pub(super) fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            tracing::error!(%error, "metrics cannot be rendered");
+        }
+        text
+    }
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+/// Counts an answer.
+pub(super) async fn measure(
+    State(service): State<Arc<Service>>,
+    path: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let method = request.method().clone();
+    // Methods are the caller's words too: unknown ones share a label.
+    let method = match method.as_str() {
+        method @ ("GET" | "POST" | "PATCH" | "DELETE" | "HEAD") => method,
+        _ => "other",
+    };
+    let path = path.as_ref().map_or("none", MatchedPath::as_str).to_owned();
+    let response = next.run(request).await;
+    service.metrics.requests.with_label_values(&[&*path, method, response.status().as_str()]).inc();
+    response
+}

@@ -1,0 +1,134 @@
+//! The registration service: the acts of [`dermflow_auth::registry`] over HTTPS, for staff only.
+//!
+//! Who comes here shows a certificate that the CA of staff has signed, or the handshake fails; signs in with name and
+//! password; and from then on sends the session, which is good with that certificate only. A handler's signature is its
+//! access rule: [`access::Reader`] or [`access::Registrar`]. Every attempt is in the audit trail, and what was refused
+//! raises a metric.
+
+mod access;
+mod accounts;
+mod audited;
+mod credentials;
+mod health;
+mod input;
+mod listen;
+mod metrics;
+mod openapi;
+mod sessions;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::{Router, middleware::from_fn_with_state, response::Response};
+use deadpool_postgres::Pool;
+use dermflow_auth::{
+    audit::trail::{self, Trail},
+    db::DatabaseOptions,
+    password::{Hasher, Peppers},
+    throttle::Throttle,
+    users::{self, Doorkeeper},
+};
+use dermflow_http::{
+    answer::Problem,
+    dress::dressed,
+    serve::{bind, https_or, mutual_tls_config},
+};
+use dermflow_schemas::{error::Code, limits::STAFF_CONNECTIONS, process::shutdown_requested};
+use tokio_util::sync::CancellationToken;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+pub(crate) use listen::ServeOptions;
+
+use self::{access::Reader, metrics::Metrics};
+
+/// What every handler shares.
+#[derive(Debug)]
+struct Service {
+    pool: Pool,
+    peppers: Peppers,
+    doorkeeper: Doorkeeper,
+    trail: Trail,
+    metrics: Metrics,
+    /// The document that describes the API.
+    api: String,
+}
+
+/// Serves until SIGTERM or SIGINT, then lets requests in flight finish.
+///
+/// # Errors
+/// One clear sentence when something it needs at start is missing, broken or out of reach, or when the address is
+/// open to the public and that was not said twice.
+pub(crate) async fn run(
+    options: ServeOptions,
+    database: &DatabaseOptions,
+    peppers: Peppers,
+) -> anyhow::Result<()> {
+    let address = options.address()?;
+    let tls = mutual_tls_config(&options.tls_cert, &options.tls_key, &options.staff_ca)?;
+    let pool = database.pool("auth", STAFF_CONNECTIONS)?;
+    users::migrate(&pool).await?;
+    let metrics = Metrics::new()?;
+    let (routes, api) = routes().split_for_parts();
+    let service = Arc::new(Service {
+        trail: Trail::start(pool.clone(), metrics.audit_lost.clone()),
+        doorkeeper: Doorkeeper {
+            throttle: Throttle::new(&peppers),
+            hasher: Hasher::new(peppers.clone()).context("cannot hash passwords")?,
+        },
+        pool,
+        peppers,
+        metrics,
+        api: api.to_json().context("the OpenAPI document")?,
+    });
+    let listener = bind("listen", address).await?;
+    let stop = CancellationToken::new();
+    let handshakes = service.clone();
+    let refused = move |source, error| {
+        let service = handshakes.clone();
+        async move { audited::handshake(&service, source, &error).await }
+    };
+    let tasks = [
+        tokio::spawn(trail::count(service.trail.clone(), stop.clone())),
+        tokio::spawn(https_or(listener, tls, router(routes, service), refused, stop.clone())),
+    ];
+    tracing::info!(listen = %address, "ready for staff");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    shutdown_requested().await?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stop.cancel();
+    for task in tasks {
+        task.await?;
+    }
+    Ok(())
+}
+
+/// The whole API, and the document that describes it.
+fn routes() -> OpenApiRouter<Arc<Service>> {
+    OpenApiRouter::with_openapi(openapi::document())
+        .routes(routes!(sessions::open, sessions::close))
+        .routes(routes!(accounts::list, accounts::create))
+        .routes(routes!(accounts::show, accounts::change, accounts::delete))
+        .routes(routes!(accounts::password))
+        .routes(routes!(accounts::revoke))
+        .routes(routes!(credentials::add))
+        .routes(routes!(credentials::rotate))
+        .routes(routes!(credentials::remove))
+        .routes(routes!(openapi::describe))
+        .routes(routes!(health::live))
+        .routes(routes!(health::metrics))
+}
+
+fn router(routes: Router<Arc<Service>>, service: Arc<Service>) -> Router {
+    // Who is not signed in does not learn what there is.
+    let routes = routes
+        .fallback(async |_: Reader| Problem::from(Code::NotFound))
+        .method_not_allowed_fallback(async |_: Reader| Problem::from(Code::MethodNotAllowed))
+        .layer(from_fn_with_state(service.clone(), audited::audited))
+        .layer(from_fn_with_state(service.clone(), metrics::measure));
+    dressed(routes, service)
+}
+
+/// 204.
+fn done() -> Response {
+    axum::response::IntoResponse::into_response(axum::http::StatusCode::NO_CONTENT)
+}
