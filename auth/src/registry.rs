@@ -1,6 +1,8 @@
 //! The registration of accounts: everything that staff does to them, each act in one transaction with its entry in
 //! the audit trail. The registration service and the command line are two ways into these functions.
 
+mod identities;
+
 use deadpool_postgres::{Pool, Transaction};
 use dermflow_schemas::id::ClientId;
 use secrecy::SecretString;
@@ -19,6 +21,8 @@ use crate::{
     secret::{self, Kind, NoRandomness},
     users::{Quota, QuotaChange, Role, valid_name},
 };
+
+pub use identities::{ExternalIdentity, identities, link, unlink};
 
 /// Accounts in one page when the caller names no number.
 pub const PAGE: i64 = 50;
@@ -53,6 +57,15 @@ pub enum RegistryError {
     /// The account has as many credentials as it may.
     #[error("an account has {MAX_CREDENTIALS} credentials at most")]
     TooMany,
+    /// The subject is an account already.
+    #[error("this subject is linked already")]
+    Linked,
+    /// The account is not that subject.
+    #[error("this subject is not linked to the account")]
+    NotLinked,
+    /// The account, or the system, has as many subjects as it may.
+    #[error("there are too many linked subjects")]
+    TooManyIdentities,
     /// Only clients submit with a secret or a key.
     #[error("only an integrator has credentials besides its password")]
     NotAClient,
@@ -419,7 +432,10 @@ pub async fn delete(pool: &Pool, actor: &Who, who: &str, now: OffsetDateTime) ->
         let update = "UPDATE auth.users SET username = 'deleted-' || id, contact = NULL, password_hash = NULL, \
                       deleted_at = $2, valid_after = $2 WHERE id = $1";
         transaction.execute(update, &[&id, &now]).await?;
-        transaction.execute("DELETE FROM auth.credentials WHERE account = $1", &[&id]).await?;
+        for table in ["credentials", "external_identities"] {
+            let delete = format!("DELETE FROM auth.{table} WHERE account = $1");
+            transaction.execute(&delete, &[&id]).await?;
+        }
         forget(transaction, id).await?;
         note(transaction, actor, Action::UserDeleted, id, now).await
     })

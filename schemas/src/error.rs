@@ -119,6 +119,7 @@ catalogue! {
     PayloadLost          "payload-lost"           500 "exception"     NewKey  "The images were lost from the queue before they were analysed: send them again."
     PayloadUnreadable    "payload-unreadable"     500 "exception"     NewKey  "The worker could not read the queued request."
     Overloaded           "overloaded"             503 "transient"     Safe    "The server has as much work as it can hold."
+    ProviderUnavailable  "provider-unavailable"   503 "transient"     Safe    "The identity provider that issued the access token cannot be reached."
     DatabaseUnavailable  "database-unavailable"   503 "transient"     SameKey "The record of jobs cannot be reached."
     QueueUnavailable     "queue-unavailable"      503 "transient"     SameKey "The queue did not confirm the job in time."
     QueueFull            "queue-full"             503 "transient"     Safe    "The queue is full."
