@@ -10,5 +10,5 @@ mod jwks;
 pub mod links;
 
 pub use check::{Identity, Refusal, Shape, issuer_of, shape};
-pub use config::{Provider, ProviderError, Source, load};
+pub use config::{Introspection, Provider, ProviderError, Source, load};
 pub use jwks::{BadSet, KeySet, jwks_url};
