@@ -89,6 +89,9 @@ class Token(TokenMixin):
         self.client, self.value, self.revoked = client, token["access_token"], False
         self.issued_at, self.lifetime = int(time.time()), token["expires_in"]
 
+    def check_client(self, client):
+        return client is self.client
+
     def is_expired(self):
         return time.time() > self.issued_at + self.lifetime
 
