@@ -112,6 +112,10 @@ actions! {
     CredentialAdded "credential-added" "C" Security,
     /// A secret or key of a client was removed.
     CredentialRemoved "credential-removed" "D" Security,
+    /// A subject of an external provider was made an account.
+    IdentityLinked "identity-linked" "C" Security,
+    /// A subject of an external provider is that account no more.
+    IdentityUnlinked "identity-unlinked" "D" Security,
     /// A client revoked a token.
     TokenRevoked "token-revoked" "U" Security,
 }

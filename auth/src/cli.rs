@@ -17,7 +17,7 @@ use dermflow_auth::{
     db::DatabaseOptions,
     keys::{self, Keys},
     password::{PepperOptions, Peppers},
-    registry::{self, Account, Change, Filter, Given, NewAccount, State},
+    registry::{self, Account, Change, ExternalIdentity, Filter, Given, NewAccount, State},
     users::{self, QuotaChange, Role},
 };
 use dermflow_schemas::clock;
@@ -155,6 +155,21 @@ enum UserCommand {
         /// The account's name or id.
         name: String,
     },
+    /// Lets the tokens that an external identity provider gives a subject open an account, no further than both
+    /// the provider's claims and the account's role go.
+    Link {
+        /// The account's name or id.
+        name: String,
+        #[command(flatten)]
+        identity: Identity,
+    },
+    /// Ends that within a second.
+    Unlink {
+        /// The account's name or id.
+        name: String,
+        #[command(flatten)]
+        identity: Identity,
+    },
     /// Sets what an account may have open at once, and its share of the workers.
     Quota {
         /// The account's name or id.
@@ -216,6 +231,23 @@ enum KeyCommand {
         /// The folder.
         folder: PathBuf,
     },
+}
+
+/// A subject of an external identity provider.
+#[derive(Debug, Args)]
+struct Identity {
+    /// The provider: `iss` of its tokens, character by character.
+    #[arg(long)]
+    issuer: String,
+    /// Who it is there: `sub` of its tokens, or what the provider's `subject_claim` names.
+    #[arg(long)]
+    subject: String,
+}
+
+impl From<Identity> for ExternalIdentity {
+    fn from(Identity { issuer, subject }: Identity) -> Self {
+        Self { issuer, subject }
+    }
 }
 
 /// Consent to what cannot be undone.
@@ -320,6 +352,7 @@ impl Console {
                 let (account, credentials) = registry::get(pool, actor, &name, *now).await?;
                 let mut shown = json!(account);
                 shown["credentials"] = json!(credentials);
+                shown["external_identities"] = json!(registry::identities(pool, account.id).await?);
                 println!("{shown:#}");
             }
             UserCommand::Change { name, role, contact, expires, no_expiry } => {
@@ -348,6 +381,14 @@ impl Console {
             }
             UserCommand::Revoke { name } => {
                 registry::revoke_all(pool, actor, &name, *now).await.context("cannot revoke")?;
+            }
+            UserCommand::Link { name, identity } => {
+                registry::link(pool, actor, &name, &identity.into(), *now).await.context("cannot link")?;
+            }
+            UserCommand::Unlink { name, identity } => {
+                registry::unlink(pool, actor, &name, &identity.into(), *now)
+                    .await
+                    .context("cannot unlink")?;
             }
             UserCommand::Quota { name, change } => {
                 let change = Change { quota: change, ..Change::default() };

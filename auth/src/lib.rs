@@ -10,6 +10,7 @@ pub mod db;
 pub mod keys;
 pub mod password;
 pub mod policy;
+pub mod provider;
 pub mod refresh;
 pub mod registry;
 pub mod revocation;

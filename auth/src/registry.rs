@@ -2,6 +2,8 @@
 //! the audit trail, and with one as well when it was not done. The registration service and the command line are two ways
 //! into these functions.
 
+mod identities;
+
 use deadpool_postgres::{Pool, Transaction};
 use dermflow_http::answer::Problem;
 use dermflow_schemas::{
@@ -25,6 +27,8 @@ use crate::{
     secret::{self, Kind, NoRandomness},
     users::{Quota, QuotaChange, Role, valid_name},
 };
+
+pub use identities::{ExternalIdentity, identities, link, unlink};
 
 /// Accounts in one page when the caller names no number.
 pub const PAGE: i64 = 50;
@@ -59,6 +63,15 @@ pub enum RegistryError {
     /// The account has as many credentials as it may.
     #[error("an account has {MAX_CREDENTIALS} credentials at most")]
     TooMany,
+    /// The subject is an account already.
+    #[error("this subject is linked already")]
+    Linked,
+    /// The account is not that subject.
+    #[error("this subject is not linked to the account")]
+    NotLinked,
+    /// The account, or the system, has as many subjects as it may.
+    #[error("there are too many linked subjects")]
+    TooManyIdentities,
     /// Only clients submit with a secret or a key.
     #[error("only an integrator has credentials besides its password")]
     NotAClient,
@@ -90,9 +103,10 @@ impl RegistryError {
     pub fn code(&self) -> Code {
         match self {
             Self::Exists(_) => Code::AccountExists,
-            Self::Unknown(_) | Self::UnknownCredential(_) => Code::NotFound,
+            Self::Unknown(_) | Self::UnknownCredential(_) | Self::NotLinked => Code::NotFound,
             Self::BadName | Self::BadValue(..) | Self::Past | Self::Key(_) => Code::ValueInvalid,
-            Self::TooMany => Code::CredentialLimit,
+            Self::TooMany | Self::TooManyIdentities => Code::CredentialLimit,
+            Self::Linked => Code::SubjectLinked,
             Self::NotAClient => Code::NotAClient,
             Self::Bootstrapped => Code::Bootstrapped,
             Self::LastAdministrator => Code::LastAdministrator,
@@ -527,7 +541,10 @@ pub async fn delete(pool: &Pool, actor: &Who, who: &str, now: OffsetDateTime) ->
         let update = "UPDATE auth.users SET username = 'deleted-' || id, contact = NULL, password_hash = NULL, \
                       deleted_at = $2, valid_after = $2 WHERE id = $1";
         transaction.execute(update, &[&id, &now]).await?;
-        transaction.execute("DELETE FROM auth.credentials WHERE account = $1", &[&id]).await?;
+        for table in ["credentials", "external_identities"] {
+            let delete = format!("DELETE FROM auth.{table} WHERE account = $1");
+            transaction.execute(&delete, &[&id]).await?;
+        }
         forget(transaction, id).await?;
         act.note(transaction, id).await
     })

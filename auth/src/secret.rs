@@ -29,6 +29,11 @@ impl Kind {
     }
 }
 
+/// Whether it has the form of a secret of ours.
+pub fn is_ours(text: &str) -> bool {
+    [Kind::Client, Kind::Refresh, Kind::Session].iter().any(|kind| text.starts_with(kind.prefix()))
+}
+
 /// The system gives no randomness.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
 #[error("no randomness")]

@@ -234,7 +234,10 @@ async fn find(
 
 /// Notes that an account and, if it was not its password, one of its credentials was used, to the hour: who reads
 /// which accounts are unused needs no more, and signing in should not cost a write each time.
-pub(crate) async fn used(
+///
+/// # Errors
+/// When the database is away.
+pub async fn used(
     pool: &Pool,
     account: ClientId,
     credential: Option<Uuid>,

@@ -12,24 +12,32 @@ use std::{
 use deadpool_postgres::Pool;
 use dermflow_auth::{
     audit::trail::Trail,
+    provider::{
+        Identity,
+        links::{self, Link, Links},
+    },
     revocation,
     token::{Caller, Tokens},
     users::{self, Quota, Standing},
 };
 use dermflow_schemas::{
+    clock,
     id::ClientId,
     limits::{ACCESS_INTERVAL, ACCESS_STALE, KEYS_INTERVAL},
 };
+use time::OffsetDateTime;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::rates::Rates;
+use crate::{providers::Providers, rates::Rates};
 
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {
     /// Checks tokens.
     fn tokens(&self) -> &Tokens;
+    /// Whose tokens are taken besides.
+    fn providers(&self) -> &Providers;
     /// Who is shut out.
     fn access(&self) -> &Access;
     /// What is recorded of its callers.
@@ -56,27 +64,78 @@ struct View {
     /// The users that are not like all the others.
     exceptions: HashMap<ClientId, Standing>,
     revoked: HashSet<Uuid>,
+    links: Links,
     /// When the database was asked for it.
     of: Option<Instant>,
 }
 
+impl View {
+    fn is_stale(&self) -> bool {
+        self.of.is_none_or(|of| of.elapsed() > ACCESS_STALE)
+    }
+}
+
+/// The view is too old to say anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stale;
+
+/// A token counts whole seconds: one of the same second may be from before.
+fn is_from_before(issued_at: OffsetDateTime, after: OffsetDateTime) -> bool {
+    issued_at.unix_timestamp() <= after.unix_timestamp()
+}
+
+fn speaks_for(link: &Link, identity: &Identity) -> Caller {
+    let is_granted = identity.roles.contains(&link.role);
+    Caller {
+        client: link.client,
+        jti: identity.jti,
+        credential: link.id,
+        issued_at: identity.issued_at,
+        expires_at: identity.expires_at,
+        scope: if is_granted { link.role.scope().into() } else { String::new() },
+    }
+}
+
 /// This replica's view of who may call.
-#[derive(Debug, Default)]
-pub(crate) struct Access(RwLock<View>);
+#[derive(Debug)]
+pub(crate) struct Access {
+    view: RwLock<View>,
+    /// The external providers, whose links are in the view.
+    issuers: Vec<String>,
+}
 
 impl Access {
+    /// A view that opens nothing yet. `issuers` are the external providers.
+    pub(crate) fn new(issuers: Vec<String>) -> Self {
+        Self { view: RwLock::default(), issuers }
+    }
+
+    /// What an account's token would say that a provider's says in its place: no more than the account's role, and
+    /// that only if the provider grants it too. `None` when no account is linked, or none that may sign in.
+    ///
+    /// # Errors
+    /// When the view is too old to say.
+    pub(crate) fn caller(&self, identity: &Identity) -> Result<Option<Caller>, Stale> {
+        let view = self.view.read().unwrap_or_else(PoisonError::into_inner);
+        if view.is_stale() {
+            return Err(Stale);
+        }
+        let link = view.links.get(&identity.issuer).and_then(|links| links.get(&identity.subject));
+        // The exceptions forget in time what concerns none of our own tokens; those of others live longer.
+        let link = link
+            .filter(|link| !link.valid_after.is_some_and(|after| is_from_before(identity.issued_at, after)));
+        Ok(link.map(|link| speaks_for(link, identity)))
+    }
+
     /// Whether a caller with a valid token may call.
     pub(crate) fn judge(&self, caller: &Caller) -> Verdict {
-        let view = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        if view.of.is_none_or(|of| of.elapsed() > ACCESS_STALE) {
+        let view = self.view.read().unwrap_or_else(PoisonError::into_inner);
+        if view.is_stale() {
             return Verdict::Unknown;
         }
         let standing = view.exceptions.get(&caller.client).copied().unwrap_or_default();
-        // A token counts whole seconds: one of the same second may be from before.
-        let too_old =
-            |after: time::OffsetDateTime| caller.issued_at.unix_timestamp() <= after.unix_timestamp();
         let revoked = standing.closed
-            || standing.valid_after.is_some_and(too_old)
+            || standing.valid_after.is_some_and(|after| is_from_before(caller.issued_at, after))
             || view.revoked.contains(&caller.jti)
             || view.revoked.contains(&caller.credential);
         if revoked { Verdict::Revoked } else { Verdict::Open }
@@ -84,16 +143,18 @@ impl Access {
 
     /// What a client may have open at once.
     pub(crate) fn quota(&self, client: ClientId) -> Quota {
-        let view = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let view = self.view.read().unwrap_or_else(PoisonError::into_inner);
         view.exceptions.get(&client).copied().unwrap_or_default().quota
     }
 
     /// Looks at the database.
     pub(crate) async fn refresh(&self, pool: &Pool) {
         let of = Some(Instant::now());
-        match tokio::try_join!(users::exceptions(pool), revocation::all(pool)) {
-            Ok((exceptions, revoked)) => {
-                *self.0.write().unwrap_or_else(PoisonError::into_inner) = View { exceptions, revoked, of };
+        let links = links::all(pool, &self.issuers, clock::now());
+        match tokio::try_join!(users::exceptions(pool), revocation::all(pool), links) {
+            Ok((exceptions, revoked, links)) => {
+                let view = View { exceptions, revoked, links, of };
+                *self.view.write().unwrap_or_else(PoisonError::into_inner) = view;
             }
             Err(error) => tracing::debug!(%error, "the last view of the users holds, for a while"),
         }
@@ -139,7 +200,8 @@ mod tests {
     }
 
     fn access(age: Duration, view: View) -> Access {
-        Access(RwLock::new(View { of: Instant::now().checked_sub(age), ..view }))
+        let view = RwLock::new(View { of: Instant::now().checked_sub(age), ..view });
+        Access { view, issuers: Vec::new() }
     }
 
     fn revoked(id: Uuid) -> View {
@@ -149,7 +211,7 @@ mod tests {
     /// I6: whoever was shut out since the last look is not known, so that nobody is let in.
     #[tokio::test]
     async fn an_old_view_lets_nobody_in() {
-        assert_eq!(Access::default().judge(&caller()), Verdict::Unknown, "no view yet");
+        assert_eq!(Access::new(Vec::new()).judge(&caller()), Verdict::Unknown, "no view yet");
         let second = Duration::from_secs(1);
         assert_eq!(
             access(ACCESS_STALE.saturating_sub(second), View::default()).judge(&caller()),

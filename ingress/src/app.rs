@@ -14,6 +14,7 @@ use crate::{
     drain::Drain,
     lanes::Lanes,
     metrics::Metrics,
+    providers::Providers,
     rates::Rates,
     store::Store,
 };
@@ -25,6 +26,7 @@ pub(crate) struct App {
     pub(crate) public_url: String,
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
+    pub(crate) providers: Providers,
     pub(crate) access: Access,
     pub(crate) trail: Trail,
     pub(crate) rates: Rates,
@@ -44,6 +46,10 @@ pub(crate) struct App {
 impl Gate for App {
     fn tokens(&self) -> &Tokens {
         &self.tokens
+    }
+
+    fn providers(&self) -> &Providers {
+        &self.providers
     }
 
     fn access(&self) -> &Access {

@@ -31,6 +31,9 @@ pub struct Options {
     /// Folder of the keys that sign access tokens: `auth key add` makes one, and all replicas read the same.
     #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
     pub signing_keys: PathBuf,
+    /// Identity providers whose access tokens are taken beside our own (TOML).
+    #[arg(long, env = "DERMFLOW_PROVIDERS")]
+    pub providers: Option<PathBuf>,
     /// Keys that seal images and reports: a line `<id> <Base64 of 32 bytes>` each, the first one seals.
     #[arg(long, env = "DERMFLOW_SEALING_KEYS")]
     pub sealing_keys: PathBuf,
@@ -71,6 +74,9 @@ pub struct OperateOptions {
     /// Folder of the keys that sign access tokens: `auth key add` makes one, and all replicas read the same.
     #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
     pub signing_keys: PathBuf,
+    /// Identity providers whose access tokens are taken beside our own (TOML).
+    #[arg(long, env = "DERMFLOW_PROVIDERS")]
+    pub providers: Option<PathBuf>,
     /// The broker.
     #[command(flatten)]
     pub nats: NatsOptions,

@@ -32,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::{Access, Gate},
     answer::Problem,
+    providers::Providers,
     rates::Rates,
     store::{Requeue, Store},
 };
@@ -43,6 +44,7 @@ pub(crate) struct Operators {
     pub(crate) public_url: String,
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
+    pub(crate) providers: Providers,
     pub(crate) access: Access,
     pub(crate) trail: Trail,
     pub(crate) rates: Rates,
@@ -52,6 +54,10 @@ pub(crate) struct Operators {
 impl Gate for Operators {
     fn tokens(&self) -> &Tokens {
         &self.tokens
+    }
+
+    fn providers(&self) -> &Providers {
+        &self.providers
     }
 
     fn access(&self) -> &Access {

@@ -8,7 +8,11 @@ use axum::{
     http::{HeaderMap, header, request::Parts},
 };
 use bytes::{Bytes, BytesMut};
-use dermflow_auth::{audit::Who, scope::Permission, token};
+use dermflow_auth::{
+    audit::{Action, Event, Object, Who},
+    scope::Permission,
+    token, users,
+};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -16,13 +20,16 @@ use dermflow_schemas::{
     limits::BODY_TIMEOUT,
 };
 use futures_util::StreamExt;
+use serde_json::json;
+use time::OffsetDateTime;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use crate::{
-    access::{Gate, Verdict},
+    access::{Gate, Stale, Verdict},
     answer::Problem,
     app::Bounds,
     audited::Origin,
+    providers::{Proof, Trouble},
     rates,
 };
 
@@ -65,9 +72,8 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
-        let caller = bearer(&parts.headers, gate.as_ref())?;
         let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
-        origin.is(caller.client);
+        let caller = bearer(&parts.headers, gate.as_ref(), &origin).await?;
         rates::count(gate.as_ref(), caller.client, parts)?;
         if !caller.may(P::PERMISSION) {
             return Err(Code::Forbidden.into());
@@ -78,7 +84,11 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
 
 /// Who calls. The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
 /// refused goes to the log: every refusal looks the same from outside.
-pub(crate) fn bearer<G: Gate>(headers: &HeaderMap, gate: &G) -> Result<Arc<token::Caller>, Problem> {
+pub(crate) async fn bearer<G: Gate>(
+    headers: &HeaderMap,
+    gate: &G,
+    origin: &Origin,
+) -> Result<Arc<token::Caller>, Problem> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let Some(value) = values.next() else { return Err(unauthenticated("Bearer")) };
     let refused = || unauthenticated("Bearer error=\"invalid_token\"");
@@ -87,18 +97,70 @@ pub(crate) fn bearer<G: Gate>(headers: &HeaderMap, gate: &G) -> Result<Arc<token
     }
     let value = value.to_str().ok().and_then(|value| value.split_once(' '));
     let token = value.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
-    let caller = gate.tokens().verify(token.unwrap_or_default(), clock::now()).map_err(|error| {
-        tracing::info!(%error, "access refused");
-        refused()
-    })?;
+    let (token, now) = (token.unwrap_or_default(), clock::now());
+    let (caller, proof) = match gate.tokens().verify(token, now) {
+        Ok(caller) => (caller, None),
+        Err(error) => match external(gate, token, now).await {
+            Ok((caller, proof)) => (Arc::new(caller), Some(proof)),
+            Err(Foreign::Refused(why)) => {
+                tracing::info!(%error, external = why, "access refused");
+                return Err(refused());
+            }
+            Err(Foreign::Unknown(code)) => return Err(code.into()),
+        },
+    };
     match gate.access().judge(&caller) {
-        Verdict::Open => Ok(caller),
+        Verdict::Open => {
+            origin.is(caller.client);
+            if let Some(proof) = proof {
+                proof.noted.get_or_try_init(|| note(gate, &caller, &proof, origin, now)).await?;
+            }
+            Ok(caller)
+        }
         Verdict::Revoked => {
             tracing::info!(client = %caller.client, "access refused: revoked");
             Err(refused())
         }
         Verdict::Unknown => Err(Code::DatabaseUnavailable.into()),
     }
+}
+
+/// Why a token that is not ours opens nothing.
+enum Foreign {
+    /// For the log.
+    Refused(&'static str),
+    /// Nobody can tell at present.
+    Unknown(Code),
+}
+
+/// Which account a token of an external provider speaks for.
+async fn external<G: Gate>(
+    gate: &G,
+    token: &str,
+    now: OffsetDateTime,
+) -> Result<(token::Caller, Arc<Proof>), Foreign> {
+    let proof = gate.providers().verify(token, now).await.map_err(|trouble| match trouble {
+        Trouble::Refused(why) => Foreign::Refused(why),
+        Trouble::Unavailable => Foreign::Unknown(Code::ProviderUnavailable),
+        Trouble::Busy => Foreign::Unknown(Code::Overloaded),
+    })?;
+    let caller = gate.access().caller(&proof.identity);
+    let caller = caller.map_err(|Stale| Foreign::Unknown(Code::DatabaseUnavailable))?;
+    Ok((caller.ok_or(Foreign::Refused("linked to no account that may sign in"))?, proof))
+}
+
+/// The first time that a replica sees a token of a provider is what a login is with us.
+async fn note<G: Gate>(
+    gate: &G,
+    caller: &token::Caller,
+    proof: &Proof,
+    origin: &Origin,
+    now: OffsetDateTime,
+) -> Result<(), Problem> {
+    let event = Event::new(Action::Login, origin.who(), now).client(Some(caller.client));
+    let event = event.object(Some(Object::account(caller.client)));
+    gate.trail().record(vec![event.detail(json!({ "issuer": proof.identity.issuer }))]).await?;
+    Ok(users::used(gate.users(), caller.client, None, now).await?)
 }
 
 fn unauthenticated(challenge: &str) -> Problem {

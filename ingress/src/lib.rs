@@ -28,6 +28,7 @@ mod metrics;
 mod ndjson;
 mod parameters;
 mod prefer;
+mod providers;
 mod rates;
 mod recorder;
 mod routes;
@@ -70,6 +71,7 @@ use crate::{
     drain::Drain,
     lanes::Lanes,
     metrics::Metrics,
+    providers::Providers,
     rates::Rates,
     store::Store,
 };
@@ -93,12 +95,15 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
     let (commits, entries) = Commits::new();
     let metrics = Metrics::new()?;
+    let public_url = options.public_url.as_str();
+    let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
     let trail = Trail::start(store.pool().clone(), metrics.audit_lost.clone());
     let app = Arc::new(App {
         public_url: options.public_url.as_str().into(),
         store,
         tokens,
-        access: Access::default(),
+        access: Access::new(providers.issuers()),
+        providers,
         trail,
         rates: Rates::default(),
         doorkeeper: Doorkeeper { throttle: Throttle::new(&peppers), hasher: Hasher::new(peppers)? },
@@ -132,6 +137,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
         tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
     ];
+    let followers = app.providers.start(&stop_recording);
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),
         tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), stop.clone())),
@@ -148,7 +154,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         listener.await?;
     }
     stop_recording.cancel();
-    for recorder in recorders {
+    for recorder in recorders.into_iter().chain(followers) {
         recorder.await?;
     }
     Ok(())
@@ -171,12 +177,15 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     prepare(&store).await?;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
-    let trail = Trail::start(store.pool().clone(), Metrics::new()?.audit_lost);
+    let (metrics, public_url) = (Metrics::new()?, options.public_url.as_str());
+    let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
+    let trail = Trail::start(store.pool().clone(), metrics.audit_lost);
     let operators = Arc::new(Operators {
         public_url: options.public_url.as_str().into(),
         store,
         tokens,
-        access: Access::default(),
+        access: Access::new(providers.issuers()),
+        providers,
         trail,
         rates: Rates::default(),
         publisher: Publisher::new(queue::context(nats)),
@@ -185,6 +194,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let address = options.listen.into();
     let listener = serve::bind("listen", address).await?;
     let stop = CancellationToken::new();
+    let followers = operators.providers.start(&stop);
     let tasks = [
         tokio::spawn(access::run(operators.clone(), stop.clone())),
         tokio::spawn(dead::resume(operators.clone(), stop.clone())),
@@ -196,7 +206,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     shutdown_requested().await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
-    for task in tasks {
+    for task in tasks.into_iter().chain(followers) {
         task.await?;
     }
     Ok(())

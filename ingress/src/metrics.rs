@@ -39,6 +39,8 @@ pub(crate) struct Metrics {
     pub(crate) stream_messages: IntGaugeVec,
     /// Callers waiting for a result.
     pub(crate) waiters: IntGauge,
+    /// What external identity providers were asked, by issuer, kind (keys, introspection) and outcome.
+    pub(crate) provider_questions: IntCounterVec,
     /// Refusals that are not in the audit trail: an alarm.
     pub(crate) audit_lost: IntCounter,
 }
@@ -96,6 +98,11 @@ impl Metrics {
                 )?,
             )?,
             waiters: add(&registry, IntGauge::new("dermflow_waiters", "Callers waiting for a result.")?)?,
+            provider_questions: counter(
+                "dermflow_provider_questions_total",
+                "What external identity providers were asked.",
+                &["issuer", "kind", "outcome"],
+            )?,
             audit_lost: add(
                 &registry,
                 IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?,

@@ -167,6 +167,41 @@ pub const ACCESS_INTERVAL: Duration = Duration::from_millis(400);
 pub const ACCESS_STALE: Duration = Duration::from_secs(5);
 /// Between two looks at the folder of signing keys.
 pub const KEYS_INTERVAL: Duration = Duration::from_secs(5);
+/// External identity providers: each costs a request a minute and replica.
+pub const MAX_PROVIDERS: usize = 16;
+/// Subjects of providers that are linked to accounts; every replica reads all of them with each look.
+pub const MAX_LINKS: i64 = 10_000;
+/// The longest token of a provider that is looked at: some list a user's groups.
+pub const MAX_EXTERNAL_TOKEN_BYTES: usize = 8 * 1024;
+/// How long a provider's token may live, from `iat` to `exp`.
+pub const EXTERNAL_LIFETIME: Duration = Duration::from_hours(24);
+/// Tokens of providers that are remembered as good, of each kind: about 10 MB.
+pub const REMEMBERED_EXTERNAL: usize = 16_384;
+/// Between two looks at a provider's keys: one that was removed there is refused no later than this after.
+pub const KEY_SET_INTERVAL: Duration = Duration::from_mins(1);
+/// Between two looks at them after one that failed.
+pub const KEY_SET_RETRY: Duration = Duration::from_secs(10);
+/// Between two looks at them because of an unknown `kid`, which anybody can make up.
+pub const KEY_SET_PAUSE: Duration = Duration::from_secs(30);
+/// How long a provider's keys stay in use while it is away.
+pub const KEY_SET_STALE: Duration = Duration::from_hours(24);
+/// Bytes of a provider's keys, of its description, or of its answer about a token.
+pub const MAX_PROVIDER_BYTES: usize = 256 * 1024;
+/// Keys in one set.
+pub const MAX_KEY_SET: usize = 64;
+/// A connection to a provider.
+pub const PROVIDER_CONNECT: Duration = Duration::from_secs(2);
+/// One question to a provider, the connection included.
+pub const PROVIDER_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a provider's word that a token is good holds, unless the token expires before.
+pub const INTROSPECTION_CACHE: Duration = Duration::from_mins(1);
+/// How long its word that a token is not good holds.
+pub const INTROSPECTION_REFUSED: Duration = Duration::from_secs(10);
+/// Opaque tokens that one provider is asked about at once, per ingress process; further ones wait as long as a
+/// question takes.
+pub const INTROSPECTIONS: usize = 16;
+/// How long a provider that did not answer is not asked again.
+pub const INTROSPECTION_PAUSE: Duration = Duration::from_secs(1);
 /// Between two looks at how fast the queue drains.
 pub const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 /// Over how long the rate is measured.

@@ -182,6 +182,8 @@ pub struct Setup {
     pub proxies: bool,
     /// Whether a second PostgreSQL follows the first one, which waits for it at every commit.
     pub standby: bool,
+    /// The identity providers whose tokens ingress takes, `--providers`.
+    pub providers: Option<PathBuf>,
 }
 
 /// A link that can have a proxy.
@@ -206,6 +208,7 @@ impl Default for Setup {
             brokers: 1,
             proxies: false,
             standby: false,
+            providers: None,
         }
     }
 }
@@ -266,9 +269,11 @@ impl Lab {
         let proxies = if setup.proxies { add_proxies(&mut stack).await? } else { Vec::new() };
         let standby = if setup.standby { Some(add_standby(&mut stack, &postgres_bin).await?) } else { None };
         let (ack_wait, brokers) = (setup.ack_wait.to_string(), setup.brokers.to_string());
+        let mut flags = vec!["--ack-wait", &ack_wait, "--replicas", &brokers];
+        let providers = setup.providers.map(|path| path.display().to_string());
+        flags.extend(providers.iter().flat_map(|path| ["--providers", path]));
         for _ in 0..setup.replicas {
-            let ingress =
-                stack.add_ingress(Ports::free()?, &["--ack-wait", &ack_wait, "--replicas", &brokers])?;
+            let ingress = stack.add_ingress(Ports::free()?, &flags)?;
             ingress.process.set_env("RUST_LOG", setup.log);
             ingress.process.spawn_ready(READY_WITHIN).await?;
         }

@@ -16,6 +16,7 @@ mod identity;
 mod limits;
 mod models;
 mod privacy;
+mod provider;
 mod registration;
 mod routes;
 mod submit;

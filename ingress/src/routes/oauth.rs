@@ -294,8 +294,7 @@ async fn holder(app: &App, origin: &Origin, headers: &HeaderMap, form: &Form) ->
     if let Some(proof) = client(app, origin, headers, form).await? {
         return Ok(proof.user.client.uuid());
     }
-    let caller = bearer(headers, app).map_err(|_| INVALID_CLIENT)?;
-    origin.is(caller.client);
+    let caller = bearer(headers, app, origin).await.map_err(|_| INVALID_CLIENT)?;
     Ok(caller.client.uuid())
 }
 
