@@ -147,6 +147,7 @@ async fn staff_does_everything_to_accounts() -> Result<()> {
 
     let given = credentials(&root, "/accounts/clinic").await?;
     assert_eq!(given, 3, "of four one was removed");
+    identities(&root, "/accounts/clinic").await?;
     let set = post(&root, "/accounts/clinic/password", &Value::Null).await?;
     let clinic = clinic.login("clinic", &text(&set.body["password"])).await?;
     assert_eq!(clinic.try_login("clinic", &password).await?.status, 401, "the old password");
@@ -172,6 +173,7 @@ async fn staff_does_everything_to_accounts() -> Result<()> {
         acts,
         "account-read credential-added credential-removed login password-set sessions-revoked user-changed \
          user-created user-deleted user-disabled user-enabled"
+            .replace("login", "identity-linked identity-unlinked login")
     );
     let failed = "SELECT count(*) FROM auth.audit WHERE outcome = 'failed' AND \
                   (action, code) IN (('user-created', 'account-exists'), ('password-set', 'password-refused'), \
@@ -209,6 +211,24 @@ async fn credentials(root: &Client, account: &str) -> Result<usize> {
     assert_eq!((again.status, again.code()), (404, "not-found"));
     let left = root.get(account).await?.body;
     Ok(left["credentials"].as_array().map_or(0, Vec::len))
+}
+
+/// Links a subject of a provider, twice, and unlinks it, twice.
+async fn identities(root: &Client, account: &str) -> Result<()> {
+    let path = format!("{account}/identities");
+    let identity = json!({"issuer": "https://login.clinic.example", "subject": "device 7"});
+    let linked = post(root, &path, &identity).await?;
+    assert_eq!(linked.status, 204, "{}", linked.text);
+    let again = post(root, &path, &identity).await?;
+    assert_eq!((again.status, again.code()), (409, "subject-linked"));
+    let plain = post(root, &path, &json!({"issuer": "http://login.clinic.example", "subject": "7"})).await?;
+    assert_eq!((plain.status, plain.code()), (422, "value-invalid"));
+    assert_eq!(root.get(account).await?.body["external_identities"], json!([identity]));
+    let unlink = format!("{path}?issuer=https%3A%2F%2Flogin.clinic.example&subject=device%207");
+    assert_eq!(root.delete(&unlink).await?.status, 204);
+    assert_eq!(root.delete(&unlink).await?.status, 404);
+    assert_eq!(root.get(account).await?.body["external_identities"], json!([]));
+    Ok(())
 }
 
 // Pages, filters, and what is malformed: every answer is a 4xx with a code, and nothing has changed.
@@ -372,6 +392,8 @@ async fn whoever_has_no_business_here_is_refused_counted_and_recorded() -> Resul
         (Method::POST, "/accounts/demo/credentials"),
         (Method::POST, "/accounts/demo/credentials/rotate"),
         (Method::DELETE, "/accounts/demo/credentials/00000000-0000-4000-8000-000000000000"),
+        (Method::POST, "/accounts/demo/identities"),
+        (Method::DELETE, "/accounts/demo/identities?issuer=x&subject=x"),
     ] {
         let attempt = async || {
             let answer = call(&auditor, method.clone(), path, &json!({"name": "x", "label": "x"})).await?;
@@ -487,7 +509,7 @@ async fn the_service_describes_itself() -> Result<()> {
     let api = root.get("/openapi.json").await?;
     assert_eq!(api.body["openapi"], "3.1.0");
     let paths = api.body["paths"].as_object().context("no paths")?;
-    assert_eq!(paths.len(), 11, "{:?}", paths.keys().collect::<Vec<_>>());
+    assert_eq!(paths.len(), 12, "{:?}", paths.keys().collect::<Vec<_>>());
     let anonymous = office.lab.staff("anonymous")?;
     for (path, item) in paths {
         for (method, operation) in item.as_object().context("no operations")? {

@@ -2,7 +2,7 @@
 
 use deadpool_postgres::Pool;
 use dermflow_schemas::limits::MAX_LINKS;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
@@ -17,7 +17,9 @@ use crate::{
 const MAX_IDENTITIES: i64 = 20;
 
 /// A subject of a provider as staff sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct ExternalIdentity {
     /// The provider.
     pub issuer: String,

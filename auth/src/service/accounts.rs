@@ -8,7 +8,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use dermflow_auth::{
-    registry::{self, Account, Change, Credential, Filter, MAX_PAGE, NewAccount, PAGE, State as Standing},
+    registry::{
+        self, Account, Change, Credential, ExternalIdentity, Filter, MAX_PAGE, NewAccount, PAGE,
+        State as Standing,
+    },
     users::Role,
 };
 use dermflow_http::answer::Problem;
@@ -86,13 +89,15 @@ pub(super) struct Registered {
     password: String,
 }
 
-/// An account with its secrets and keys.
+/// An account with what it proves itself with.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Whole {
     #[serde(flatten)]
     account: Account,
     /// What it proves itself with besides its password.
     credentials: Vec<Credential>,
+    /// Who it is at external identity providers.
+    external_identities: Vec<ExternalIdentity>,
 }
 
 /// Another password.
@@ -168,8 +173,9 @@ pub(super) async fn show(
     reader: Reader,
     Named(name): Named<String>,
 ) -> Result<Response, Problem> {
-    let found = registry::get(&service.pool, &reader.who, &name, clock::now()).await?;
-    Ok(axum::Json(Whole { account: found.0, credentials: found.1 }).into_response())
+    let (account, credentials) = registry::get(&service.pool, &reader.who, &name, clock::now()).await?;
+    let external_identities = registry::identities(&service.pool, account.id).await?;
+    Ok(axum::Json(Whole { account, credentials, external_identities }).into_response())
 }
 
 /// Changes an account, shuts it out, or lets it in again. Ingress knows it within a second.

@@ -10,6 +10,7 @@ mod accounts;
 mod audited;
 mod credentials;
 mod health;
+mod identities;
 mod input;
 mod listen;
 mod metrics;
@@ -113,6 +114,7 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(credentials::add))
         .routes(routes!(credentials::rotate))
         .routes(routes!(credentials::remove))
+        .routes(routes!(identities::link, identities::unlink))
         .routes(routes!(openapi::describe))
         .routes(routes!(health::live))
         .routes(routes!(health::metrics))
