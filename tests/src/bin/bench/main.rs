@@ -31,6 +31,7 @@ mod measure;
 mod publish;
 mod scale;
 mod soak;
+mod tokens;
 mod upload;
 
 const USAGE: &str = "usage: bench COMMAND
@@ -41,6 +42,7 @@ const USAGE: &str = "usage: bench COMMAND
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
   logins                      what 200 logins at once cost others, and what an unknown name costs
+  tokens                      what checking a token costs, and what is not told of another client's job
   publish                     durable publications a second, single and in batches, and accepted jobs";
 
 /// The images of a run, in turn.
@@ -84,6 +86,7 @@ async fn run(args: &[&str]) -> Result<()> {
         ["upload"] => upload::memory(2_000_000_000).await,
         ["upload", "--short"] => upload::memory(256_000_000).await,
         ["logins"] => Box::pin(logins::logins()).await,
+        ["tokens"] => tokens::tokens().await,
         ["publish"] => Box::pin(publish::publish()).await,
         _ => bail!("{USAGE}"),
     }
