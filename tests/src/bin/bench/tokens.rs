@@ -43,7 +43,7 @@ fn verification() -> Result<()> {
         after: None,
     };
     let issued = (0..TOKENS).map(|_| tokens.issue(grant(), now)).collect::<Result<Vec<_>, _>>()?;
-    let mut micros = |goal: f64, what: &str| -> Result<()> {
+    let micros = |goal: f64, what: &str| -> Result<()> {
         let mut times = Vec::with_capacity(TOKENS);
         for token in &issued {
             let begun = Instant::now();
