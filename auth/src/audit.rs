@@ -82,6 +82,8 @@ actions! {
     JobsErased "jobs-erased" "D" Application,
     /// An operator put a dead letter back into the queue.
     DeadRequeued "dead-requeued" "U" Application,
+    /// An operator looked at dead letters.
+    DeadRead "dead-read" "R" Application,
     /// An operator removed a dead letter.
     DeadPurged "dead-purged" "D" Application,
     /// A stream, consumer or bucket was gone and has been made again, empty.

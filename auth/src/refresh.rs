@@ -4,13 +4,15 @@
 use std::time::Duration;
 
 use deadpool_postgres::Pool;
+use dermflow_schemas::id::ClientId;
 use secrecy::SecretString;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    audit::{self, Action, Actor, Event, Object, Who},
     db::{self, DbError},
-    revocation,
+    revocation, scope,
     secret::{self, Kind, NoRandomness},
     users::{COLUMNS, OPEN, User},
 };
@@ -36,12 +38,10 @@ pub struct Refreshed {
     pub user: User,
     /// The family, with which tokens are revoked.
     pub family: Uuid,
-    /// What the family's tokens may be used for.
+    /// What was asked for, of what the family's tokens may be used for.
     pub scope: String,
     /// When the family ends.
     pub ends: OffsetDateTime,
-    /// Whether the family began with a password, so that its client has nothing else to prove itself with.
-    pub by_password: bool,
     /// The family's next token.
     pub next: SecretString,
 }
@@ -51,8 +51,10 @@ pub struct Refreshed {
 pub enum Outcome {
     /// It was good.
     Good(Box<Refreshed>),
+    /// It is good still: more was asked for than it may be used for.
+    TooWide,
     /// It was used before: the family of this account is ended.
-    Reused(Uuid),
+    Reused(ClientId),
     /// It is none, or no longer.
     Unknown,
 }
@@ -83,7 +85,8 @@ pub async fn begin(
     Ok((family, ends, token))
 }
 
-/// Uses a refresh token, for a client that has proved to be `client`, or that has proved nothing.
+/// Uses a refresh token, for a client that has proved to be `client`, or that has proved nothing, and that asks for a
+/// scope; it came from where `from` says. What happens is in the audit trail in the same transaction.
 ///
 /// # Errors
 /// When the database is away: the token is as good as before.
@@ -91,6 +94,8 @@ pub async fn spend(
     pool: &Pool,
     token: &SecretString,
     client: Option<Uuid>,
+    asked: Option<&str>,
+    from: &Who,
     now: OffsetDateTime,
 ) -> Result<Outcome, RefreshError> {
     // Whose first token was not given for a password must prove itself again (RFC 6749 §6).
@@ -98,7 +103,7 @@ pub async fn spend(
         "WITH spent AS (UPDATE auth.refresh_tokens SET used_at = $1 \
            WHERE hash = $2 AND used_at IS NULL AND expires_at > $1 \
            AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END RETURNING *) \
-         SELECT {COLUMNS}, family, scope, spent.expires_at AS ends, credential, credential = account AS by_password \
+         SELECT {COLUMNS}, family, scope, spent.expires_at AS ends, credential \
          FROM spent JOIN auth.users ON users.id = spent.account \
          WHERE {OPEN} AND (credential = account OR EXISTS (SELECT FROM auth.credentials c \
            WHERE c.id = credential AND (c.expires_at IS NULL OR c.expires_at > $1)))"
@@ -113,16 +118,13 @@ pub async fn spend(
                           SELECT $1, family, account, credential, scope, expires_at \
                           FROM auth.refresh_tokens WHERE hash = $2";
             transaction.execute(insert, &[&secret::hash(&next), &hash]).await?;
-            transaction.commit().await?;
             let Some(user) = User::read(&row) else { return Ok(Outcome::Unknown) };
-            return Ok(Outcome::Good(Box::new(Refreshed {
-                user,
-                family: row.get("family"),
-                scope: row.get("scope"),
-                ends: row.get("ends"),
-                by_password: row.get("by_password"),
-                next,
-            })));
+            let Some(scope) = scope::narrow(row.get("scope"), asked) else { return Ok(Outcome::TooWide) };
+            let who = Who { actor: Actor::User(user.client), ..*from };
+            audit::insert(&transaction, &[event(Action::Login, who, user.client, now)]).await?;
+            transaction.commit().await?;
+            let (family, ends) = (row.get("family"), row.get("ends"));
+            return Ok(Outcome::Good(Box::new(Refreshed { user, family, scope, ends, next })));
         }
         let select =
             "SELECT family, account FROM auth.refresh_tokens WHERE hash = $1 AND used_at IS NOT NULL";
@@ -131,10 +133,16 @@ pub async fn spend(
         let family: Uuid = row.get("family");
         transaction.execute("DELETE FROM auth.refresh_tokens WHERE family = $1", &[&family]).await?;
         revocation::within(&transaction, &[family], now).await?;
+        let account = row.get::<_, Uuid>("account").into();
+        audit::insert(&transaction, &[event(Action::TokenRevoked, *from, account, now)]).await?;
         transaction.commit().await?;
-        Ok::<_, DbError>(Outcome::Reused(row.get("account")))
+        Ok::<_, DbError>(Outcome::Reused(account))
     });
     Ok(outcome.await?)
+}
+
+fn event(action: Action, who: Who, account: ClientId, now: OffsetDateTime) -> Event {
+    Event::new(action, who, now).client(Some(account)).object(Some(Object::account(account)))
 }
 
 /// Ends the family of a refresh token that belongs to `account` (RFC 7009 §2.1); false when there is none.

@@ -153,8 +153,11 @@ impl Access {
         let links = links::all(pool, &self.issuers, clock::now());
         match tokio::try_join!(users::exceptions(pool), revocation::all(pool), links) {
             Ok((exceptions, revoked, links)) => {
-                let view = View { exceptions, revoked, links, of };
-                *self.view.write().unwrap_or_else(PoisonError::into_inner) = view;
+                let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
+                // Two may look at once: what the later one saw stays.
+                if view.of < of {
+                    *view = View { exceptions, revoked, links, of };
+                }
             }
             Err(error) => tracing::debug!(%error, "the last view of the users holds, for a while"),
         }

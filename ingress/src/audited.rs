@@ -126,8 +126,9 @@ pub(crate) async fn audited<G: Gate>(
     {
         let who = origin.who();
         let event = |Deed { action, object, detail }| {
-            // The trail is nobody's own.
-            let client = origin.0.user.get().copied().filter(|_| action != Action::TrailRead);
+            // The trail is nobody's own, and dead letters are not the operator's.
+            let is_own = !matches!(action, Action::TrailRead | Action::DeadRead);
+            let client = origin.0.user.get().copied().filter(|_| is_own);
             Event::new(action, who, now).client(client).object(object).detail(detail)
         };
         return match gate.trail().record(deeds.into_iter().map(event).collect()).await {

@@ -16,14 +16,17 @@ use crate::app::App;
 pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
     let mut look = interval(AUDIT_CHAIN_INTERVAL);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stands_still = false;
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = look.tick() => {}
         }
-        if let Err(error) = extend(&app).await {
-            tracing::debug!(%error, "the audit trail is chained later");
+        let extended = extend(&app).await;
+        if let (Err(error), false) = (&extended, stands_still) {
+            tracing::warn!(%error, "the audit trail is chained later");
         }
+        stands_still = extended.is_err();
     }
 }
 

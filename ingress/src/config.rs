@@ -28,7 +28,7 @@ pub struct Options {
     /// Private key (PEM).
     #[arg(long, env = "DERMFLOW_TLS_KEY")]
     pub tls_key: PathBuf,
-    /// Folder of the keys that sign access tokens: `auth key add` makes one, and all replicas read the same.
+    /// Folder of the keys that sign access tokens: `auth signing-key add` makes one, and all replicas read the same.
     #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
     pub signing_keys: PathBuf,
     /// Identity providers whose access tokens are taken beside our own (TOML).
@@ -71,7 +71,7 @@ pub struct OperateOptions {
     /// Private key (PEM).
     #[arg(long, env = "DERMFLOW_TLS_KEY")]
     pub tls_key: PathBuf,
-    /// Folder of the keys that sign access tokens: `auth key add` makes one, and all replicas read the same.
+    /// Folder of the keys that sign access tokens: `auth signing-key add` makes one, and all replicas read the same.
     #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
     pub signing_keys: PathBuf,
     /// Identity providers whose access tokens are taken beside our own (TOML).

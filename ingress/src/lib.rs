@@ -133,7 +133,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
         tokio::spawn(rates::exchange(app.clone(), stop_recording.clone())),
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(timekeeper::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(timekeeper::run(app.store.clone(), stop_recording.clone())),
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
         tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
     ];
@@ -175,6 +175,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
     prepare(&store).await?;
+    timekeeper::follow(&store).await;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
     let (metrics, public_url) = (Metrics::new()?, options.public_url.as_str());
@@ -198,6 +199,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let tasks = [
         tokio::spawn(access::run(operators.clone(), stop.clone())),
         tokio::spawn(dead::resume(operators.clone(), stop.clone())),
+        tokio::spawn(timekeeper::run(operators.store.clone(), stop.clone())),
         tokio::spawn(trail::count(operators.trail.clone(), stop.clone())),
         tokio::spawn(serve::https(listener, tls, routes::operators(operators), stop.clone())),
     ];

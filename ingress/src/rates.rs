@@ -91,7 +91,7 @@ fn policy(kind: Kind, quota: Quota) -> Policy {
 
 /// Who a request turned out to come from.
 #[derive(Debug, Clone, Default)]
-struct Counted(Arc<OnceLock<ClientId>>);
+pub(crate) struct Counted(Arc<OnceLock<ClientId>>);
 
 fn kind(method: &Method, extensions: &Extensions) -> Kind {
     let path = extensions.get::<MatchedPath>().map_or("", MatchedPath::as_str);
@@ -100,10 +100,18 @@ fn kind(method: &Method, extensions: &Extensions) -> Kind {
 
 /// Counts a request of a client that has shown who it is.
 pub(crate) fn count<G: Gate>(gate: &G, client: ClientId, parts: &Parts) -> Result<(), Problem> {
-    if let Some(Counted(counted)) = parts.extensions.get() {
+    charge(gate, client, parts.extensions.get(), kind(&parts.method, &parts.extensions))
+}
+
+/// The same for a request that says in its body who sends it.
+pub(crate) fn count_form<G: Gate>(gate: &G, client: ClientId, counted: &Counted) -> Result<(), Problem> {
+    charge(gate, client, Some(counted), Kind::Requests)
+}
+
+fn charge<G: Gate>(gate: &G, client: ClientId, counted: Option<&Counted>, kind: Kind) -> Result<(), Problem> {
+    if let Some(Counted(counted)) = counted {
         let _ = counted.set(client);
     }
-    let kind = kind(&parts.method, &parts.extensions);
     let code = if kind == Kind::Polls { Code::PollTooFast } else { Code::RateExceeded };
     let taken = gate.rates().take(client, kind, gate.access().quota(client), 1);
     taken.map_err(|wait| ApiError::from(code).after(wait).into())

@@ -1,8 +1,6 @@
 //! One clock for all replicas: the database's. A job's deadline that one replica writes is judged by others, so a
 //! machine whose clock is wrong would end jobs before their time, or refuse tokens that are good.
 
-use std::sync::Arc;
-
 use dermflow_schemas::{
     clock,
     limits::{CLOCK_INTERVAL, CLOCK_TOLERANCE},
@@ -10,7 +8,7 @@ use dermflow_schemas::{
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::{app::App, store::Store};
+use crate::store::Store;
 
 /// Looks at the database's clock once; the last correction holds while the database is away.
 pub(crate) async fn follow(store: &Store) {
@@ -26,13 +24,13 @@ pub(crate) async fn follow(store: &Store) {
 }
 
 /// Looks again and again until `stop`.
-pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
+pub(crate) async fn run(store: Store, stop: CancellationToken) {
     let mut tick = interval_at(Instant::now() + CLOCK_INTERVAL, CLOCK_INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = tick.tick() => follow(&app.store).await,
+            _ = tick.tick() => follow(&store).await,
         }
     }
 }

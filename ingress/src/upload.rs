@@ -219,7 +219,7 @@ impl Uploading {
         };
         self.write(&answer).await?;
         // Who was shut out while uploading is done.
-        Ok(goes_on && self.app.access.judge(&self.upload.caller) != Verdict::Revoked)
+        Ok(goes_on && self.app.access.judge(&self.upload.caller) == Verdict::Open)
     }
 
     async fn write(&self, line: &Value) -> Result<(), Gone> {

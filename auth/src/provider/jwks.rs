@@ -24,9 +24,6 @@ pub enum BadSet {
     /// It has too many keys.
     #[error("more than {MAX_KEY_SET} keys")]
     TooMany,
-    /// None of its keys can have signed a token that would be taken.
-    #[error("no key for the provider's algorithms")]
-    NoKey,
 }
 
 struct Key {
@@ -59,7 +56,7 @@ struct Set {
 }
 
 impl KeySet {
-    /// Reads a set. Keys for something else, of an unknown kind or without a `kid` are left out: RFC 7517 §5 has them
+    /// Reads a set. One without a key that is taken is a set all the same: the provider has withdrawn them. Keys for something else, of an unknown kind or without a `kid` are left out: RFC 7517 §5 has them
     /// ignored.
     ///
     /// # Errors
@@ -75,9 +72,6 @@ impl KeySet {
                 keys.push(key);
                 used.push(value);
             }
-        }
-        if keys.is_empty() {
-            return Err(BadSet::NoKey);
         }
         let fingerprint = digest(&SHA256, Value::from(used).to_string().as_bytes()).as_ref().to_vec();
         Ok(Self { keys, fingerprint })
@@ -202,8 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_without_a_key_replaces_none() {
-        assert_eq!(parse(&json!([])).unwrap_err(), BadSet::NoKey);
+    fn a_set_that_cannot_be_read_replaces_none() {
         assert_eq!(parse(&json!(7)).unwrap_err(), BadSet::NotJwks);
         assert_eq!(parse(&json!(vec![rsa("a"); MAX_KEY_SET + 1])).unwrap_err(), BadSet::TooMany);
         assert_eq!(parse(&json!([rsa("a")])).unwrap(), parse(&json!([rsa("a"), 7])).unwrap());

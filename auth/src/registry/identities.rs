@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{Act, RegistryError, find};
 use crate::{
     audit::{Action, Who},
-    db,
+    db, revocation,
 };
 
 /// Subjects of one account.
@@ -97,10 +97,10 @@ pub async fn unlink(
     act.run(pool, async |transaction| {
         let account = find(transaction, who).await?;
         let delete =
-            "DELETE FROM auth.external_identities WHERE account = $1 AND issuer = $2 AND subject = $3";
-        if transaction.execute(delete, &[&account, &identity.issuer, &identity.subject]).await? == 0 {
-            return Err(RegistryError::NotLinked);
-        }
+            "DELETE FROM auth.external_identities WHERE account = $1 AND issuer = $2 AND subject = $3 RETURNING id";
+        let row = transaction.query_opt(delete, &[&account, &identity.issuer, &identity.subject]).await?;
+        // What it has begun ends too.
+        revocation::within(transaction, &[row.ok_or(RegistryError::NotLinked)?.get(0)], now).await?;
         act.note(transaction, account).await
     })
     .await

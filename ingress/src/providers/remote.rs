@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use dermflow_auth::provider::{self, Identity, Introspection, KeySet, Provider, Source};
 use dermflow_schemas::limits::{
     INTROSPECTION_PAUSE, INTROSPECTIONS, KEY_SET_INTERVAL, KEY_SET_PAUSE, KEY_SET_RETRY, KEY_SET_STALE,
@@ -196,34 +196,42 @@ impl Remote {
         if self.silent().is_some_and(|since| since.elapsed() < INTROSPECTION_PAUSE) {
             return Err(Silent::Away);
         }
-        let answer = self.introspect(introspection, token).await;
-        let read = answer.and_then(|answer| match self.provider.described(token, &answer, now) {
+        let (issuer, answer) = (&self.provider.issuer, self.introspect(introspection, token).await);
+        self.count("introspection", answer.is_ok());
+        let answer = answer.map_err(|error| {
+            let error = format!("{error:#}");
+            tracing::warn!(issuer, error, "the provider does not answer about a token");
+            *self.silent.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+            Silent::Away
+        })?;
+        let Some(answer) = answer else { return Ok(None) };
+        match self.provider.described(token, &answer, now) {
             Ok(identity) => Ok(Some(identity)),
             Err(Some(refusal)) => {
                 tracing::info!(%refusal, "an opaque token is refused");
                 Ok(None)
             }
-            Err(None) => bail!("the answer is none of RFC 7662"),
-        });
-        self.count("introspection", read.is_ok());
-        read.map_err(|error| {
-            let (issuer, error) = (&self.provider.issuer, format!("{error:#}"));
-            tracing::warn!(issuer, error, "the provider does not answer about a token");
-            *self.silent.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-            Silent::Away
-        })
+            // About this token: the others' are asked about all the same.
+            Err(None) => {
+                tracing::warn!(issuer, "the provider's answer about a token is none of RFC 7662");
+                Err(Silent::Away)
+            }
+        }
     }
 
     fn silent(&self) -> Option<Instant> {
         *self.silent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn introspect(&self, at: &Introspection, token: &str) -> anyhow::Result<Vec<u8>> {
+    /// The answer; `None` when the provider cannot make anything of the token.
+    async fn introspect(&self, at: &Introspection, token: &str) -> anyhow::Result<Option<Vec<u8>>> {
         let encode = |text: &str| utf8_percent_encode(text, FORM).to_string();
         let secret = encode(at.client_secret.expose_secret());
         let form = [("token", token), ("token_type_hint", "access_token")];
         let request = self.http.post(at.url.clone()).basic_auth(encode(&at.client_id), Some(secret));
-        body(request.form(&form)).await
+        let (status, answer) = answer(request.form(&form)).await?;
+        ensure!([StatusCode::OK, StatusCode::BAD_REQUEST].contains(&status), "status {status}");
+        Ok((status == StatusCode::OK).then_some(answer))
     }
 
     fn count(&self, kind: &str, is_answered: bool) {
@@ -232,12 +240,18 @@ impl Remote {
     }
 }
 
-/// The body of an answer with status 200, within bounds of size and time.
+/// The body of an answer with status 200.
 async fn body(request: RequestBuilder) -> anyhow::Result<Vec<u8>> {
+    let (status, body) = answer(request).await?;
+    ensure!(status == StatusCode::OK, "status {status}");
+    Ok(body)
+}
+
+/// Status and body, within bounds of size and time.
+async fn answer(request: RequestBuilder) -> anyhow::Result<(StatusCode, Vec<u8>)> {
     let read = async {
         let mut response = request.header(header::ACCEPT, "application/json").send().await.map_err(bare)?;
-        ensure!(response.status() == StatusCode::OK, "status {}", response.status());
-        read(&mut response).await
+        Ok((response.status(), read(&mut response).await?))
     };
     timeout(PROVIDER_DEADLINE + Duration::from_millis(100), read).await.context("no answer in time")?
 }

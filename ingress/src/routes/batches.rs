@@ -9,7 +9,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use dermflow_auth::audit::{Action, Object};
+use dermflow_auth::{
+    audit::{Action, Object},
+    token::Caller,
+};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -27,6 +30,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::{
+    access::Verdict,
     answer::{self, Problem},
     app::App,
     audited::Deeds,
@@ -229,28 +233,28 @@ enum File {
 /// The reports of a batch, in the order in which its jobs ended.
 pub(crate) async fn results(
     State(app): State<Arc<App>>,
-    Allowed { client, .. }: Allowed<Read>,
+    Allowed { caller, .. }: Allowed<Read>,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Problem> {
-    file(app, client, batch, &headers, wanted, File::Results).await
+    file(app, caller, batch, &headers, wanted, File::Results).await
 }
 
 /// The lines of a batch that have no report, and why.
 pub(crate) async fn errors(
     State(app): State<Arc<App>>,
-    Allowed { client, .. }: Allowed<Read>,
+    Allowed { caller, .. }: Allowed<Read>,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Problem> {
-    file(app, client, batch, &headers, wanted, File::Errors).await
+    file(app, caller, batch, &headers, wanted, File::Errors).await
 }
 
 async fn file(
     app: Arc<App>,
-    client: ClientId,
+    caller: Arc<Caller>,
     batch: Uuid,
     headers: &HeaderMap,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
@@ -266,6 +270,7 @@ async fn file(
         format if format.contains("fhir+ndjson") || format.contains("fhir ndjson") => Form::Fhir,
         _ => Form::Plain,
     };
+    let client = caller.client;
     app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
     if wanted.wait > 0 {
         let _waiter = Waiter::new(&app)?;
@@ -273,7 +278,7 @@ async fn file(
     }
     let kind = if form == Form::Fhir { FHIR_NDJSON } else { NDJSON };
     let after = wanted.cursor;
-    let entries = Reader { app, batch, file, form, after, left: wanted.limit.unwrap_or(usize::MAX) };
+    let entries = Reader { app, caller, batch, file, form, after, left: wanted.limit.unwrap_or(usize::MAX) };
     // An error on the way cuts the answer off, so that nobody takes it for a whole one.
     let chunks = stream::try_unfold(entries, |mut entries| async {
         Ok::<_, std::io::Error>(entries.next().await?.map(|chunk| (chunk, entries)))
@@ -304,6 +309,7 @@ async fn wait(app: &App, client: ClientId, batch: Uuid, wanted: &Wanted, file: F
 /// Reads a file in chunks.
 struct Reader {
     app: Arc<App>,
+    caller: Arc<Caller>,
     batch: Uuid,
     file: File,
     form: Form,
@@ -313,6 +319,9 @@ struct Reader {
 
 impl Reader {
     async fn next(&mut self) -> std::io::Result<Option<Bytes>> {
+        if self.app.access.judge(&self.caller) != Verdict::Open {
+            return Err(std::io::Error::other("shut out"));
+        }
         if self.left == 0 {
             return Ok(None);
         }

@@ -7,6 +7,7 @@ use axum::{
     http::{StatusCode, request::Parts},
     response::{IntoResponse, Response},
 };
+use dermflow_auth::audit::{Action, Object};
 use dermflow_schemas::{
     error::{ApiError, Code},
     fhir::instant,
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 
 use crate::{
     answer::{self, Problem},
+    audited::Deeds,
     dead::{self, Letter, Operators},
     extract::{Allowed, Operate},
     routes::jobs,
@@ -61,7 +63,8 @@ pub(crate) async fn list(
     }
     let page = dead::page(&operators, cursor, limit).await?;
     let letters: Vec<Value> = page.letters.iter().map(shown).collect();
-    Ok(answer::json(json!({ "dead": letters, "next": page.next })))
+    let deed = Deeds::one(Action::DeadRead, None, json!({ "letters": letters.len() }));
+    Ok(deed.of(answer::json(json!({ "dead": letters, "next": page.next }))))
 }
 
 /// One dead letter, with the record of its job.
@@ -77,7 +80,8 @@ pub(crate) async fn get(
     };
     let mut body = shown(&letter);
     body["record"] = json!(record.map(|record| jobs::shown(&operators.public_url, &record, None)));
-    Ok(answer::json(body))
+    let deed = Deeds::one(Action::DeadRead, letter.job.map(Object::job), json!({ "letters": 1 }));
+    Ok(deed.of(answer::json(body)))
 }
 
 /// Back into the queue.

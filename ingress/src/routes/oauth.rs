@@ -6,6 +6,7 @@
 use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
 use axum::{
+    Extension,
     extract::{FromRequest, State},
     http::{HeaderMap, HeaderValue, Request, StatusCode, header},
     response::{IntoResponse, Response},
@@ -33,6 +34,7 @@ use crate::{
     app::App,
     audited::{Deeds, Origin, Refused},
     extract::{Body, Held, bearer},
+    rates::{self, Counted},
     submit::internal,
 };
 
@@ -135,6 +137,7 @@ impl Form {
 async fn client(
     app: &App,
     origin: &Origin,
+    counted: &Counted,
     headers: &HeaderMap,
     form: &Form,
 ) -> Result<Option<Proof>, Refusal> {
@@ -167,6 +170,7 @@ async fn client(
         INVALID_CLIENT
     })?;
     origin.is(proof.user.client);
+    rates::count_form(app, proof.user.client, counted)?;
     // What is said besides must not contradict it.
     let contradicts = form.get("client_id").is_some_and(|id| id != proof.user.client.to_string());
     if contradicts { Err(INVALID_CLIENT) } else { Ok(Some(proof)) }
@@ -196,11 +200,12 @@ fn basic(headers: &HeaderMap) -> Result<Option<(String, SecretString)>, Refusal>
 pub(crate) async fn token(
     State(app): State<Arc<App>>,
     origin: Origin,
+    Extension(counted): Extension<Counted>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let form = Form::read(&app, &headers, body).await?;
-    let proof = client(&app, &origin, &headers, &form).await?;
+    let proof = client(&app, &origin, &counted, &headers, &form).await?;
     match form.get("grant_type") {
         Some("client_credentials") => {
             let proof = proof.ok_or(INVALID_CLIENT)?;
@@ -236,12 +241,13 @@ pub(crate) async fn granted(
     let Proof { user, credential, ends } = *proof;
     origin.is(user.client);
     tracing::info!(client = %user.client, offline, "signed in");
+    let login = Deeds::one(Action::Login, Some(Object::account(user.client)), json!({}));
     if !offline {
-        return tokens(app, user.grant(credential, ends, scope), None);
+        return Ok(login.of(tokens(app, user.grant(credential, ends, scope), None)?));
     }
     let (family, until, refresh) = refresh::begin(app.store.pool(), user, credential, &scope, now).await?;
     let ends = ends.map_or(until, |ends| ends.min(until));
-    tokens(app, user.grant(family, Some(ends), scope), Some(refresh))
+    Ok(login.of(tokens(app, user.grant(family, Some(ends), scope), Some(refresh))?))
 }
 
 async fn refreshed(
@@ -252,25 +258,26 @@ async fn refreshed(
 ) -> Result<Response, Refusal> {
     let spent = form.secret("refresh_token").ok_or(invalid_request("refresh_token is missing."))?;
     let client = proof.map(|proof| proof.user.client.uuid());
-    let outcome = refresh::spend(app.store.pool(), &spent, client, clock::now()).await?;
-    let refreshed = match outcome {
+    let (asked, _) = without_offline(form.get("scope"));
+    let (pool, who) = (app.store.pool(), origin.who());
+    let refreshed = match refresh::spend(pool, &spent, client, asked.as_deref(), &who, clock::now()).await? {
         Outcome::Good(refreshed) => refreshed,
+        Outcome::TooWide => return Err(INVALID_SCOPE),
         Outcome::Reused(client) => {
             tracing::warn!(%client, "a refresh token was used twice: its family is ended");
+            origin.claims(Some(client));
             return Err(INVALID_GRANT);
         }
         Outcome::Unknown => return Err(INVALID_GRANT),
     };
     origin.is(refreshed.user.client);
-    let (asked, _) = without_offline(form.get("scope"));
-    let scope = scope::narrow(&refreshed.scope, asked.as_deref()).ok_or(INVALID_SCOPE)?;
-    let grant = refreshed.user.grant(refreshed.family, Some(refreshed.ends), scope);
+    let grant = refreshed.user.grant(refreshed.family, Some(refreshed.ends), refreshed.scope);
     tokens(app, grant, Some(refreshed.next))
 }
 
 /// RFC 6749 §5.1; `expires_in_minutes` is what clients of the device API read.
 fn tokens(app: &App, grant: Grant, refresh: Option<SecretString>) -> Result<Response, Refusal> {
-    let (now, scope, account) = (clock::now(), grant.scope.clone(), grant.client);
+    let (now, scope) = (clock::now(), grant.scope.clone());
     let seconds = grant.ends.map_or(token::LIFETIME.as_secs(), |ends| {
         u64::try_from((ends - now).whole_seconds()).unwrap_or(0).min(token::LIFETIME.as_secs())
     });
@@ -285,16 +292,24 @@ fn tokens(app: &App, grant: Grant, refresh: Option<SecretString>) -> Result<Resp
     if let Some(refresh) = refresh {
         body["refresh_token"] = json!(refresh.expose_secret());
     }
-    let login = Deeds::one(Action::Login, Some(Object::account(account)), json!({}));
-    Ok(login.of(answer::json(body)))
+    Ok(answer::json(body))
 }
 
 /// The account that asks about a token or revokes one: a client, or whoever holds an access token.
-async fn holder(app: &App, origin: &Origin, headers: &HeaderMap, form: &Form) -> Result<Uuid, Refusal> {
-    if let Some(proof) = client(app, origin, headers, form).await? {
+async fn holder(
+    app: &App,
+    origin: &Origin,
+    counted: &Counted,
+    headers: &HeaderMap,
+    form: &Form,
+) -> Result<Uuid, Refusal> {
+    if let Some(proof) = client(app, origin, counted, headers, form).await? {
         return Ok(proof.user.client.uuid());
     }
-    let caller = bearer(headers, app, origin).await.map_err(|_| INVALID_CLIENT)?;
+    let caller = bearer(headers, app, origin)
+        .await
+        .map_err(|problem| if problem.is(Code::Unauthenticated) { INVALID_CLIENT } else { problem.into() })?;
+    rates::count_form(app, caller.client, counted)?;
     Ok(caller.client.uuid())
 }
 
@@ -302,33 +317,42 @@ async fn holder(app: &App, origin: &Origin, headers: &HeaderMap, form: &Form) ->
 pub(crate) async fn revoke(
     State(app): State<Arc<App>>,
     origin: Origin,
+    Extension(counted): Extension<Counted>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let form = Form::read(&app, &headers, body).await?;
-    let account = holder(&app, &origin, &headers, &form).await?;
+    let account = holder(&app, &origin, &counted, &headers, &form).await?;
     let revoked = form.secret("token").ok_or(invalid_request("token is missing."))?;
     let (pool, now) = (app.store.pool(), clock::now());
-    match app.tokens.verify(revoked.expose_secret(), now) {
-        Ok(caller) if caller.client.uuid() == account => revocation::revoke(pool, &[caller.jti], now).await?,
-        Ok(_) => {}
-        Err(_) => drop(refresh::end(pool, &revoked, account, now).await?),
+    let is_ended = match app.tokens.verify(revoked.expose_secret(), now) {
+        Ok(caller) if caller.client.uuid() == account => {
+            revocation::revoke(pool, &[caller.jti], now).await?;
+            true
+        }
+        Ok(_) => false,
+        Err(_) => refresh::end(pool, &revoked, account, now).await?,
+    };
+    let answer = StatusCode::OK.into_response();
+    if !is_ended {
+        return Ok(answer);
     }
     // This replica knows at once.
     app.access.refresh(pool).await;
     let deed = Deeds::one(Action::TokenRevoked, Some(Object::account(account.into())), json!({}));
-    Ok(deed.of(StatusCode::OK.into_response()))
+    Ok(deed.of(answer))
 }
 
 /// `POST /oauth/introspect`, about one's own tokens.
 pub(crate) async fn introspect(
     State(app): State<Arc<App>>,
     origin: Origin,
+    Extension(counted): Extension<Counted>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
     let form = Form::read(&app, &headers, body).await?;
-    let account = holder(&app, &origin, &headers, &form).await?;
+    let account = holder(&app, &origin, &counted, &headers, &form).await?;
     let token = form.secret("token").ok_or(invalid_request("token is missing."))?;
     let now = clock::now();
     let inactive = || answer::json(json!({ "active": false }));
