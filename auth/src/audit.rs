@@ -309,6 +309,15 @@ impl Event {
         self.detail = detail;
         self
     }
+
+    /// With more of it.
+    #[must_use]
+    pub fn with(mut self, more: Value) -> Self {
+        if let (Some(detail), Value::Object(more)) = (self.detail.as_object_mut(), more) {
+            detail.extend(more.into_iter().filter(|(_, value)| !value.is_null()));
+        }
+        self
+    }
 }
 
 /// Adds events, all or none, in one statement. Within a transaction they are recorded with what they are about.

@@ -14,7 +14,7 @@ use deadpool_postgres::Pool;
 use dermflow_auth::{
     audit::{self, Who},
     credentials::PublicKey,
-    db::DatabaseOptions,
+    db::{self, DatabaseOptions},
     keys::{self, Keys},
     password::{PepperOptions, Peppers},
     registry::{self, Account, Change, ExternalIdentity, Filter, Given, NewAccount, State},
@@ -290,14 +290,15 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     }
     let pool = database.pool("auth", 2)?;
     users::migrate(&pool).await?;
+    // Ingress goes by the database's clock, and judges by what is written here.
+    db::follow_clock(&pool).await?;
     let peppers = options.pepper.load()?;
-    let console =
-        Console { pool, peppers, json: options.json, actor: Who::part(audit::COMMAND), now: clock::now() };
+    let console = Console { pool, peppers, json: options.json, actor: Who::part(audit::COMMAND) };
     match options.command {
         Command::Migrate | Command::SigningKey(_) | Command::Serve(_) => Ok(()),
         Command::Bootstrap { name } => {
             let (id, password) =
-                registry::bootstrap(&console.pool, &console.peppers, &console.actor, &name, console.now)
+                registry::bootstrap(&console.pool, &console.peppers, &console.actor, &name, clock::now())
                     .await?;
             console.secret(json!({ "id": id, "name": name }), "password", &password)
         }
@@ -329,27 +330,27 @@ struct Console {
     peppers: Peppers,
     json: bool,
     actor: Who,
-    now: OffsetDateTime,
 }
 
 impl Console {
     async fn user(&self, command: UserCommand) -> Result<()> {
-        let Self { pool, peppers, actor, now, .. } = self;
+        let Self { pool, peppers, actor, .. } = self;
         match command {
             UserCommand::Create { name, role, contact, expires } => {
                 let new = NewAccount { name: &name, role, contact: contact.as_deref(), expires_at: expires };
-                let created =
-                    registry::create(pool, peppers, actor, &new, *now).await.context("cannot register")?;
+                let created = registry::create(pool, peppers, actor, &new, clock::now())
+                    .await
+                    .context("cannot register")?;
                 return self.secret(json!({ "id": created.0, "name": name }), "password", &created.1);
             }
             UserCommand::List { role, state, name, unused_days } => {
-                let unused_since = unused_days.map(|days| *now - Duration::days(days.into()));
+                let unused_since = unused_days.map(|days| clock::now() - Duration::days(days.into()));
                 return self
                     .list(Filter { role, state, name, unused_since, after: None, limit: registry::MAX_PAGE })
                     .await;
             }
             UserCommand::Show { name } => {
-                let (account, credentials) = registry::get(pool, actor, &name, *now).await?;
+                let (account, credentials) = registry::get(pool, actor, &name, clock::now()).await?;
                 let mut shown = json!(account);
                 shown["credentials"] = json!(credentials);
                 shown["external_identities"] = json!(registry::identities(pool, account.id).await?);
@@ -358,7 +359,7 @@ impl Console {
             UserCommand::Change { name, role, contact, expires, no_expiry } => {
                 let expires_at = if no_expiry { Some(None) } else { expires.map(Some) };
                 let change = Change { role, contact: contact.map(Some), expires_at, ..Change::default() };
-                registry::change(pool, actor, &name, &change, *now).await.context("cannot change")?;
+                registry::change(pool, actor, &name, &change, clock::now()).await.context("cannot change")?;
             }
             UserCommand::Disable { name } => {
                 self.set_disabled(&name, true).await.context("cannot disable")?;
@@ -368,31 +369,36 @@ impl Console {
             }
             UserCommand::Delete { name, sure } => {
                 sure.check(&format!("deletes the account {name}"))?;
-                registry::delete(pool, actor, &name, *now).await.context("cannot delete")?;
+                registry::delete(pool, actor, &name, clock::now()).await.context("cannot delete")?;
             }
             UserCommand::Password { name, stdin } => {
                 let chosen = if stdin { Some(line()?) } else { None };
                 let show = chosen.is_none();
-                let password = registry::set_password(pool, peppers, actor, &name, chosen, *now).await;
+                let password =
+                    registry::set_password(pool, peppers, actor, &name, chosen, clock::now()).await;
                 let password = password.context("cannot set the password")?;
                 if show {
                     return self.secret(json!({ "name": name }), "password", &password);
                 }
             }
             UserCommand::Revoke { name } => {
-                registry::revoke_all(pool, actor, &name, *now).await.context("cannot revoke")?;
+                registry::revoke_all(pool, actor, &name, clock::now()).await.context("cannot revoke")?;
             }
             UserCommand::Link { name, identity } => {
-                registry::link(pool, actor, &name, &identity.into(), *now).await.context("cannot link")?;
+                registry::link(pool, actor, &name, &identity.into(), clock::now())
+                    .await
+                    .context("cannot link")?;
             }
             UserCommand::Unlink { name, identity } => {
-                registry::unlink(pool, actor, &name, &identity.into(), *now)
+                registry::unlink(pool, actor, &name, &identity.into(), clock::now())
                     .await
                     .context("cannot unlink")?;
             }
             UserCommand::Quota { name, change } => {
                 let change = Change { quota: change, ..Change::default() };
-                registry::change(pool, actor, &name, &change, *now).await.context("cannot set the quota")?;
+                registry::change(pool, actor, &name, &change, clock::now())
+                    .await
+                    .context("cannot set the quota")?;
             }
         }
         Ok(())
@@ -400,14 +406,14 @@ impl Console {
 
     async fn set_disabled(&self, name: &str, disabled: bool) -> Result<()> {
         let change = Change { disabled: Some(disabled), ..Change::default() };
-        Ok(registry::change(&self.pool, &self.actor, name, &change, self.now).await?)
+        Ok(registry::change(&self.pool, &self.actor, name, &change, clock::now()).await?)
     }
 
     /// Every page; a line an account, or in JSON a document an account.
     async fn list(&self, mut filter: Filter) -> Result<()> {
         let mut out = io::stdout().lock();
         loop {
-            let page = registry::list(&self.pool, &self.actor, &filter, self.now).await?;
+            let page = registry::list(&self.pool, &self.actor, &filter, clock::now()).await?;
             for account in &page {
                 if self.json {
                     writeln!(out, "{}", json!(account))?;
@@ -423,26 +429,28 @@ impl Console {
     }
 
     async fn credential(&self, command: CredentialCommand) -> Result<()> {
-        let Self { pool, actor, now, .. } = self;
+        let Self { pool, actor, .. } = self;
         match command {
             CredentialCommand::Add { name, label, key: None, expires } => {
-                let given = registry::add_secret(pool, actor, &name, &label, expires, *now).await;
+                let given = registry::add_secret(pool, actor, &name, &label, expires, clock::now()).await;
                 show(&given.context("cannot add a secret")?)
             }
             CredentialCommand::Add { name, label, key: Some(file), expires } => {
                 let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
                 let key = PublicKey::parse(&text).with_context(|| file.display().to_string())?;
-                let given = registry::add_key(pool, actor, &name, &label, &key, expires, *now).await;
+                let given = registry::add_key(pool, actor, &name, &label, &key, expires, clock::now()).await;
                 show(&given.context("cannot add the key")?)
             }
             CredentialCommand::Rotate { name, overlap_days } => {
                 let overlap = Duration::days(overlap_days.into());
-                let given = registry::rotate(pool, actor, &name, overlap, *now).await;
+                let given = registry::rotate(pool, actor, &name, overlap, clock::now()).await;
                 show(&given.context("cannot rotate")?)
             }
             CredentialCommand::Remove { name, id, sure } => {
                 sure.check(&format!("removes the credential {id} of {name}"))?;
-                registry::remove_credential(pool, actor, &name, id, *now).await.context("cannot remove")
+                registry::remove_credential(pool, actor, &name, id, clock::now())
+                    .await
+                    .context("cannot remove")
             }
         }
     }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use dermflow_http::answer::Problem;
-use dermflow_schemas::{error::Code, limits, process::read_secret};
+use dermflow_schemas::{clock, error::Code, limits, process::read_secret};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, pem::PemObject},
@@ -127,6 +127,18 @@ impl DatabaseOptions {
             .map_err(|e| DbError::Ca(e.to_string()))?;
         Ok(builder.with_root_certificates(roots).with_no_client_auth())
     }
+}
+
+/// Goes by the database's clock from now on; returns how many seconds this machine's is behind.
+///
+/// # Errors
+/// When the database is away.
+pub async fn follow_clock(pool: &Pool) -> Result<f64, DbError> {
+    within(async {
+        let reference = pool.get().await?.query_one("SELECT clock_timestamp()", &[]).await?.get(0);
+        Ok(clock::follow(reference))
+    })
+    .await
 }
 
 /// Puts a limit on `work` that holds even when the server is too far gone to keep its own.

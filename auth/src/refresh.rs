@@ -7,6 +7,7 @@ use deadpool_postgres::Pool;
 use dermflow_schemas::id::ClientId;
 use secrecy::SecretString;
 use time::OffsetDateTime;
+use tokio_postgres::{Transaction, types::ToSql};
 use uuid::Uuid;
 
 use crate::{
@@ -29,6 +30,9 @@ pub enum RefreshError {
     /// See [`NoRandomness`].
     #[error(transparent)]
     NoRandomness(#[from] NoRandomness),
+    /// The account or the credential was shut out since it proved itself.
+    #[error("shut out meanwhile")]
+    ShutOut,
 }
 
 /// What a refresh token was good for.
@@ -72,17 +76,27 @@ pub async fn begin(
     now: OffsetDateTime,
 ) -> Result<(Uuid, OffsetDateTime, SecretString), RefreshError> {
     let (family, ends, token) = (Uuid::new_v4(), now + LIFETIME, secret::generate(Kind::Refresh)?);
+    // Whoever shuts the account out meanwhile waits, or was faster and has changed what is asked for here.
+    let lock = format!(
+        "SELECT FROM auth.users WHERE id = $2 AND {OPEN} AND valid_after IS NOT DISTINCT FROM $3 FOR SHARE"
+    );
     let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
-                  VALUES ($1, $2, $3, $4, $5, $6)";
-    db::within(async {
-        let connection = pool.get().await?;
+                  SELECT $1, $2, $3, $4, $5, $6 \
+                  WHERE $4::uuid = $3::uuid OR EXISTS (SELECT FROM auth.credentials WHERE id = $4)";
+    let begun = db::within(async {
+        let mut connection = pool.get().await?;
         connection.execute("DELETE FROM auth.refresh_tokens WHERE expires_at < $1", &[&now]).await?;
+        let transaction = connection.transaction().await?;
         let (hash, account) = (secret::hash(&token), user.client.uuid());
-        connection.execute(insert, &[&hash, &family, &account, &credential, &scope, &ends]).await?;
-        Ok::<_, DbError>(())
-    })
-    .await?;
-    Ok((family, ends, token))
+        if transaction.query_opt(&lock, &[&now, &account, &user.valid_after]).await?.is_none() {
+            return Ok(0);
+        }
+        let parameters: [&(dyn ToSql + Sync); 6] = [&hash, &family, &account, &credential, &scope, &ends];
+        let inserted = transaction.execute(insert, &parameters).await?;
+        transaction.commit().await?;
+        Ok::<_, DbError>(inserted)
+    });
+    if begun.await? == 1 { Ok((family, ends, token)) } else { Err(RefreshError::ShutOut) }
 }
 
 /// Uses a refresh token, for a client that has proved to be `client`, or that has proved nothing, and that asks for a
@@ -113,6 +127,19 @@ pub async fn spend(
         let mut connection = pool.get().await?;
         let transaction = connection.transaction().await?;
         let hash = secret::hash(token);
+        lock(&transaction, &hash).await?;
+        let select =
+            "SELECT family, account, used_at IS NOT NULL AS used FROM auth.refresh_tokens WHERE hash = $1";
+        let Some(known) = transaction.query_opt(select, &[&hash]).await? else { return Ok(Outcome::Unknown) };
+        if known.get("used") {
+            let (family, account): (Uuid, Uuid) = (known.get("family"), known.get("account"));
+            transaction.execute("DELETE FROM auth.refresh_tokens WHERE family = $1", &[&family]).await?;
+            revocation::within(&transaction, &[family], now).await?;
+            let ended = event(Action::TokenRevoked, *from, account.into(), now);
+            audit::insert(&transaction, &[ended]).await?;
+            transaction.commit().await?;
+            return Ok(Outcome::Reused(account.into()));
+        }
         if let Some(row) = transaction.query_opt(&spend, &[&now, &hash, &client]).await? {
             let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
                           SELECT $1, family, account, credential, scope, expires_at \
@@ -126,19 +153,17 @@ pub async fn spend(
             let (family, ends) = (row.get("family"), row.get("ends"));
             return Ok(Outcome::Good(Box::new(Refreshed { user, family, scope, ends, next })));
         }
-        let select =
-            "SELECT family, account FROM auth.refresh_tokens WHERE hash = $1 AND used_at IS NOT NULL";
-        let reused = transaction.query_opt(select, &[&hash]).await?;
-        let Some(row) = reused else { return Ok(Outcome::Unknown) };
-        let family: Uuid = row.get("family");
-        transaction.execute("DELETE FROM auth.refresh_tokens WHERE family = $1", &[&family]).await?;
-        revocation::within(&transaction, &[family], now).await?;
-        let account = row.get::<_, Uuid>("account").into();
-        audit::insert(&transaction, &[event(Action::TokenRevoked, *from, account, now)]).await?;
-        transaction.commit().await?;
-        Ok::<_, DbError>(Outcome::Reused(account))
+        Ok::<_, DbError>(Outcome::Unknown)
     });
     Ok(outcome.await?)
+}
+
+/// Takes the account of a refresh token, as the registry does before it touches any: two never wait for each other, and
+/// who ends a family sees its latest token.
+async fn lock(transaction: &Transaction<'_>, hash: &[u8]) -> Result<(), tokio_postgres::Error> {
+    let lock = "SELECT FROM auth.users WHERE id = (SELECT account FROM auth.refresh_tokens WHERE hash = $1) \
+                FOR NO KEY UPDATE";
+    transaction.execute(lock, &[&hash]).await.map(drop)
 }
 
 fn event(action: Action, who: Who, account: ClientId, now: OffsetDateTime) -> Event {
@@ -160,7 +185,9 @@ pub async fn end(
         let transaction = connection.transaction().await?;
         let delete = "DELETE FROM auth.refresh_tokens WHERE family = \
                       (SELECT family FROM auth.refresh_tokens WHERE hash = $1 AND account = $2) RETURNING family";
-        let families = transaction.query(delete, &[&secret::hash(token), &account]).await?;
+        let hash = secret::hash(token);
+        lock(&transaction, &hash).await?;
+        let families = transaction.query(delete, &[&hash, &account]).await?;
         if let Some(row) = families.first() {
             revocation::within(&transaction, &[row.get(0)], now).await?;
         }

@@ -7,6 +7,7 @@ mod identities;
 use deadpool_postgres::{Pool, Transaction};
 use dermflow_http::answer::Problem;
 use dermflow_schemas::{
+    clock,
     error::{ApiError, Code},
     id::ClientId,
 };
@@ -372,7 +373,9 @@ async fn insert(
     act: &Act<'_>,
     new: &NewAccount<'_>,
 ) -> Result<(ClientId, SecretString), RegistryError> {
-    if !valid_name(new.name) {
+    // What could be taken for another account's id, or for a deleted one.
+    let misleads = new.name.starts_with("deleted-") || Uuid::parse_str(new.name).is_ok();
+    if !valid_name(new.name) || misleads {
         return Err(RegistryError::BadName);
     }
     check_contact(new.contact)?;
@@ -388,7 +391,8 @@ async fn insert(
     if inserted == 0 {
         return Err(RegistryError::Exists(new.name.into()));
     }
-    act.note(transaction, id).await?;
+    let event = act.event(Some(id)).with(json!({ "role": role }));
+    audit::insert(transaction, &[event]).await?;
     Ok((id.into(), password))
 }
 
@@ -474,10 +478,10 @@ pub async fn change(
     change: &Change,
     now: OffsetDateTime,
 ) -> Result<(), RegistryError> {
-    let action = match change.disabled {
-        Some(true) => Action::UserDisabled,
-        Some(false) => Action::UserEnabled,
-        None => Action::UserChanged,
+    let action = match (change.role, change.disabled) {
+        (None, Some(true)) => Action::UserDisabled,
+        (None, Some(false)) => Action::UserEnabled,
+        _ => Action::UserChanged,
     };
     let act = Act { actor, action, who, now };
     act.run(pool, async |transaction| {
@@ -485,10 +489,18 @@ pub async fn change(
         check_expiry(change.expires_at.flatten(), now)?;
         change.quota.check().map_err(|text| RegistryError::BadValue("quota", text))?;
         let id = find(transaction, who).await?;
-        let loses_access =
-            change.disabled == Some(true) || change.role.is_some_and(|role| role != Role::Administrator);
-        if loses_access {
+        let now = clock::now();
+        let select = "SELECT role FROM auth.users WHERE id = $1";
+        let old: String = transaction.query_one(select, &[&id]).await?.get(0);
+        let new_role = change.role.filter(|role| role.as_str() != old);
+        let loses_access = change.disabled == Some(true) || new_role.is_some();
+        if change.disabled == Some(true) || new_role.is_some_and(|role| role != Role::Administrator) {
             keep_an_administrator(transaction, id).await?;
+        }
+        if new_role.is_some() {
+            // They are for an integrator only, who has none yet; and their tokens are for the old role.
+            let delete = "DELETE FROM auth.credentials WHERE account = $1";
+            transaction.execute(delete, &[&id]).await?;
         }
         let QuotaChange { jobs, bytes, running, weight, requests, images } = change.quota;
         let update = "UPDATE auth.users SET role = coalesce($2, role), \
@@ -524,7 +536,12 @@ pub async fn change(
         if loses_access {
             forget(transaction, id).await?;
         }
-        act.note(transaction, id).await
+        let event = act.event(Some(id)).with(json!({
+            "role": change.role, "disabled": change.disabled, "contact": change.contact.is_some(),
+            "expires_at": change.expires_at.map(|at| at.map(OffsetDateTime::unix_timestamp)),
+            "quota": change.quota,
+        }));
+        Ok(audit::insert(transaction, &[event]).await?)
     })
     .await
 }
@@ -577,7 +594,7 @@ pub async fn set_password(
         }
         let update = "UPDATE auth.users SET password_hash = $2, \
                       valid_after = greatest($3, valid_after + interval '1 second') WHERE id = $1";
-        transaction.execute(update, &[&id, &hash, &now]).await?;
+        transaction.execute(update, &[&id, &hash, &clock::now()]).await?;
         forget(transaction, id).await?;
         act.note(transaction, id).await
     })
@@ -599,7 +616,7 @@ pub async fn revoke_all(
     act.run(pool, async |transaction| {
         let id = find(transaction, who).await?;
         let update = "UPDATE auth.users SET valid_after = greatest($2, valid_after + interval '1 second') WHERE id = $1";
-        transaction.execute(update, &[&id, &now]).await?;
+        transaction.execute(update, &[&id, &clock::now()]).await?;
         forget(transaction, id).await?;
         act.note(transaction, id).await
     })
@@ -686,6 +703,9 @@ async fn add(
 ) -> Result<Given, RegistryError> {
     check_text("label", label, 100, "a label has 1 to 100 characters, none of them a control character")?;
     check_expiry(expires_at, act.now)?;
+    // No token outlives its credential.
+    let expired = "DELETE FROM auth.credentials WHERE account = $1 AND expires_at <= $2";
+    transaction.execute(expired, &[&account, &act.now]).await?;
     let select = "SELECT role = 'integrator' AS client, (SELECT count(*) FROM auth.credentials WHERE account = $1) \
                   FROM auth.users WHERE id = $1";
     let row = transaction.query_one(select, &[&account]).await?;
@@ -760,9 +780,9 @@ impl Act<'_> {
             transaction.commit().await?;
             Ok(done)
         });
-        let done = done.await;
+        let done: Result<T, RegistryError> = done.await;
         match &done {
-            Ok(_) | Err(RegistryError::Db(_)) => {}
+            Ok(_) => {}
             Err(error) => self.note_failure(pool, error.code()).await,
         }
         done

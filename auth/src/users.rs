@@ -232,6 +232,21 @@ async fn find(
     .await
 }
 
+/// Whether an account that has proved itself may still sign in, and has not been shut out since it was read.
+///
+/// # Errors
+/// When the database is away.
+pub async fn is_unchanged(pool: &Pool, user: &User, now: OffsetDateTime) -> Result<bool, DbError> {
+    let select =
+        format!("SELECT FROM auth.users WHERE id = $2 AND {OPEN} AND valid_after IS NOT DISTINCT FROM $3");
+    db::within(async {
+        let connection = pool.get().await?;
+        let select = connection.prepare_cached(&select).await?;
+        Ok(connection.query_opt(&select, &[&now, &user.client.uuid(), &user.valid_after]).await?.is_some())
+    })
+    .await
+}
+
 /// Notes that an account and, if it was not its password, one of its credentials was used, to the hour: who reads
 /// which accounts are unused needs no more, and signing in should not cost a write each time.
 ///

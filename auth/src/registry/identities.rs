@@ -95,6 +95,7 @@ pub async fn unlink(
 ) -> Result<(), RegistryError> {
     let act = Act { actor, action: Action::IdentityUnlinked, who, now };
     act.run(pool, async |transaction| {
+        identity.check()?;
         let account = find(transaction, who).await?;
         let delete =
             "DELETE FROM auth.external_identities WHERE account = $1 AND issuer = $2 AND subject = $3 RETURNING id";

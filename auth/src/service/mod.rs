@@ -24,7 +24,7 @@ use axum::{Router, middleware::from_fn_with_state, response::Response};
 use deadpool_postgres::Pool;
 use dermflow_auth::{
     audit::trail::{self, Trail},
-    db::DatabaseOptions,
+    db::{self, DatabaseOptions},
     password::{Hasher, Peppers},
     throttle::Throttle,
     users::{self, Doorkeeper},
@@ -34,7 +34,12 @@ use dermflow_http::{
     dress::dressed,
     serve::{bind, https_or, mutual_tls_config},
 };
-use dermflow_schemas::{error::Code, limits::STAFF_CONNECTIONS, process::shutdown_requested};
+use dermflow_schemas::{
+    error::Code,
+    limits::{CLOCK_INTERVAL, STAFF_CONNECTIONS},
+    process::shutdown_requested,
+};
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -68,6 +73,7 @@ pub(crate) async fn run(
     let tls = mutual_tls_config(&options.tls_cert, &options.tls_key, &options.staff_ca)?;
     let pool = database.pool("auth", STAFF_CONNECTIONS)?;
     users::migrate(&pool).await?;
+    db::follow_clock(&pool).await?;
     let metrics = Metrics::new()?;
     let (routes, api) = routes().split_for_parts();
     let service = Arc::new(Service {
@@ -88,19 +94,35 @@ pub(crate) async fn run(
         let service = handshakes.clone();
         async move { audited::handshake(&service, source, &error).await }
     };
-    let tasks = [
-        tokio::spawn(trail::count(service.trail.clone(), stop.clone())),
-        tokio::spawn(https_or(listener, tls, router(routes, service), refused, stop.clone())),
-    ];
+    // Refusals are counted until the last request has ended.
+    let counting = CancellationToken::new();
+    let counter = tokio::spawn(trail::count(service.trail.clone(), counting.clone()));
+    let timekeeper = tokio::spawn(keep_time(service.pool.clone(), stop.clone()));
+    let server = tokio::spawn(https_or(listener, tls, router(routes, service), refused, stop.clone()));
     tracing::info!(listen = %address, "ready for staff");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     shutdown_requested().await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
-    for task in tasks {
-        task.await?;
+    server.await?;
+    counting.cancel();
+    timekeeper.await?;
+    Ok(counter.await?)
+}
+
+/// Goes by the database's clock, as ingress does, which judges by what is written here.
+async fn keep_time(pool: Pool, stop: CancellationToken) {
+    let mut tick = interval(CLOCK_INTERVAL);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        if let Err(error) = db::follow_clock(&pool).await {
+            tracing::debug!(%error, "the last correction of the clock holds");
+        }
     }
-    Ok(())
 }
 
 /// The whole API, and the document that describes it.

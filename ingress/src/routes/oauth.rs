@@ -20,12 +20,13 @@ use dermflow_auth::{
     refresh::{self, Outcome, RefreshError},
     revocation, scope,
     token::{self, Grant},
-    users::{ROLES, Role},
+    users::{self, ROLES, Role},
 };
 use dermflow_schemas::{clock, error::Code, id::ClientId, limits::MAX_FORM_BYTES};
 use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
@@ -78,6 +79,7 @@ impl From<RefreshError> for Refusal {
         match error {
             RefreshError::Db(error) => error.into(),
             RefreshError::NoRandomness(error) => Self::Api(internal(&error)),
+            RefreshError::ShutOut => INVALID_CLIENT,
         }
     }
 }
@@ -243,11 +245,15 @@ pub(crate) async fn granted(
     tracing::info!(client = %user.client, offline, "signed in");
     let login = Deeds::one(Action::Login, Some(Object::account(user.client)), json!({}));
     if !offline {
-        return Ok(login.of(tokens(app, user.grant(credential, ends, scope), None)?));
+        // The token is from before the look: what is shut out after it is later than the token.
+        if !users::is_unchanged(app.store.pool(), &user, now).await? {
+            return Err(INVALID_CLIENT);
+        }
+        return Ok(login.of(tokens(app, user.grant(credential, ends, scope), None, now)?));
     }
     let (family, until, refresh) = refresh::begin(app.store.pool(), user, credential, &scope, now).await?;
     let ends = ends.map_or(until, |ends| ends.min(until));
-    Ok(login.of(tokens(app, user.grant(family, Some(ends), scope), Some(refresh))?))
+    Ok(login.of(tokens(app, user.grant(family, Some(ends), scope), Some(refresh), now)?))
 }
 
 async fn refreshed(
@@ -259,8 +265,8 @@ async fn refreshed(
     let spent = form.secret("refresh_token").ok_or(invalid_request("refresh_token is missing."))?;
     let client = proof.map(|proof| proof.user.client.uuid());
     let (asked, _) = without_offline(form.get("scope"));
-    let (pool, who) = (app.store.pool(), origin.who());
-    let refreshed = match refresh::spend(pool, &spent, client, asked.as_deref(), &who, clock::now()).await? {
+    let (pool, who, now) = (app.store.pool(), origin.who(), clock::now());
+    let refreshed = match refresh::spend(pool, &spent, client, asked.as_deref(), &who, now).await? {
         Outcome::Good(refreshed) => refreshed,
         Outcome::TooWide => return Err(INVALID_SCOPE),
         Outcome::Reused(client) => {
@@ -272,12 +278,17 @@ async fn refreshed(
     };
     origin.is(refreshed.user.client);
     let grant = refreshed.user.grant(refreshed.family, Some(refreshed.ends), refreshed.scope);
-    tokens(app, grant, Some(refreshed.next))
+    tokens(app, grant, Some(refreshed.next), now)
 }
 
 /// RFC 6749 §5.1; `expires_in_minutes` is what clients of the device API read.
-fn tokens(app: &App, grant: Grant, refresh: Option<SecretString>) -> Result<Response, Refusal> {
-    let (now, scope) = (clock::now(), grant.scope.clone());
+fn tokens(
+    app: &App,
+    grant: Grant,
+    refresh: Option<SecretString>,
+    now: OffsetDateTime,
+) -> Result<Response, Refusal> {
+    let scope = grant.scope.clone();
     let seconds = grant.ends.map_or(token::LIFETIME.as_secs(), |ends| {
         u64::try_from((ends - now).whole_seconds()).unwrap_or(0).min(token::LIFETIME.as_secs())
     });
