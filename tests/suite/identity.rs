@@ -128,7 +128,11 @@ async fn what_is_revoked_is_refused_everywhere_within_a_second() -> Result<()> {
     refused("a revoked token", &one).await?;
     assert_eq!(two.get("/jobs").await?.status, 200, "another token of the same secret");
     let stranger = lab.register("stranger").await?;
-    assert_eq!(form(&stranger, "/oauth/revoke", &[("token", two.token())]).await?.status, 200);
+    let in_vain = form(&stranger, "/oauth/revoke", &[("token", two.token())]).await?;
+    assert_eq!(in_vain.status, 200);
+    assert!(!in_vain.header("ratelimit").is_empty(), "it counts like any other request");
+    let ended = "SELECT count(*) FROM auth.audit WHERE action = 'token-revoked'";
+    assert_eq!(lab.count(ended).await?, 1, "the stranger has ended nothing");
 
     let own = secret(&lab, "demo")?;
     let held = fresh(&own).await?;
@@ -142,6 +146,14 @@ async fn what_is_revoked_is_refused_everywhere_within_a_second() -> Result<()> {
     let after = fresh(&others).await?;
     lab.auth(&["user", "revoke", "demo"])?;
     refused("a token from before the end of all sessions", &after).await?;
+
+    // Another role has other means: the secret of the old one opens nothing.
+    lab.register("mover").await?;
+    let moved = secret(&lab, "mover")?;
+    let before = fresh(&moved).await?;
+    lab.auth(&["user", "change", "mover", "--role", "auditor"])?;
+    refused("a token of another role", &before).await?;
+    assert_eq!(token(&demo, &moved, "").await?.status, 401);
 
     let last = fresh(&others).await?;
     assert!(lab.auth(&["user", "delete", "demo"]).is_err(), "not without consent");
@@ -180,6 +192,15 @@ async fn a_refresh_token_is_good_once() -> Result<()> {
         (400, &json!("invalid_grant")),
         "without the client's secret"
     );
+    let wider = [
+        ("grant_type", "refresh_token"),
+        ("refresh_token", old.as_str()),
+        ("client_id", &credential[0]),
+        ("client_secret", &credential[2]),
+        ("scope", "system/DiagnosticReport.crds"),
+    ];
+    let wider = form(&demo.clone().with_token(""), "/oauth/token", &wider).await?;
+    assert_eq!((wider.status, &wider.body["error"]), (400, &json!("invalid_scope")), "and it is good still");
     let second = refresh(&old, &credential[2]).await?;
     assert_eq!((second.status, &second.body["scope"]), (200, &json!("system/DiagnosticReport.rs")));
     let held = with(demo, &second);
@@ -190,6 +211,9 @@ async fn a_refresh_token_is_good_once() -> Result<()> {
     assert_eq!((reused.status, &reused.body["error"]), (400, &json!("invalid_grant")));
     let next = second.body["refresh_token"].as_str().unwrap_or_default();
     assert_eq!(refresh(next, &credential[2]).await?.status, 400, "the family is ended");
+    let ended = "SELECT count(*) FROM auth.audit WHERE action = 'token-revoked' AND outcome = 'success' \
+                 AND client IS NOT NULL";
+    assert_eq!(lab.count(ended).await?, 1, "and the account is named");
     let dead = async || (held.get("/jobs").await.ok()?.status == 401).then_some(());
     eventually("its access token is refused", SOON, dead).await?;
 
