@@ -67,7 +67,7 @@ pub enum Outcome {
 /// as well, and when it ends.
 ///
 /// # Errors
-/// When the database is away.
+/// [`RefreshError::ShutOut`] when the account or the credential has lost its access since; when the database is away.
 pub async fn begin(
     pool: &Pool,
     user: User,

@@ -498,7 +498,7 @@ pub async fn change(
             keep_an_administrator(transaction, id).await?;
         }
         if new_role.is_some() {
-            // They are for an integrator only, who has none yet; and their tokens are for the old role.
+            // Only an integrator has any: whoever was one must not get tokens of the new role with them.
             let delete = "DELETE FROM auth.credentials WHERE account = $1";
             transaction.execute(delete, &[&id]).await?;
         }
