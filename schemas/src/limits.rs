@@ -275,6 +275,12 @@ pub const BULK_LOOK: Duration = Duration::from_secs(1);
 /// open that comes while the client's jobs in flight are at their limit, and an ack that is on its way, or a
 /// job that was stored this moment, would be missed.
 pub const BULK_MOMENT: Duration = Duration::from_millis(2);
+/// After which an idle worker asks again who had more jobs and then none within [`BULK_MOMENT`]: the broker may have had
+/// to read a block of the stream first, or another worker's ack has made room. Twice as long each time, up to
+/// [`BULK_RETRY_MAX`].
+pub const BULK_RETRY: Duration = Duration::from_millis(2);
+/// See [`BULK_RETRY`].
+pub const BULK_RETRY_MAX: Duration = Duration::from_millis(64);
 /// Clients that a worker asks in vain before it looks at the other lines again.
 pub const BULK_PROBES: u32 = 4;
 

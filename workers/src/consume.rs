@@ -8,11 +8,15 @@ use std::{
 };
 
 use async_nats::jetstream::{AckKind, Message};
-use dermflow_schemas::{id::ClientId, queue};
+use dermflow_schemas::{
+    id::ClientId,
+    limits::{BULK_RETRY, BULK_RETRY_MAX},
+    queue,
+};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task::{JoinError, JoinSet},
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -50,6 +54,8 @@ pub struct Consumer {
     slot: Option<Slot>,
     /// Attempts; of a bulk job with its client.
     running: JoinSet<Option<ClientId>>,
+    /// When to ask clients that are held again, while there is nothing else to do, and how long after that.
+    retry: (Instant, Duration),
 }
 
 impl Consumer {
@@ -70,6 +76,7 @@ impl Consumer {
             places: Arc::new(Semaphore::new(count.get() + 1)),
             slot: None,
             running: JoinSet::new(),
+            retry: (Instant::now(), BULK_RETRY),
         }
     }
 
@@ -85,6 +92,7 @@ impl Consumer {
                 Some(ended) = self.running.join_next() => self.ended(ended),
                 news = self.watch.next() => self.learn(news),
                 answer = next(&mut self.pulls) => self.heard(answer).await,
+                () = sleep_until(self.retry.0), if self.slot.is_some() && self.schedule.has_held() => self.retry(),
             }
         }
         tracing::info!(jobs = self.running.len(), "draining");
@@ -125,12 +133,17 @@ impl Consumer {
         match news {
             News::Woken(client) => self.schedule.wake(client),
             News::Look(clients) => {
-                for client in clients {
-                    self.schedule.wake(client);
+                if let Some(clients) = clients {
+                    self.schedule.look_at(&clients);
                 }
                 self.schedule.look(Line::Due);
             }
         }
+    }
+
+    fn retry(&mut self) {
+        self.schedule.retry();
+        self.retry.1 = (2 * self.retry.1).min(BULK_RETRY_MAX);
     }
 
     fn ended(&mut self, ended: Result<Option<ClientId>, JoinError>) {
@@ -148,10 +161,14 @@ impl Consumer {
 
     async fn heard(&mut self, answer: Answer) {
         match answer {
-            Answer::Nothing(source) => self.schedule.nothing(source),
+            Answer::Nothing(source) => {
+                self.schedule.nothing(source);
+                self.retry.0 = Instant::now() + self.retry.1;
+            }
             Answer::Mended(line) => self.schedule.look(line),
             Answer::Job(message, place) => {
                 let source = self.note(&message);
+                self.retry.1 = BULK_RETRY;
                 match place.or_else(|| self.places.clone().try_acquire_owned().ok()) {
                     Some(place) => self.start(*message, source, place),
                     None => give_back(&message).await,

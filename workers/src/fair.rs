@@ -112,10 +112,7 @@ impl Fair {
         self.taken += 1;
         // Other workers' acks make room too, and nobody tells of them.
         if self.taken >= BULK_PROBES {
-            self.taken = 0;
-            for client in std::mem::take(&mut self.held) {
-                self.ended(client);
-            }
+            self.retry();
         }
     }
 
@@ -128,6 +125,30 @@ impl Fair {
                 share.pass = share.pass.max(now);
             }
         });
+    }
+
+    /// Whether a client is held.
+    pub fn has_held(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Who is held may have a job by now.
+    pub fn retry(&mut self) {
+        self.taken = 0;
+        for client in std::mem::take(&mut self.held) {
+            self.ended(client);
+        }
+    }
+
+    /// These, and no others, have jobs, be it with workers.
+    pub fn look(&mut self, clients: &HashSet<ClientId>) {
+        for client in clients {
+            self.wake(*client);
+        }
+        // Who is not among them and gets a job meanwhile is woken.
+        for (_, share) in self.clients.iter_mut().filter(|(client, _)| !clients.contains(client)) {
+            share.more = false;
+        }
     }
 
     /// Makes sure that there is a share, at the present virtual time when it was not waiting. Returns false when
@@ -271,6 +292,19 @@ pub(crate) mod tests {
         assert_eq!(fair.next(), None);
         fair.ended(client(0));
         assert_eq!(fair.next(), Some(client(0)));
+    }
+
+    #[test]
+    fn who_has_no_jobs_left_is_not_asked_again() {
+        let mut fair = with_backlog(2);
+        fair.asked(client(0));
+        fair.took(client(0), 1, true);
+        fair.look(&HashSet::from([client(1)]));
+        fair.asked(client(0));
+        fair.nothing(client(0));
+        assert!(!fair.has_held());
+        fair.retry();
+        assert_eq!(fair.next(), Some(client(1)));
     }
 
     #[test]

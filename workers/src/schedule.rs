@@ -1,5 +1,7 @@
 //! Whom to ask for the next job. Pure: no clock, no broker.
 
+use std::collections::HashSet;
+
 use dermflow_schemas::{
     id::ClientId,
     job::Lane,
@@ -145,6 +147,21 @@ impl Schedule {
     /// An attempt at a client's bulk job is over.
     pub fn ended(&mut self, client: ClientId) {
         self.bulk.ended(client);
+    }
+
+    /// Whether a client is held: there were more jobs when its last one came, and then none was to be had.
+    pub fn has_held(&self) -> bool {
+        self.bulk.has_held()
+    }
+
+    /// Who is held may have a job by now.
+    pub fn retry(&mut self) {
+        self.bulk.retry();
+    }
+
+    /// These, and no other clients, have bulk jobs, be it with workers.
+    pub fn look_at(&mut self, clients: &HashSet<ClientId>) {
+        self.bulk.look(clients);
     }
 
     /// The line may have a job. Clients are woken one by one.

@@ -7,7 +7,7 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
-use dermflow_schemas::limits::{BULK_FLOOR, BULK_LOOK, BULK_MOMENT};
+use dermflow_schemas::limits::{BULK_FLOOR, BULK_LOOK, BULK_MOMENT, BULK_RETRY, BULK_RETRY_MAX};
 
 use crate::{
     fair::{
@@ -23,6 +23,8 @@ const MS: Time = 1_000;
 const SECOND: Time = 1_000_000;
 /// A wake-up on its way to a worker, a request and its answer, an ack on its way back.
 const HOP: Time = 200;
+const RETRY: Time = BULK_RETRY.as_micros() as Time;
+const RETRY_MAX: Time = BULK_RETRY_MAX.as_micros() as Time;
 
 struct Rng(u64);
 
@@ -51,6 +53,8 @@ struct Worker {
     schedule: Schedule,
     work: Time,
     idle: bool,
+    /// After which it asks again who is held.
+    pause: Time,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,6 +65,8 @@ enum Event {
     Wake(usize, usize),
     /// A worker looks at the stream.
     Look(usize),
+    /// A worker asks again who is held.
+    Retry(usize),
     /// A worker's executor is free.
     Free(usize),
     /// A worker's ack of a client's job is at the broker.
@@ -81,6 +87,8 @@ struct World {
     done: Vec<(Time, usize)>,
     /// Per cent of wake-ups that are lost.
     lost: u64,
+    /// Per cent of requests that the broker cannot answer in time.
+    slow: u64,
     /// A planted defect: whichever client the schedule names, the first one with jobs is served.
     first_served: bool,
 }
@@ -89,7 +97,12 @@ impl World {
     fn new(seed: u64, workers: usize, work: impl Fn(&mut Rng) -> Time) -> Self {
         let mut rng = Rng(seed);
         let workers = (0..workers)
-            .map(|_| Worker { schedule: Schedule::new(rng.next()), work: work(&mut rng), idle: false })
+            .map(|_| Worker {
+                schedule: Schedule::new(rng.next()),
+                work: work(&mut rng),
+                idle: false,
+                pause: RETRY,
+            })
             .collect();
         let mut world = Self {
             rng,
@@ -102,6 +115,7 @@ impl World {
             interactive: 0,
             done: Vec::new(),
             lost: 0,
+            slow: 0,
             first_served: false,
         };
         for worker in 0..world.workers.len() {
@@ -150,17 +164,20 @@ impl World {
                 self.rouse(worker);
             }
             Event::Look(worker) => {
-                let found: Vec<usize> = self
-                    .clients
-                    .iter()
-                    .filter_map(|(n, c)| (c.waiting + c.in_flight > 0).then_some(*n))
-                    .collect();
-                for n in found {
-                    self.workers[worker].schedule.wake(client(n));
-                }
+                let found = self.clients.iter().filter(|(_, c)| c.waiting + c.in_flight > 0);
+                let found = found.map(|(n, _)| client(*n)).collect();
+                self.workers[worker].schedule.look_at(&found);
                 self.workers[worker].schedule.look(Line::Due);
                 self.rouse(worker);
                 self.plan(self.now + BULK_LOOK.as_micros() as Time, Event::Look(worker));
+            }
+            Event::Retry(worker) => {
+                let Worker { schedule, pause, idle, .. } = &mut self.workers[worker];
+                if *idle && schedule.has_held() {
+                    schedule.retry();
+                    *pause = (2 * *pause).min(RETRY_MAX);
+                    self.rouse(worker);
+                }
             }
             Event::Free(worker) => {
                 self.workers[worker].idle = true;
@@ -178,7 +195,12 @@ impl World {
     fn rouse(&mut self, worker: usize) {
         let mut asking = 0;
         while self.workers[worker].idle {
-            let Some(source) = self.workers[worker].schedule.next(|_| true) else { return };
+            let Some(source) = self.workers[worker].schedule.next(|_| true) else {
+                if self.workers[worker].schedule.has_held() {
+                    self.plan(self.now + asking + self.workers[worker].pause, Event::Retry(worker));
+                }
+                return;
+            };
             self.workers[worker].schedule.asked(source);
             asking += HOP;
             let job = match source {
@@ -193,9 +215,9 @@ impl World {
                 self.workers[worker].schedule.nothing(source);
                 continue;
             };
-            let Worker { schedule, work, idle } = &mut self.workers[worker];
+            let Worker { schedule, work, idle, pause } = &mut self.workers[worker];
             schedule.took(source, weight, more);
-            *idle = false;
+            (*idle, *pause) = (false, RETRY);
             let done = self.now + asking + *work;
             self.plan(done, Event::Free(worker));
             if source.line() == Line::Bulk {
@@ -212,7 +234,8 @@ impl World {
         let first = self.clients.iter().filter(|(_, c)| c.waiting > 0).map(|(n, _)| *n).min();
         let n = first.filter(|_| self.first_served).unwrap_or(n);
         let consumer = self.clients.get_mut(&n)?;
-        if consumer.waiting == 0 || consumer.in_flight >= consumer.max_ack_pending {
+        let is_slow = self.slow > 0 && self.rng.between(1, 100) <= self.slow;
+        if is_slow || consumer.waiting == 0 || consumer.in_flight >= consumer.max_ack_pending {
             return None;
         }
         consumer.waiting -= 1;
@@ -348,6 +371,24 @@ fn a_client_at_its_limit_is_neither_stalled_nor_in_the_way() {
         let (limited, other) = (served[0] / per_worker, served[1] / per_worker);
         assert!(limited + other > 0.9 * workers as f64, "DERMFLOW_SEED={seed}: {limited} + {other}");
         assert!(limited > 0.5 * limit as f64, "DERMFLOW_SEED={seed}: {limited} of {limit}");
+    });
+}
+
+/// A broker that often has to read first: the workers lose moments, not the time until their next look.
+#[test]
+fn a_slow_broker_costs_moments() {
+    for_seeds(50, |seed| {
+        let mut rng = Rng(seed);
+        let (clients, workers) = (rng.between(1, 4) as usize, rng.between(1, 8));
+        let work = rng.between(20, 200) * MS;
+        let mut world = World::new(rng.next(), workers as usize, |_| work);
+        world.slow = rng.between(5, 30);
+        (0..clients).for_each(|n| world.client(n, 1, 0, 1_000_000));
+        world.run_until(31 * SECOND);
+        let all: Vec<usize> = (0..clients).collect();
+        let served: f64 = world.served(&all, SECOND, 31 * SECOND).iter().sum();
+        let most = (30 * SECOND * workers / work) as f64;
+        assert!(served > 0.8 * most, "DERMFLOW_SEED={seed}: {served} of {most}");
     });
 }
 

@@ -1,5 +1,7 @@
 //! Which clients have bulk jobs: wake-ups from ingress, and a look at the stream for what they missed.
 
+use std::collections::HashSet;
+
 use async_nats::{Client, jetstream::Context};
 use dermflow_schemas::{
     id::ClientId,
@@ -19,7 +21,7 @@ pub enum News {
     /// This client has a new job.
     Woken(ClientId),
     /// The time of a look, and the clients that had jobs then; none when the broker did not answer.
-    Look(Vec<ClientId>),
+    Look(Option<HashSet<ClientId>>),
 }
 
 /// Listens and looks until it is dropped.
@@ -65,12 +67,12 @@ async fn look(context: Context, news: Sender<News>) {
     loop {
         tick.tick().await;
         let clients = match timeout(PULL_ANSWER, queue::clients_with_bulk(&context)).await {
-            Ok(Ok(clients)) => clients,
+            Ok(Ok(clients)) => Some(clients.into_iter().collect()),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "no look at the stream");
-                Vec::new()
+                None
             }
-            Err(_) => Vec::new(),
+            Err(_) => None,
         };
         if news.send(News::Look(clients)).await.is_err() {
             return;
