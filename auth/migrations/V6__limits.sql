@@ -11,7 +11,7 @@ CREATE TABLE auth.login_guesses (
     level         double precision NOT NULL,  -- guesses that count at the time `at`
     failures      integer NOT NULL,           -- in a row
     at            timestamptz NOT NULL,
-    blocked_until timestamptz NOT NULL,
+    blocked_until timestamptz NOT NULL,       -- or 'epoch': callers' clocks are not in the order of their turns
     expires_at    timestamptz NOT NULL
 );
 CREATE INDEX login_guesses_expiry ON auth.login_guesses (expires_at);
@@ -36,7 +36,7 @@ $$;
 -- same time do not all pass.
 CREATE FUNCTION auth.login_count(counted bytea, hourly double precision, now timestamptz)
 RETURNS void LANGUAGE sql AS $$
-    INSERT INTO auth.login_guesses AS g VALUES (counted, 1, 0, now, now, now + interval '1 hour' / hourly)
+    INSERT INTO auth.login_guesses AS g VALUES (counted, 1, 0, now, 'epoch', now + interval '1 hour' / hourly)
     ON CONFLICT (key) DO UPDATE SET
         level = auth.login_level(g, hourly, now) + 1, at = greatest(now, g.at),
         expires_at = greatest(g.blocked_until,
@@ -56,6 +56,8 @@ CREATE FUNCTION auth.login_admit(
 DECLARE
     guesses auth.login_guesses;
 BEGIN
+    -- A crash of the server may forget the guesses of its last second; a login costs others no flush.
+    PERFORM set_config('synchronous_commit', 'off', true);
     known := EXISTS (SELECT FROM auth.login_sources s WHERE s.key = pair AND s.expires_at > now);
     -- Who has no row yet could pass in any number at once.
     PERFORM pg_advisory_xact_lock(hashtextextended(encode(CASE WHEN known THEN pair ELSE account END, 'hex'), 0));
@@ -96,6 +98,7 @@ CREATE FUNCTION auth.login_settle(
     free integer, longest interval, remembered interval, sources integer, now timestamptz
 ) RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = auth, pg_temp AS $$
 BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
     IF outcome = 'wrong' THEN
         UPDATE auth.login_guesses g SET
             failures = g.failures + 1,
@@ -112,7 +115,7 @@ BEGIN
         UPDATE auth.login_guesses g SET level = greatest(0, g.level - 1) WHERE g.key = source;
     END IF;
     IF outcome = 'right' THEN
-        UPDATE auth.login_guesses g SET failures = 0, blocked_until = now, expires_at = now + interval '1 hour'
+        UPDATE auth.login_guesses g SET failures = 0, blocked_until = 'epoch', expires_at = now + interval '1 hour'
         WHERE g.key = pair;
         INSERT INTO auth.login_sources AS s VALUES (pair, account, now + remembered)
         ON CONFLICT (key) DO UPDATE SET expires_at = excluded.expires_at

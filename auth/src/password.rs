@@ -6,12 +6,15 @@ use std::{
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use argon2::{
-    Algorithm, Argon2, Params, ParamsBuilder, Version,
-    password_hash::{PasswordHasher, PasswordVerifier, phc::PasswordHash},
+    Algorithm, Argon2, Block, Params, ParamsBuilder, Version,
+    password_hash::{
+        PasswordHasher,
+        phc::{Output, PasswordHash},
+    },
 };
 use base64::{
     Engine,
@@ -19,6 +22,10 @@ use base64::{
 };
 use dermflow_schemas::process::read_secret;
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use thread_priority::{
+    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy, set_thread_priority_and_policy,
+    thread_native_id,
+};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     time::timeout,
@@ -34,7 +41,10 @@ const PASSES: u32 = 2;
 const QUEUE_DEADLINE: Duration = Duration::from_secs(2);
 /// Logins in hand for each thread: what it hashes within about a second. The next one is told to come back.
 const PLACES: usize = 24;
-/// How much the threads that hash stand back behind everybody else (nice(2)): logins wait rather than analyses.
+/// In a flood of logins a thread rests as long as it hashed, but no longer than this: what follows a right password,
+/// and the caches, are others' as well.
+const LONGEST_REST: Duration = Duration::from_millis(50);
+/// How much a login that is alone stands back behind everybody else (nice(2)).
 const NICE: i32 = 15;
 /// The longest password that is hashed, after NFKC; a longer one is wrong.
 pub const MAX_PASSWORD_BYTES: usize = 1_024;
@@ -178,15 +188,21 @@ pub struct Verdict {
     pub rehashed: Option<String>,
 }
 
-type Work = Box<dyn FnOnce() + Send>;
+/// What a thread hashes in. It keeps it: so much memory, asked for and given back each time, would stall others.
+type Memory = Vec<Block>;
+type Work = Box<dyn FnOnce(&mut Memory) + Send>;
 
-/// Hashes and checks passwords, on as many threads as there are cores but one. They yield to every other thread.
+/// Hashes and checks passwords, as many at once as there are cores but one. All other work goes before logins; where
+/// more than one is in hand, they get only what is left over.
 #[derive(Debug, Clone)]
 pub struct Hasher {
     peppers: Peppers,
     places: Arc<Semaphore>,
-    threads: Arc<Semaphore>,
-    work: mpsc::Sender<Work>,
+    /// How many places there are.
+    all: usize,
+    turns: Arc<Semaphore>,
+    alone: mpsc::Sender<Work>,
+    crowd: mpsc::Sender<Work>,
     /// What a login for an unknown user is checked against, so that it takes the same time.
     decoy: Arc<str>,
 }
@@ -203,17 +219,11 @@ impl Hasher {
     pub fn new(peppers: Peppers) -> Result<Self, PasswordError> {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let count = cores.saturating_sub(1).max(1);
-        let (work, queue) = mpsc::channel::<Work>();
-        let queue = Arc::new(Mutex::new(queue));
-        for n in 0..count {
-            let queue = queue.clone();
-            let run = move || hash_on(&queue);
-            let thread = thread::Builder::new().name(format!("hash-{n}"));
-            thread.spawn(run).map_err(|_| PasswordError::Failed)?;
-        }
         let decoy = hash(&generate()?, &peppers)?.into();
-        let (places, threads) = (Semaphore::new(count * PLACES).into(), Semaphore::new(count).into());
-        Ok(Self { peppers, places, threads, work, decoy })
+        let all = count * PLACES;
+        let (places, turns) = (Semaphore::new(all).into(), Semaphore::new(count).into());
+        let (alone, crowd) = (threads(1, "login", stand_back)?, threads(count, "logins", stand_aside)?);
+        Ok(Self { peppers, places, all, turns, alone, crowd, decoy })
     }
 
     /// Takes a place among the logins in hand, before anything is done for one.
@@ -227,35 +237,66 @@ impl Hasher {
     /// Whether `password` matches `stored`, a PHC string. Without `stored` the answer is no, and takes as long.
     ///
     /// # Errors
-    /// [`PasswordError::Busy`] when no thread was free within 2 s.
+    /// [`PasswordError::Busy`] when its turn did not come within 2 s.
     pub async fn verify(
         &self,
         _place: Place,
         password: SecretString,
         stored: Option<String>,
     ) -> Result<Verdict, PasswordError> {
-        let turn = self.threads.clone().acquire_owned();
+        let turn = self.turns.clone().acquire_owned();
         let permit = timeout(QUEUE_DEADLINE, turn).await.map_err(|_| PasswordError::Busy)?;
         let (decoy, peppers) = (self.decoy.clone(), self.peppers.clone());
+        let is_alone = self.places.available_permits() + 1 == self.all;
         let (tell, told) = oneshot::channel();
-        let check = move || {
+        let check = move |memory: &mut Memory| {
             let _permit = permit;
+            let begun = Instant::now();
             // Nobody listens when the caller hung up.
-            let _ = tell.send(judge(&password, stored.as_deref(), &decoy, &peppers));
+            let _ = tell.send(judge(&password, stored.as_deref(), &decoy, &peppers, memory));
+            if !is_alone {
+                thread::sleep(begun.elapsed().min(LONGEST_REST));
+            }
         };
-        self.work.send(Box::new(check)).map_err(|_| PasswordError::Failed)?;
+        let threads = if is_alone { &self.alone } else { &self.crowd };
+        threads.send(Box::new(check)).map_err(|_| PasswordError::Failed)?;
         told.await.map_err(|_| PasswordError::Failed)?
     }
 }
 
-fn hash_on(queue: &Mutex<mpsc::Receiver<Work>>) {
-    // On Linux a priority is a thread's own. Where it cannot be lowered, hashing has its full share.
+/// For a login that is alone: a small share of a busy machine, so that who has work under way can sign in. On Linux
+/// this is a thread's own. Where it cannot be had, hashing has its full share.
+fn stand_back() {
     let _ = rustix::process::setpriority_process(None, NICE);
-    loop {
-        let Ok(work) = queue.lock().unwrap_or_else(PoisonError::into_inner).recv() else { return };
-        // The panic hook has told where; the caller is told that it failed, by the channel that closes.
-        let _ = catch_unwind(AssertUnwindSafe(work));
+}
+
+/// For a flood of logins: what nobody else wants, and it gives way at once (SCHED_IDLE, sched(7)). The way back would
+/// need a privilege, so these threads are others than the one for logins that are alone.
+fn stand_aside() {
+    let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+    let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle);
+}
+
+/// Threads that take work from one queue, until its sender is gone.
+fn threads(count: usize, name: &str, prepare: fn()) -> Result<mpsc::Sender<Work>, PasswordError> {
+    let (work, queue) = mpsc::channel::<Work>();
+    let queue = Arc::new(Mutex::new(queue));
+    for n in 0..count {
+        let queue = queue.clone();
+        let run = move || {
+            prepare();
+            let mut memory = Memory::new();
+            loop {
+                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let Ok(work) = next else { return };
+                // The panic hook has told where; the caller is told that it failed, by the channel that closes.
+                let _ = catch_unwind(AssertUnwindSafe(|| work(&mut memory)));
+            }
+        };
+        let thread = thread::Builder::new().name(format!("{name}-{n}"));
+        thread.spawn(run).map_err(|_| PasswordError::Failed)?;
     }
+    Ok(work)
 }
 
 fn judge(
@@ -263,8 +304,9 @@ fn judge(
     stored: Option<&str>,
     decoy: &str,
     peppers: &Peppers,
+    memory: &mut Memory,
 ) -> Result<Verdict, PasswordError> {
-    let right = matches(password, stored.unwrap_or(decoy), peppers)? && stored.is_some();
+    let right = matches(password, stored.unwrap_or(decoy), peppers, memory)? && stored.is_some();
     let outdated = right && stored.is_some_and(|stored| peppers.is_outdated(stored));
     let rehashed = outdated.then(|| hash(password, peppers)).transpose()?;
     Ok(Verdict { right, rehashed })
@@ -284,13 +326,28 @@ pub fn hash(password: &SecretString, peppers: &Peppers) -> Result<String, Passwo
     Ok(hash.to_string())
 }
 
-fn matches(password: &SecretString, stored: &str, peppers: &Peppers) -> Result<bool, PasswordError> {
+fn matches(
+    password: &SecretString,
+    stored: &str,
+    peppers: &Peppers,
+    memory: &mut Memory,
+) -> Result<bool, PasswordError> {
     let password = normalise(password);
     if password.len() > MAX_PASSWORD_BYTES {
         return Ok(false);
     }
     let stored = PasswordHash::new(stored).map_err(|_| PasswordError::Failed)?;
-    Ok(peppers.of(&stored)?.verify_password(password.as_bytes(), &stored).is_ok())
+    let (Some(salt), Some(expected)) = (&stored.salt, &stored.hash) else {
+        return Err(PasswordError::Failed);
+    };
+    let (hasher, mut output) = (peppers.of(&stored)?, [0; Output::MAX_LENGTH]);
+    let output = &mut output[..expected.len()];
+    memory.resize(hasher.params().block_count(), Block::default());
+    hasher
+        .hash_password_into_with_memory(password.as_bytes(), salt, output, memory)
+        .map_err(|_| PasswordError::Failed)?;
+    // Outputs compare in constant time.
+    Output::new(output).map(|output| output == *expected).map_err(|_| PasswordError::Failed)
 }
 
 /// A password with 192 random bits, 32 characters long.
@@ -318,6 +375,10 @@ mod tests {
 
     async fn verify(hasher: &Hasher, password: &str, stored: Option<&str>) -> Result<Verdict, PasswordError> {
         hasher.verify(hasher.place().unwrap(), password.into(), stored.map(str::to_owned)).await
+    }
+
+    fn matches(password: &SecretString, stored: &str, peppers: &Peppers) -> Result<bool, PasswordError> {
+        super::matches(password, stored, peppers, &mut Memory::new())
     }
 
     const WRONG: Verdict = Verdict { right: false, rehashed: None };

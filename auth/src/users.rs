@@ -263,7 +263,9 @@ pub async fn used(
                 UPDATE auth.users SET last_used_at = $2 WHERE id = $1 \
                 AND (last_used_at IS NULL OR last_used_at < $2::timestamptz - interval '1 hour')";
     db::within(async {
-        pool.get().await?.execute(note, &[&account.uuid(), &now, &credential]).await?;
+        let connection = pool.get().await?;
+        let note = connection.prepare_cached(note).await?;
+        connection.execute(&note, &[&account.uuid(), &now, &credential]).await?;
         Ok(())
     })
     .await

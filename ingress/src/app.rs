@@ -31,6 +31,8 @@ pub(crate) struct App {
     pub(crate) trail: Trail,
     pub(crate) rates: Rates,
     pub(crate) doorkeeper: Doorkeeper,
+    /// For signing in, beside the store's.
+    pub(crate) sign_ins: Pool,
     pub(crate) keyring: Keyring,
     pub(crate) nats: async_nats::Client,
     pub(crate) publisher: Publisher,

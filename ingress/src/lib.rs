@@ -56,7 +56,7 @@ use dermflow_auth::{
 };
 use dermflow_http::serve::{self, tls_config};
 use dermflow_schemas::{
-    limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS},
+    limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
     process::shutdown_requested,
     queue::{self, Publisher},
     seal::Keyring,
@@ -86,6 +86,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let peppers = options.pepper.load()?;
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
+    let sign_ins = options.database.pool("ingress", SIGN_IN_CONNECTIONS)?;
     prepare(&store).await?;
     timekeeper::follow(&store).await;
     let nats =
@@ -107,6 +108,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         trail,
         rates: Rates::default(),
         doorkeeper: Doorkeeper { throttle: Throttle::new(&peppers), hasher: Hasher::new(peppers)? },
+        sign_ins,
         keyring,
         nats,
         publisher: Publisher::new(context),

@@ -177,6 +177,28 @@ async fn strangers_get_a_hundred_guesses_an_hour_and_the_owner_is_let_in() -> Re
     lab.stop().await
 }
 
+// Callers take their turn at an account in another order than that of their clocks: who signs in rightly is not in the
+// way of one that read its clock a moment earlier, and known or not makes no difference.
+#[tokio::test(flavor = "multi_thread")]
+async fn right_passwords_at_once_are_in_nobodys_way() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let pool = lab.pool("dermflow_ingress")?;
+    let throttle = Throttle::new(&Peppers::default());
+    let (late, home) = (clock::now(), address(200));
+    let early = late - Duration::from_millis(300);
+    for round in 0..3 {
+        let first = granted(throttle.admit(&pool, "demo", home, late).await?).context("the late one")?;
+        let second = granted(throttle.admit(&pool, "demo", home, early).await?)
+            .with_context(|| format!("beside it, round {round}"))?;
+        throttle.settle(&pool, first, Outcome::Right, late).await?;
+        let third = granted(throttle.admit(&pool, "demo", home, early).await?)
+            .with_context(|| format!("after it, round {round}"))?;
+        throttle.settle(&pool, second, Outcome::Right, early).await?;
+        throttle.settle(&pool, third, Outcome::Right, early).await?;
+    }
+    lab.stop().await
+}
+
 // Wrong passwords at one source: five, then a pause that doubles. A source that tries many names runs out, too; what
 // was not checked does not count, and guesses at the same time do not slip through.
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 //! `POST /login`: a name and a password for an access token.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Extension, Form,
@@ -57,8 +57,11 @@ pub(crate) async fn post(
 ) -> Result<Response, Refusal> {
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let Credentials { username, password, scope } = read(headers, bytes).await?;
-    let (pool, now) = (app.store.pool(), clock::now());
+    let (pool, now) = (&app.sign_ins, clock::now());
     let user = users::authenticate(pool, &app.doorkeeper, &username, password, source, now).await;
+    if let Err(UserError::Password(PasswordError::Busy)) = user {
+        return Err(Problem::from(ApiError::from(Code::Overloaded).after(pause())).into());
+    }
     // Asked whatever comes of it, so that both take the same time.
     origin.claims(audit::account_named(pool, &username).await?);
     let user = user.map_err(unavailable)?.ok_or_else(|| {
@@ -76,10 +79,14 @@ async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> 
     Ok(form.0)
 }
 
+/// When to come back who found no place: at different times, or they would all find the same again.
+fn pause() -> Duration {
+    Duration::from_secs(fastrand::u64(1..=10))
+}
+
 fn unavailable(error: UserError) -> Problem {
     match error {
         UserError::Db(error) => error.into(),
-        UserError::Password(PasswordError::Busy) => Code::Overloaded.into(),
         UserError::Throttled(wait) => {
             tracing::info!("login throttled");
             ApiError::from(Code::LoginThrottled).after(wait).into()

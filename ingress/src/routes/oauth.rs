@@ -148,7 +148,7 @@ async fn client(
     if ways.iter().filter(|way| **way).count() > 1 {
         return Err(invalid_request("A client proves itself in one way only."));
     }
-    let (pool, now) = (app.store.pool(), clock::now());
+    let (pool, now) = (&app.sign_ins, clock::now());
     let proof = if let Some(assertion) = form.get("client_assertion") {
         if form.get("client_assertion_type") != Some(ASSERTION) {
             return Err(invalid_request("client_assertion_type is not that of a JWT."));
@@ -246,12 +246,12 @@ pub(crate) async fn granted(
     let login = Deeds::one(Action::Login, Some(Object::account(user.client)), json!({}));
     if !offline {
         // The token is from before the look: what is shut out after it is later than the token.
-        if !users::is_unchanged(app.store.pool(), &user, now).await? {
+        if !users::is_unchanged(&app.sign_ins, &user, now).await? {
             return Err(INVALID_CLIENT);
         }
         return Ok(login.of(tokens(app, user.grant(credential, ends, scope), None, now)?));
     }
-    let (family, until, refresh) = refresh::begin(app.store.pool(), user, credential, &scope, now).await?;
+    let (family, until, refresh) = refresh::begin(&app.sign_ins, user, credential, &scope, now).await?;
     let ends = ends.map_or(until, |ends| ends.min(until));
     Ok(login.of(tokens(app, user.grant(family, Some(ends), scope), Some(refresh), now)?))
 }
@@ -265,7 +265,7 @@ async fn refreshed(
     let spent = form.secret("refresh_token").ok_or(invalid_request("refresh_token is missing."))?;
     let client = proof.map(|proof| proof.user.client.uuid());
     let (asked, _) = without_offline(form.get("scope"));
-    let (pool, who, now) = (app.store.pool(), origin.who(), clock::now());
+    let (pool, who, now) = (&app.sign_ins, origin.who(), clock::now());
     let refreshed = match refresh::spend(pool, &spent, client, asked.as_deref(), &who, now).await? {
         Outcome::Good(refreshed) => refreshed,
         Outcome::TooWide => return Err(INVALID_SCOPE),
@@ -335,7 +335,7 @@ pub(crate) async fn revoke(
     let form = Form::read(&app, &headers, body).await?;
     let account = holder(&app, &origin, &counted, &headers, &form).await?;
     let revoked = form.secret("token").ok_or(invalid_request("token is missing."))?;
-    let (pool, now) = (app.store.pool(), clock::now());
+    let (pool, now) = (&app.sign_ins, clock::now());
     let is_ended = match app.tokens.verify(revoked.expose_secret(), now) {
         Ok(caller) if caller.client.uuid() == account => {
             revocation::revoke(pool, &[caller.jti], now).await?;
@@ -368,7 +368,7 @@ pub(crate) async fn introspect(
     let now = clock::now();
     let inactive = || answer::json(json!({ "active": false }));
     let Ok(caller) = app.tokens.verify(token.expose_secret(), now) else {
-        let described = refresh::describe(app.store.pool(), &token, account, now).await?;
+        let described = refresh::describe(&app.sign_ins, &token, account, now).await?;
         return Ok(described.map_or_else(inactive, |refresh| {
             answer::json(json!({
                 "active": true, "iss": app.public_url, "sub": account, "client_id": account,

@@ -53,7 +53,7 @@ pub(crate) async fn logins() -> Result<()> {
     for n in 1..=BLOCKS {
         let calm = p99(&open_loop(lab.client(), &body, PER_SECOND, BLOCK).await?)?;
         let stop = Arc::new(AtomicBool::new(false));
-        let storm = tokio::spawn(storm(lab.client().clone(), users.clone(), stop.clone()));
+        let storm = tokio::spawn(storm(Client::new(&lab.ca(), &lab.url(0))?, users.clone(), stop.clone()));
         sleep(Duration::from_secs(1)).await;
         let busy = p99(&open_loop(lab.client(), &body, PER_SECOND, BLOCK).await?)?;
         stop.store(true, Ordering::Relaxed);
@@ -102,6 +102,9 @@ async fn storm(
             let mut statuses = Vec::new();
             while !stop.load(Ordering::Relaxed) {
                 let answer = client.try_login(&name, &password).await?;
+                if ![200, 503].contains(&answer.status) {
+                    println!("{} {}", answer.status, answer.text);
+                }
                 statuses.push(answer.status);
                 if let Ok(pause) = answer.header("retry-after").parse() {
                     sleep(Duration::from_secs(pause)).await;
