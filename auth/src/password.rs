@@ -270,7 +270,7 @@ fn stand_back() {
     let _ = rustix::process::setpriority_process(None, NICE);
 }
 
-/// For a flood of logins: what nobody else wants, and it gives way at once (SCHED_IDLE, sched(7)). The way back would
+/// For a flood of logins: what nobody else wants, and it gives way at once (`SCHED_IDLE`, sched(7)). The way back would
 /// need a privilege, so these threads are others than the one for logins that are alone.
 fn stand_aside() {
     let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);

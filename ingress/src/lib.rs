@@ -196,13 +196,16 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     operators.access.refresh(operators.store.pool()).await;
     let address = options.listen.into();
     let listener = serve::bind("listen", address).await?;
-    let stop = CancellationToken::new();
-    let followers = operators.providers.start(&stop);
+    // Refusals are counted, and revocations followed, until the last request has ended.
+    let (stop_following, stop) = (CancellationToken::new(), CancellationToken::new());
+    let followers = operators.providers.start(&stop_following);
     let tasks = [
-        tokio::spawn(access::run(operators.clone(), stop.clone())),
+        tokio::spawn(access::run(operators.clone(), stop_following.clone())),
+        tokio::spawn(timekeeper::run(operators.store.clone(), stop_following.clone())),
+        tokio::spawn(trail::count(operators.trail.clone(), stop_following.clone())),
+    ];
+    let requests = [
         tokio::spawn(dead::resume(operators.clone(), stop.clone())),
-        tokio::spawn(timekeeper::run(operators.store.clone(), stop.clone())),
-        tokio::spawn(trail::count(operators.trail.clone(), stop.clone())),
         tokio::spawn(serve::https(listener, tls, routes::operators(operators), stop.clone())),
     ];
     tracing::info!(listen = %address, "ready for operators");
@@ -210,6 +213,10 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     shutdown_requested().await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
+    for task in requests {
+        task.await?;
+    }
+    stop_following.cancel();
     for task in tasks.into_iter().chain(followers) {
         task.await?;
     }

@@ -168,6 +168,40 @@ async fn what_is_revoked_is_refused_everywhere_within_a_second() -> Result<()> {
     lab.stop().await
 }
 
+// Staff shuts an account out while a login of it is under way: its password was right, and the note of its use waits
+// here for the account's row. Neither an access token nor a refresh token comes of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_shut_out_while_signing_in_stays_out() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let staff = lab.pool("dermflow_auth")?;
+    let mut connection = staff.get().await?;
+    for (name, scope) in [("late-0", ""), ("late-1", "offline_access")] {
+        let password = lab.auth(&["user", "create", name])?;
+        let transaction = connection.transaction().await?;
+        transaction.query("SELECT FROM auth.users WHERE username = $1 FOR UPDATE", &[&name]).await?;
+        let client = lab.client().clone();
+        let login = tokio::spawn(async move {
+            let fields = [("username", name), ("password", password.trim()), ("scope", scope)];
+            form(&client.with_token(""), "/login", &fields).await
+        });
+        let waits = "SELECT count(*) FROM pg_stat_activity \
+                     WHERE wait_event_type = 'Lock' AND query LIKE '%SET last_used_at%'";
+        let waits = async || (lab.count(waits).await.ok()? > 0).then_some(());
+        eventually("the login waits", SOON, waits).await?;
+        let shut_out = "UPDATE auth.users SET valid_after = now() WHERE username = $1";
+        transaction.execute(shut_out, &[&name]).await?;
+        transaction.commit().await?;
+        let answer = login.await??;
+        assert_eq!(
+            (answer.status, &answer.body["error"]),
+            (401, &json!("invalid_client")),
+            "{}",
+            answer.text
+        );
+    }
+    lab.stop().await
+}
+
 // RFC 9700 section 4.14.2: each refresh token is good once, and the second use of one ends all that came of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refresh_token_is_good_once() -> Result<()> {
