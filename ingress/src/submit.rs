@@ -55,7 +55,8 @@ pub(crate) struct Submission {
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) job: JobId,
-    ended: bool,
+    /// It had ended when it was submitted again.
+    pub(crate) ended: bool,
     wake_up: Option<Subscriber>,
 }
 
