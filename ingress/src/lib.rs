@@ -54,7 +54,10 @@ use dermflow_auth::{
     token::Tokens,
     users::Doorkeeper,
 };
-use dermflow_http::serve::{self, tls_config};
+use dermflow_http::{
+    certificate::ServerCertificate,
+    serve::{self, tls_config},
+};
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
     process::shutdown_requested,
@@ -81,7 +84,8 @@ use crate::{
 /// # Errors
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let tls = tls_config(&options.tls_cert, &options.tls_key)?;
+    let certificate = ServerCertificate::open(&options.tls_cert, &options.tls_key)?;
+    let tls = tls_config(certificate.clone())?;
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let peppers = options.pepper.load()?;
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
@@ -96,6 +100,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
     let (commits, entries) = Commits::new();
     let metrics = Metrics::new()?;
+    certificate.register(&metrics.registry)?;
     let public_url = options.public_url.as_str();
     let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
     let trail = Trail::start(store.pool().clone(), metrics.audit_lost.clone());
@@ -137,6 +142,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
         tokio::spawn(timekeeper::run(app.store.clone(), stop_recording.clone())),
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(certificate.follow(stop_recording.clone())),
         tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
     ];
     let followers = app.providers.start(&stop_recording);
@@ -173,7 +179,8 @@ async fn prepare(store: &Store) -> anyhow::Result<()> {
 /// # Errors
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
-    let tls = tls_config(&options.tls_cert, &options.tls_key)?;
+    let certificate = ServerCertificate::open(&options.tls_cert, &options.tls_key)?;
+    let tls = tls_config(certificate.clone())?;
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
     prepare(&store).await?;
@@ -203,6 +210,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
         tokio::spawn(access::run(operators.clone(), stop_following.clone())),
         tokio::spawn(timekeeper::run(operators.store.clone(), stop_following.clone())),
         tokio::spawn(trail::count(operators.trail.clone(), stop_following.clone())),
+        tokio::spawn(certificate.follow(stop_following.clone())),
     ];
     let requests = [
         tokio::spawn(dead::resume(operators.clone(), stop.clone())),

@@ -1,8 +1,8 @@
 //! Every metric, described once. Prometheus text format on the internal listener.
 
+use dermflow_http::metrics::{self, add};
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder, core::Collector,
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
 /// From a millisecond to the longest wait.
@@ -14,7 +14,7 @@ const GROUP_SIZES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
 /// The metrics of an ingress process.
 #[derive(Debug, Clone)]
 pub(crate) struct Metrics {
-    registry: Registry,
+    pub(crate) registry: Registry,
     /// Answers by route, method and status.
     pub(crate) requests: IntCounterVec,
     /// Time to answer by route.
@@ -113,15 +113,6 @@ impl Metrics {
 
     /// The exposition.
     pub(crate) fn render(&self) -> Vec<u8> {
-        let mut text = Vec::new();
-        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
-            tracing::error!(%error, "metrics cannot be rendered");
-        }
-        text
+        metrics::render(&self.registry)
     }
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
 }

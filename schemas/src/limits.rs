@@ -141,6 +141,8 @@ pub const BROKER_COMMANDS: usize = 32;
 pub const DATABASE_DEADLINE: Duration = Duration::from_secs(2);
 /// Connections to PostgreSQL per ingress process.
 pub const DATABASE_CONNECTIONS: usize = 16;
+/// Between two looks at the certificate's files.
+pub const CERTIFICATE_LOOK: Duration = Duration::from_secs(1);
 /// Connections beside them for signing in, so that nobody's record waits behind logins.
 pub const SIGN_IN_CONNECTIONS: usize = 4;
 /// The broker's largest message; a sealed payload that does not fit goes through the object store.

@@ -14,7 +14,7 @@ use deadpool_postgres::Pool;
 use dermflow_auth::db::DatabaseOptions;
 use dermflow_local::{
     nats::{ADMIN, Nats, Settings},
-    pki::{self, Identity},
+    pki::{self, Identity, Pki},
     ports,
     postgres::{Postgres, SUPERUSER},
     process::{Process, Signal},
@@ -433,6 +433,19 @@ impl Lab {
     /// The folder of the keys that sign access tokens.
     pub fn signing_keys(&self) -> PathBuf {
         self.stack.pki.signing_keys.clone()
+    }
+
+    /// The keys and certificates.
+    pub fn pki(&self) -> &Pki {
+        &self.stack.pki
+    }
+
+    /// Puts a new server certificate in the place of the one that is served.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn renew_certificate(&self) -> Result<()> {
+        Pki::prepare(&self.stack.state).map(drop)
     }
 
     /// A TLS client that speaks these versions only.

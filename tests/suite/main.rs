@@ -11,6 +11,7 @@ mod batches;
 mod dead;
 mod fairness;
 mod faults;
+mod https;
 mod idempotency;
 mod identity;
 mod limits;

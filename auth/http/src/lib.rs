@@ -4,6 +4,8 @@
 //! This crate knows neither routes nor callers: `ingress` serves clients with it, `auth` serves staff.
 
 pub mod answer;
+pub mod certificate;
 pub mod dress;
 mod linger;
+pub mod metrics;
 pub mod serve;

@@ -31,7 +31,7 @@ use hyper_util::{
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    pki_types::CertificateDer,
     server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
     version::TLS13,
 };
@@ -43,6 +43,8 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+
+use crate::certificate::{ServerCertificate, chain};
 
 /// HTTP/2 flow-control windows: with the defaults an upload of megabytes takes a round trip every 64 KiB.
 const STREAM_WINDOW: u32 = 1024 * 1024;
@@ -76,6 +78,9 @@ pub enum TlsError {
     /// Certificate and key do not belong together, or are of no known kind.
     #[error("certificate and key: {0}")]
     Pair(#[from] rustls::Error),
+    /// The metrics cannot be made.
+    #[error("metrics of the certificate: {0}")]
+    Metrics(#[from] prometheus::Error),
     /// There is no CA to trust.
     #[error("the CA of clients: {0}")]
     Clients(#[from] VerifierBuilderError),
@@ -84,10 +89,10 @@ pub enum TlsError {
 /// TLS 1.2 and 1.3 with rustls's suites, all of them AEAD with forward secrecy; ALPN h2 and http/1.1.
 ///
 /// # Errors
-/// When certificate or key cannot be read or do not match.
-pub fn tls_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
+/// When rustls has none of this.
+pub fn tls_config(certificate: Arc<ServerCertificate>) -> Result<Arc<ServerConfig>, TlsError> {
     let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
-    let mut config = builder.with_no_client_auth().with_single_cert(chain(certificate)?, private(key)?)?;
+    let mut config = builder.with_no_client_auth().with_cert_resolver(certificate);
     config.alpn_protocols = alpn();
     Ok(Arc::new(config))
 }
@@ -97,10 +102,9 @@ pub fn tls_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, T
 /// Every connection proves it anew: a resumed session would outlive the certificate.
 ///
 /// # Errors
-/// As [`tls_config`], and when `clients` holds no certificate of a CA.
+/// When `clients` holds no certificate of a CA.
 pub fn mutual_tls_config(
-    certificate: &Path,
-    key: &Path,
+    certificate: Arc<ServerCertificate>,
     clients: &Path,
 ) -> Result<Arc<ServerConfig>, TlsError> {
     let mut roots = RootCertStore::empty();
@@ -109,33 +113,19 @@ pub fn mutual_tls_config(
     }
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build()?;
     let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
-    let mut config =
-        builder.with_client_cert_verifier(verifier).with_single_cert(chain(certificate)?, private(key)?)?;
+    let mut config = builder.with_client_cert_verifier(verifier).with_cert_resolver(certificate);
     config.alpn_protocols = alpn();
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
 fn alpn() -> Vec<Vec<u8>> {
     vec![b"h2".to_vec(), b"http/1.1".to_vec()]
-}
-
-fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let certificates = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
-    certificates.map_err(|error| pem(path, &error))
-}
-
-fn private(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    PrivateKeyDer::from_pem_file(path).map_err(|error| pem(path, &error))
-}
-
-fn pem(path: &Path, error: &rustls::pki_types::pem::Error) -> TlsError {
-    TlsError::Pem(path.display().to_string(), error.to_string())
 }
 
 /// Serves `router` over HTTPS until `stop`, then lets requests in flight finish.

@@ -7,8 +7,9 @@ use axum::{
     middleware::Next,
     response::Response,
 };
+use dermflow_http::metrics::{self, add};
 use dermflow_schemas::error::Code;
-use prometheus::{Encoder, IntCounter, IntCounterVec, Opts, Registry, TextEncoder, core::Collector};
+use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 
 use super::Service;
 
@@ -31,7 +32,7 @@ const REFUSALS: [Code; 11] = [
 /// The metrics of the process.
 #[derive(Debug, Clone)]
 pub(super) struct Metrics {
-    registry: Registry,
+    pub(super) registry: Registry,
     /// Answers by route, method and status.
     requests: IntCounterVec,
     /// Refused attempts, by reason: an alarm when they rise.
@@ -69,17 +70,8 @@ impl Metrics {
 
     /// The exposition.
     pub(super) fn render(&self) -> Vec<u8> {
-        let mut text = Vec::new();
-        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
-            tracing::error!(%error, "metrics cannot be rendered");
-        }
-        text
+        metrics::render(&self.registry)
     }
-}
-
-fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
 }
 
 /// Counts an answer.
