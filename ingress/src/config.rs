@@ -22,6 +22,10 @@ pub struct Options {
     /// The origin that clients see, `https://host[:port]`: in links, redirects and tokens.
     #[arg(long, env = "DERMFLOW_PUBLIC_URL", default_value = "https://localhost:8443")]
     pub public_url: Origin,
+    /// Open connections of one IPv4 address or IPv6 /64, per listener; behind a balancer that hides its clients'
+    /// addresses, those of all of them.
+    #[arg(long, env = "DERMFLOW_NETWORK_CONNECTIONS", default_value_t = limits::NETWORK_CONNECTIONS)]
+    pub network_connections: usize,
     /// Certificate chain (PEM).
     #[arg(long, env = "DERMFLOW_TLS_CERT")]
     pub tls_cert: PathBuf,

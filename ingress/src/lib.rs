@@ -56,10 +56,11 @@ use dermflow_auth::{
 };
 use dermflow_http::{
     certificate::ServerCertificate,
+    crowd::Crowd,
     serve::{self, tls_config},
 };
 use dermflow_schemas::{
-    limits::{DATABASE_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
+    limits::{DATABASE_CONNECTIONS, NETWORK_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
     process::shutdown_requested,
     queue::{self, Publisher},
     seal::Keyring,
@@ -101,6 +102,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (commits, entries) = Commits::new();
     let metrics = Metrics::new()?;
     certificate.register(&metrics.registry)?;
+    let turned_away = metrics.turned_away.clone();
     let public_url = options.public_url.as_str();
     let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
     let trail = Trail::start(store.pool().clone(), metrics.audit_lost.clone());
@@ -146,10 +148,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
     ];
     let followers = app.providers.start(&stop_recording);
+    let crowd = || Crowd::new(options.network_connections, turned_away.clone());
     let listeners = [
-        tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), stop.clone())),
-        tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), stop.clone())),
-        tokio::spawn(serve::https(internal, tls, routes::internal(app), stop.clone())),
+        tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), crowd(), stop.clone())),
+        tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), crowd(), stop.clone())),
+        tokio::spawn(serve::https(internal, tls, routes::internal(app), crowd(), stop.clone())),
     ];
     tracing::info!(listen = %options.listen, "ready");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -212,9 +215,10 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
         tokio::spawn(trail::count(operators.trail.clone(), stop_following.clone())),
         tokio::spawn(certificate.follow(stop_following.clone())),
     ];
+    let crowd = Crowd::new(NETWORK_CONNECTIONS, metrics.turned_away);
     let requests = [
         tokio::spawn(dead::resume(operators.clone(), stop.clone())),
-        tokio::spawn(serve::https(listener, tls, routes::operators(operators), stop.clone())),
+        tokio::spawn(serve::https(listener, tls, routes::operators(operators), crowd, stop.clone())),
     ];
     tracing::info!(listen = %address, "ready for operators");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

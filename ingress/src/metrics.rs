@@ -43,6 +43,8 @@ pub(crate) struct Metrics {
     pub(crate) provider_questions: IntCounterVec,
     /// Refusals that are not in the audit trail: an alarm.
     pub(crate) audit_lost: IntCounter,
+    /// Connections of networks that had as many as they may.
+    pub(crate) turned_away: IntCounter,
 }
 
 impl Metrics {
@@ -106,6 +108,13 @@ impl Metrics {
             audit_lost: add(
                 &registry,
                 IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?,
+            )?,
+            turned_away: add(
+                &registry,
+                IntCounter::new(
+                    "dermflow_connections_turned_away_total",
+                    "Connections of addresses that had as many as they may.",
+                )?,
             )?,
             registry: registry.clone(),
         })

@@ -37,6 +37,8 @@ pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
 pub const PUBLISH_MEMORY_BYTES: usize = 64 * 1024 * 1024;
 /// Open connections per listener.
 pub const MAX_CONNECTIONS: usize = 1_024;
+/// Of them, those of one network, unless ingress is told otherwise.
+pub const NETWORK_CONNECTIONS: usize = 512;
 /// Jobs that are recorded in one transaction and published together: those that came in while the group before
 /// them was on its way.
 pub const GROUP_JOBS: usize = 64;

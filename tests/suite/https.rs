@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use dermflow_schemas::limits::NETWORK_CONNECTIONS;
 use dermflow_tests::{
     client::Client,
     lab::{Lab, Setup},
@@ -18,13 +19,14 @@ use dermflow_tests::{
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// How soon a certificate that was renewed is served.
 const SOON: Duration = Duration::from_secs(5);
 const PATH: &str = "/.well-known/jwks.json";
+const TURNED_AWAY: &str = "dermflow_connections_turned_away_total";
 const REFUSED: &str = "dermflow_tls_certificate_refused_seconds";
 
 async fn connect(lab: &Lab) -> Result<TlsStream<TcpStream>> {
@@ -90,6 +92,37 @@ async fn a_renewed_certificate_is_served_and_nobody_notices() -> Result<()> {
     assert!((89.9..=90.0).contains(&(left / 86_400.0)), "{left}");
     assert_eq!(lab.metric(REFUSED).await, Some(0.0));
     lab.stop().await
+}
+
+// One address opens as many connections as it may and more: those are closed at once and counted, other addresses are
+// served, and who leaves makes room.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_does_not_take_every_connection() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let other = Client::from_source(&lab.ca(), &lab.url(0), "127.0.0.3".parse()?)?;
+    let mut open = Vec::new();
+    for _ in 0..NETWORK_CONNECTIONS {
+        open.push(from_other_address(&lab).await?);
+    }
+    let mut one_more = from_other_address(&lab).await?;
+    let closed = async || one_more.read_u8().await.is_err().then_some(());
+    eventually("one more is closed", SOON, closed).await?;
+    assert_eq!(lab.metric(TURNED_AWAY).await, Some(1.0));
+    assert_eq!(other.get(PATH).await?.status, 200);
+    drop(open);
+    let connector = TlsConnector::from(Arc::new(lab.tls(rustls::ALL_VERSIONS)?));
+    let served = async || {
+        let stream = from_other_address(&lab).await.ok()?;
+        connector.connect("localhost".try_into().ok()?, stream).await.ok().map(drop)
+    };
+    eventually("who left makes room", SOON, served).await?;
+    lab.stop().await
+}
+
+async fn from_other_address(lab: &Lab) -> Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind("127.0.0.2:0".parse()?)?;
+    Ok(socket.connect(lab.address(0)).await?)
 }
 
 // Files that do not belong together, or hold nothing, are refused, and what was served is served on.

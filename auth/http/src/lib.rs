@@ -5,6 +5,7 @@
 
 pub mod answer;
 pub mod certificate;
+pub mod crowd;
 pub mod dress;
 mod linger;
 pub mod metrics;

@@ -44,7 +44,10 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::certificate::{ServerCertificate, chain};
+use crate::{
+    certificate::{ServerCertificate, chain},
+    crowd::Crowd,
+};
 
 /// HTTP/2 flow-control windows: with the defaults an upload of megabytes takes a round trip every 64 KiB.
 const STREAM_WINDOW: u32 = 1024 * 1024;
@@ -129,8 +132,14 @@ fn alpn() -> Vec<Vec<u8>> {
 }
 
 /// Serves `router` over HTTPS until `stop`, then lets requests in flight finish.
-pub async fn https(listener: TcpListener, tls: Arc<ServerConfig>, router: Router, stop: CancellationToken) {
-    https_or(listener, tls, router, async |_, _| (), stop).await;
+pub async fn https(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    router: Router,
+    crowd: Crowd,
+    stop: CancellationToken,
+) {
+    https_or(listener, tls, router, async |_, _| (), crowd, stop).await;
 }
 
 /// The same; `refused` is told of every handshake that failed with an error of TLS, with the caller's address.
@@ -139,15 +148,15 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
     tls: Arc<ServerConfig>,
     router: Router,
     refused: impl Fn(IpAddr, rustls::Error) -> F + Clone + Send + 'static,
+    crowd: Crowd,
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(tls);
     let graceful = GracefulShutdown::new();
-    let serve = |stream: TcpStream| {
+    let serve = |stream: TcpStream, peer: SocketAddr| {
         let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
         let refused = refused.clone();
         async move {
-            let Ok(peer) = stream.peer_addr() else { return };
             let accepted = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream).into_fallible()).await;
             let stream = match accepted {
                 Ok(Ok(stream)) => stream,
@@ -191,7 +200,7 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
             }
         }
     };
-    accept(listener, stop, serve).await;
+    accept(listener, crowd, stop, serve).await;
     if timeout(INGRESS_DRAIN, graceful.shutdown()).await.is_err() {
         tracing::warn!("requests were still in flight when the time to drain ended");
     }
@@ -235,8 +244,8 @@ fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
 }
 
 /// Answers every plain request with 308 to `public_url`, without reading a body, and hangs up.
-pub async fn redirect(listener: TcpListener, public_url: Arc<str>, stop: CancellationToken) {
-    let serve = move |stream: TcpStream| {
+pub async fn redirect(listener: TcpListener, public_url: Arc<str>, crowd: Crowd, stop: CancellationToken) {
+    let serve = move |stream: TcpStream, _| {
         let public_url = public_url.clone();
         async move {
             let service = service_fn(move |request: Request<Incoming>| {
@@ -253,14 +262,16 @@ pub async fn redirect(listener: TcpListener, public_url: Arc<str>, stop: Cancell
             let _ = timeout(HEADER_TIMEOUT, served).await;
         }
     };
-    accept(listener, stop, serve).await;
+    accept(listener, crowd, stop, serve).await;
 }
 
-/// Hands each connection to its own task; [`MAX_CONNECTIONS`] at once, more wait in the kernel's queue.
+/// Hands each connection to its own task; [`MAX_CONNECTIONS`] at once, more wait in the kernel's queue. One that its
+/// network has too many of is closed at once.
 async fn accept<F: Future<Output = ()> + Send + 'static>(
     listener: TcpListener,
+    crowd: Crowd,
     stop: CancellationToken,
-    serve: impl Fn(TcpStream) -> F,
+    serve: impl Fn(TcpStream, SocketAddr) -> F,
 ) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
@@ -268,17 +279,18 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
             () = stop.cancelled() => return,
             accepted = async {
                 let permit = connections.clone().acquire_owned().await;
-                listener.accept().await.map(|(stream, _)| (stream, permit))
+                listener.accept().await.map(|accepted| (accepted, permit))
             } => accepted,
         };
         match accepted {
-            Ok((stream, permit)) => {
+            Ok(((stream, peer), permit)) => {
+                let Some(place) = crowd.admit(peer.ip()) else { continue };
                 // Nagle's algorithm would hold an HTTP/2 answer back for 40 ms.
                 let _ = stream.set_nodelay(true);
-                let connection = serve(stream);
+                let connection = serve(stream, peer);
                 tokio::spawn(async move {
                     connection.await;
-                    drop(permit);
+                    drop((permit, place));
                 });
             }
             Err(error) => {

@@ -39,6 +39,8 @@ pub(super) struct Metrics {
     refused: IntCounterVec,
     /// Refusals that are not in the audit trail: an alarm.
     pub(super) audit_lost: IntCounter,
+    /// Connections of networks that had as many as they may.
+    pub(super) turned_away: IntCounter,
 }
 
 impl Metrics {
@@ -58,6 +60,13 @@ impl Metrics {
             audit_lost: add(
                 &registry,
                 IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?,
+            )?,
+            turned_away: add(
+                &registry,
+                IntCounter::new(
+                    "dermflow_connections_turned_away_total",
+                    "Connections of addresses that had as many as they may.",
+                )?,
             )?,
             registry: registry.clone(),
         })

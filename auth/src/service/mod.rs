@@ -32,12 +32,13 @@ use dermflow_auth::{
 use dermflow_http::{
     answer::Problem,
     certificate::ServerCertificate,
+    crowd::Crowd,
     dress::dressed,
     serve::{bind, https_or, mutual_tls_config},
 };
 use dermflow_schemas::{
     error::Code,
-    limits::{CLOCK_INTERVAL, STAFF_CONNECTIONS},
+    limits::{CLOCK_INTERVAL, NETWORK_CONNECTIONS, STAFF_CONNECTIONS},
     process::shutdown_requested,
 };
 use tokio::time::{MissedTickBehavior, interval};
@@ -91,6 +92,7 @@ pub(crate) async fn run(
         api: api.to_json().context("the OpenAPI document")?,
     });
     let listener = bind("listen", address).await?;
+    let crowd = Crowd::new(NETWORK_CONNECTIONS, service.metrics.turned_away.clone());
     let stop = CancellationToken::new();
     let handshakes = service.clone();
     let refused = move |source, error| {
@@ -102,7 +104,7 @@ pub(crate) async fn run(
     let counter = tokio::spawn(trail::count(service.trail.clone(), counting.clone()));
     let follower = tokio::spawn(certificate.follow(stop.clone()));
     let timekeeper = tokio::spawn(keep_time(service.pool.clone(), stop.clone()));
-    let server = tokio::spawn(https_or(listener, tls, router(routes, service), refused, stop.clone()));
+    let server = tokio::spawn(https_or(listener, tls, router(routes, service), refused, crowd, stop.clone()));
     tracing::info!(listen = %address, "ready for staff");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     shutdown_requested().await?;

@@ -24,7 +24,7 @@ use futures_util::{TryStreamExt, future::join_all};
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     task::JoinSet,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -364,8 +364,17 @@ impl Siege {
     }
 }
 
+/// From other addresses than that of who is measured, as one may have only so many connections.
+async fn connect(address: std::net::SocketAddr) -> Result<TcpStream> {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let last = 2 + COUNT.fetch_add(1, Ordering::Relaxed) % 4;
+    let socket = TcpSocket::new_v4()?;
+    socket.bind(([127, 0, 0, last as u8], 0).into())?;
+    Ok(socket.connect(address).await?)
+}
+
 async fn handshake(address: std::net::SocketAddr, tls: &TlsConnector) -> Result<TlsStream<TcpStream>> {
-    let stream = TcpStream::connect(address).await?;
+    let stream = connect(address).await?;
     Ok(tls.connect(ServerName::try_from("localhost")?, stream).await?)
 }
 
@@ -377,7 +386,7 @@ async fn idle(address: std::net::SocketAddr, tls: &TlsConnector, arrived: &mut i
 }
 
 async fn stalled(address: std::net::SocketAddr, arrived: &mut impl FnMut()) -> Result<()> {
-    let mut stream = TcpStream::connect(address).await?;
+    let mut stream = connect(address).await?;
     // The head of a record with a ClientHello that never comes.
     stream.write_all(&[22, 3, 1, 2, 0]).await?;
     arrived();
