@@ -12,6 +12,7 @@ mod app;
 mod audited;
 mod batches;
 mod chainer;
+mod clear;
 mod commit;
 mod config;
 mod dead;
@@ -148,10 +149,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
     ];
     let followers = app.providers.start(&stop_recording);
+    let in_clear = app.clone();
+    let seen = move |request, source| clear::seen(in_clear.clone(), request, source);
     let crowd = || Crowd::new(options.network_connections, turned_away.clone());
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), crowd(), stop.clone())),
-        tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), crowd(), stop.clone())),
+        tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), seen, crowd(), stop.clone())),
         tokio::spawn(serve::https(internal, tls, routes::internal(app), crowd(), stop.clone())),
     ];
     tracing::info!(listen = %options.listen, "ready");

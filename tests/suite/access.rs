@@ -102,6 +102,42 @@ async fn plain_http_is_redirected_unread() -> Result<()> {
     lab.stop().await
 }
 
+// OWASP ASVS 5.0 4.1.2: a token that was sent in clear is redirected unprocessed, refused from then on, and in the trail;
+// another token of the same client, and words that are no token, change nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_was_sent_in_clear_is_good_no_longer() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let careless = lab.register("careless").await?;
+    let careful = Client::new(&lab.ca(), &lab.url(0))?.login("careless", &lab.password("careless")?).await?;
+    let path = format!("/fhir/_async/{}", uuid::Uuid::new_v4());
+    assert_eq!(careless.get(&path).await?.status, 404);
+    for token in ["nonsense", careless.token(), careless.token()] {
+        let authorization = format!("Authorization: Bearer {token}");
+        assert!(in_clear(&lab, "POST /jobs", &authorization).await?.starts_with("HTTP/1.1 308 "));
+        let open = if token == "nonsense" { 404 } else { 401 };
+        assert_eq!(careless.get(&path).await?.status, open);
+        assert_eq!(careful.get(&path).await?.status, 404);
+    }
+    assert!(in_clear(&lab, "POST /login", "Accept: */*").await?.starts_with("HTTP/1.1 308 "));
+    for action in ["token-revoked", "login"] {
+        let recorded = format!(
+            "SELECT count(*) FROM auth.audit WHERE action = '{action}' AND detail->>'reason' = 'sent-in-clear'"
+        );
+        assert_eq!(lab.count(&recorded).await?, 1, "{action}");
+    }
+    lab.stop().await
+}
+
+/// A plain request whose body is announced and never sent.
+async fn in_clear(lab: &Lab, line: &str, header: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(lab.plain_address()).await?;
+    let request = format!("{line} HTTP/1.1\r\nHost: localhost\r\n{header}\r\nContent-Length: 9\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
 // SRS-002: TLS 1.2 and 1.3 are spoken, plain text on the TLS port is not, and a stalled handshake is dropped
 // while others are served.
 #[tokio::test(flavor = "multi_thread")]

@@ -15,7 +15,11 @@ use std::{
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
-use axum::{Router, body::Body, http::Request};
+use axum::{
+    Router,
+    body::Body,
+    http::{Request, request::Parts},
+};
 use dermflow_schemas::limits::{HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS};
 use hyper::{
     Response, StatusCode,
@@ -243,10 +247,17 @@ fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
     if is_h2 { builder.http2_only() } else { builder.http1_only() }
 }
 
-/// Answers every plain request with 308 to `public_url`, without reading a body, and hangs up.
-pub async fn redirect(listener: TcpListener, public_url: Arc<str>, crowd: Crowd, stop: CancellationToken) {
-    let serve = move |stream: TcpStream, _| {
-        let public_url = public_url.clone();
+/// Answers every plain request with 308 to `public_url`, without reading a body, and hangs up. `seen` is told before of
+/// what came in clear, and from where.
+pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
+    listener: TcpListener,
+    public_url: Arc<str>,
+    seen: impl Fn(Parts, IpAddr) -> F + Clone + Send + 'static,
+    crowd: Crowd,
+    stop: CancellationToken,
+) {
+    let serve = move |stream: TcpStream, peer: SocketAddr| {
+        let (public_url, seen) = (public_url.clone(), seen.clone());
         async move {
             let service = service_fn(move |request: Request<Incoming>| {
                 let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
@@ -255,7 +266,11 @@ pub async fn redirect(listener: TcpListener, public_url: Arc<str>, crowd: Crowd,
                     .header(header::LOCATION, format!("{public_url}{path}"))
                     .header(header::CONNECTION, "close")
                     .body(Body::empty());
-                async move { response }
+                let seen = seen(request.into_parts().0, peer.ip());
+                async move {
+                    seen.await;
+                    response
+                }
             });
             let connection = builder(false);
             let served = connection.serve_connection(TokioIo::new(stream), service);

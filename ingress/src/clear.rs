@@ -1,0 +1,56 @@
+//! What was sent in clear: whoever was on the way has read it, so it is good no longer.
+//!
+//! Plain HTTP is answered with 308, as browsers want it, and a client that does not know better sends its next token in
+//! clear again, and again without harm that it could see (OWASP ASVS 5.0 4.1.2 wants APIs not to redirect for that
+//! reason). Here it sees that its token has ended.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::http::{HeaderMap, Method, header, request::Parts};
+use dermflow_auth::{
+    audit::{Action, Actor, Event, Object, Who},
+    revocation,
+};
+use dermflow_schemas::{clock, error::Code};
+use serde_json::json;
+
+use crate::{access::Verdict, app::App};
+
+/// Revokes an access token of ours that came in clear, and records it; of a login that came in clear, whose body nobody
+/// has read, it records that.
+pub(crate) async fn seen(app: Arc<App>, request: Parts, source: IpAddr) {
+    let now = clock::now();
+    let who = Who { actor: Actor::Unknown, source: Some(source), request: None };
+    let detail = json!({ "reason": "sent-in-clear" });
+    let signs_in = request.method == Method::POST && matches!(request.uri.path(), "/login" | "/oauth/token");
+    if signs_in {
+        tracing::warn!("a login was sent in clear");
+        app.trail
+            .refused(Event::new(Action::Login, who, now).detail(detail.clone()), Code::LoginFailed)
+            .await;
+    }
+    let Some(caller) = token(&request.headers).and_then(|token| app.tokens.verify(token, now).ok()) else {
+        return;
+    };
+    if app.access.judge(&caller) == Verdict::Revoked {
+        return;
+    }
+    let client = caller.client;
+    if let Err(error) = revocation::revoke(&app.sign_ins, &[caller.jti], now).await {
+        tracing::error!(%client, %error, "an access token was sent in clear, and is not revoked");
+        return;
+    }
+    tracing::warn!(%client, "an access token was sent in clear: it is revoked");
+    // This replica knows at once.
+    app.access.refresh(&app.sign_ins).await;
+    let event = Event::new(Action::TokenRevoked, who, now).client(Some(client));
+    let event = event.object(Some(Object::account(client))).detail(detail);
+    if app.trail.record(vec![event]).await.is_err() {
+        tracing::error!(%client, "that is not in the audit trail");
+    }
+}
+
+fn token(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, token) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token)
+}
