@@ -194,7 +194,7 @@ async fn a_providers_token_opens_a_linked_account() -> Result<()> {
         };
         eventually("an enabled account", 3 * SOON, fresh).await?
     });
-    until_status("on both replicas", SOON, &device.clone().at(&lab.url(1)), 200).await?;
+    until_status("on both replicas", 3 * SOON, &device.clone().at(&lab.url(1)), 200).await?;
     assert!(link(&lab, "unlink", "other", &provider, "device").is_err(), "another account's");
     link(&lab, "unlink", "demo", &provider, "device")?;
     refused("an unlinked subject", device).await?;
