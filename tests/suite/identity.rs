@@ -187,7 +187,7 @@ async fn who_is_shut_out_while_signing_in_stays_out() -> Result<()> {
         let waits = "SELECT count(*) FROM pg_stat_activity \
                      WHERE wait_event_type = 'Lock' AND query LIKE '%SET last_used_at%'";
         let waits = async || (lab.count(waits).await.ok()? > 0).then_some(());
-        eventually("the login waits", SOON, waits).await?;
+        eventually("the login waits", 3 * SOON, waits).await?;
         let shut_out = "UPDATE auth.users SET valid_after = now() WHERE username = $1";
         transaction.execute(shut_out, &[&name]).await?;
         transaction.commit().await?;
