@@ -41,10 +41,16 @@ const PASSES: u32 = 2;
 const QUEUE_DEADLINE: Duration = Duration::from_secs(2);
 /// Logins in hand for each thread: what it hashes within about a second. The next one is told to come back.
 const PLACES: usize = 24;
+/// How long a hash may take that gets only what is left over of the machine.
+pub const HASH_DEADLINE: Duration = Duration::from_secs(5);
+/// More in hand are a flood.
+const FEW: usize = 4;
+/// Threads that hash in a flood, however many cores there are: each keeps the memory of one hash.
+const MAX_THREADS: usize = 8;
 /// In a flood of logins a thread rests as long as it hashed, but no longer than this: what follows a right password,
 /// and the caches, are others' as well.
 const LONGEST_REST: Duration = Duration::from_millis(50);
-/// How much a login that is alone stands back behind everybody else (nice(2)).
+/// How much few logins stand back behind everybody else (nice(2)).
 const NICE: i32 = 15;
 /// The longest password that is hashed, after NFKC; a longer one is wrong.
 pub const MAX_PASSWORD_BYTES: usize = 1_024;
@@ -192,17 +198,23 @@ pub struct Verdict {
 type Memory = Vec<Block>;
 type Work = Box<dyn FnOnce(&mut Memory) + Send>;
 
-/// Hashes and checks passwords, as many at once as there are cores but one. All other work goes before logins; where
-/// more than one is in hand, they get only what is left over.
+/// Threads that hash, and a turn for each.
+#[derive(Debug, Clone)]
+struct Lane {
+    turns: Arc<Semaphore>,
+    work: mpsc::Sender<Work>,
+}
+
+/// Hashes and checks passwords. All other work goes before logins: up to [`FEW`] in hand get a small share of a busy
+/// machine; a flood of them gets only what is left over, on as many threads as there are cores but one.
 #[derive(Debug, Clone)]
 pub struct Hasher {
     peppers: Peppers,
     places: Arc<Semaphore>,
     /// How many places there are.
     all: usize,
-    turns: Arc<Semaphore>,
-    alone: mpsc::Sender<Work>,
-    crowd: mpsc::Sender<Work>,
+    few: Lane,
+    crowd: Lane,
     /// What a login for an unknown user is checked against, so that it takes the same time.
     decoy: Arc<str>,
 }
@@ -218,12 +230,11 @@ impl Hasher {
     /// [`PasswordError::Failed`] when there is no memory for one hash, or no thread.
     pub fn new(peppers: Peppers) -> Result<Self, PasswordError> {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let count = cores.saturating_sub(1).max(1);
+        let count = cores.saturating_sub(1).clamp(1, MAX_THREADS);
         let decoy = hash(&generate()?, &peppers)?.into();
+        let (few, crowd) = (Lane::new(1, "login", stand_back)?, Lane::new(count, "logins", stand_aside)?);
         let all = count * PLACES;
-        let (places, turns) = (Semaphore::new(all).into(), Semaphore::new(count).into());
-        let (alone, crowd) = (threads(1, "login", stand_back)?, threads(count, "logins", stand_aside)?);
-        Ok(Self { peppers, places, all, turns, alone, crowd, decoy })
+        Ok(Self { peppers, places: Semaphore::new(all).into(), all, few, crowd, decoy })
     }
 
     /// Takes a place among the logins in hand, before anything is done for one.
@@ -237,66 +248,69 @@ impl Hasher {
     /// Whether `password` matches `stored`, a PHC string. Without `stored` the answer is no, and takes as long.
     ///
     /// # Errors
-    /// [`PasswordError::Busy`] when its turn did not come within 2 s.
+    /// [`PasswordError::Busy`] when its turn did not come within 2 s, or all cores were taken for [`HASH_DEADLINE`].
     pub async fn verify(
         &self,
         _place: Place,
         password: SecretString,
         stored: Option<String>,
     ) -> Result<Verdict, PasswordError> {
-        let turn = self.turns.clone().acquire_owned();
+        let is_flood = self.all - self.places.available_permits() > FEW;
+        let lane = if is_flood { &self.crowd } else { &self.few };
+        let turn = lane.turns.clone().acquire_owned();
         let permit = timeout(QUEUE_DEADLINE, turn).await.map_err(|_| PasswordError::Busy)?;
         let (decoy, peppers) = (self.decoy.clone(), self.peppers.clone());
-        let is_alone = self.places.available_permits() + 1 == self.all;
         let (tell, told) = oneshot::channel();
         let check = move |memory: &mut Memory| {
             let _permit = permit;
             let begun = Instant::now();
             // Nobody listens when the caller hung up.
             let _ = tell.send(judge(&password, stored.as_deref(), &decoy, &peppers, memory));
-            if !is_alone {
+            if is_flood {
                 thread::sleep(begun.elapsed().min(LONGEST_REST));
             }
         };
-        let threads = if is_alone { &self.alone } else { &self.crowd };
-        threads.send(Box::new(check)).map_err(|_| PasswordError::Failed)?;
-        told.await.map_err(|_| PasswordError::Failed)?
+        lane.work.send(Box::new(check)).map_err(|_| PasswordError::Failed)?;
+        let told = timeout(HASH_DEADLINE, told).await.map_err(|_| PasswordError::Busy)?;
+        told.map_err(|_| PasswordError::Failed)?
     }
 }
 
-/// For a login that is alone: a small share of a busy machine, so that who has work under way can sign in. On Linux
-/// this is a thread's own. Where it cannot be had, hashing has its full share.
+/// For few logins: a small share of a busy machine, so that who has work under way can sign in. On Linux this is a
+/// thread's own. Where it cannot be had, hashing has its full share.
 fn stand_back() {
     let _ = rustix::process::setpriority_process(None, NICE);
 }
 
 /// For a flood of logins: what nobody else wants, and it gives way at once (`SCHED_IDLE`, sched(7)). The way back would
-/// need a privilege, so these threads are others than the one for logins that are alone.
+/// need a privilege, so these threads are others than the one for few.
 fn stand_aside() {
     let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
     let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle);
 }
 
-/// Threads that take work from one queue, until its sender is gone.
-fn threads(count: usize, name: &str, prepare: fn()) -> Result<mpsc::Sender<Work>, PasswordError> {
-    let (work, queue) = mpsc::channel::<Work>();
-    let queue = Arc::new(Mutex::new(queue));
-    for n in 0..count {
-        let queue = queue.clone();
-        let run = move || {
-            prepare();
-            let mut memory = Memory::new();
-            loop {
-                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                let Ok(work) = next else { return };
-                // The panic hook has told where; the caller is told that it failed, by the channel that closes.
-                let _ = catch_unwind(AssertUnwindSafe(|| work(&mut memory)));
-            }
-        };
-        let thread = thread::Builder::new().name(format!("{name}-{n}"));
-        thread.spawn(run).map_err(|_| PasswordError::Failed)?;
+impl Lane {
+    /// Threads that take work from one queue, until its sender is gone.
+    fn new(count: usize, name: &str, prepare: fn()) -> Result<Self, PasswordError> {
+        let (work, queue) = mpsc::channel::<Work>();
+        let queue = Arc::new(Mutex::new(queue));
+        for n in 0..count {
+            let queue = queue.clone();
+            let run = move || {
+                prepare();
+                let mut memory = Memory::new();
+                loop {
+                    let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok(work) = next else { return };
+                    // The panic hook has told where; the caller is told that it failed, by the channel that closes.
+                    let _ = catch_unwind(AssertUnwindSafe(|| work(&mut memory)));
+                }
+            };
+            let thread = thread::Builder::new().name(format!("{name}-{n}"));
+            thread.spawn(run).map_err(|_| PasswordError::Failed)?;
+        }
+        Ok(Self { turns: Semaphore::new(count).into(), work })
     }
-    Ok(work)
 }
 
 fn judge(
@@ -342,6 +356,8 @@ fn matches(
     };
     let (hasher, mut output) = (peppers.of(&stored)?, [0; Output::MAX_LENGTH]);
     let output = &mut output[..expected.len()];
+    let missing = hasher.params().block_count().saturating_sub(memory.len());
+    memory.try_reserve_exact(missing).map_err(|_| PasswordError::Failed)?;
     memory.resize(hasher.params().block_count(), Block::default());
     hasher
         .hash_password_into_with_memory(password.as_bytes(), salt, output, memory)

@@ -22,9 +22,9 @@ pub(crate) async fn seen(app: Arc<App>, request: Parts, source: IpAddr) {
     let now = clock::now();
     let who = Who { actor: Actor::Unknown, source: Some(source), request: None };
     let detail = json!({ "reason": "sent-in-clear" });
-    let signs_in = request.method == Method::POST && matches!(request.uri.path(), "/login" | "/oauth/token");
-    if signs_in {
-        tracing::warn!("a login was sent in clear");
+    let path = request.uri.path();
+    if request.method == Method::POST && (path == "/login" || path.starts_with("/oauth/")) {
+        tracing::info!("a login was sent in clear");
         app.trail
             .refused(Event::new(Action::Login, who, now).detail(detail.clone()), Code::LoginFailed)
             .await;
@@ -36,13 +36,13 @@ pub(crate) async fn seen(app: Arc<App>, request: Parts, source: IpAddr) {
         return;
     }
     let client = caller.client;
-    if let Err(error) = revocation::revoke(&app.sign_ins, &[caller.jti], now).await {
+    if let Err(error) = revocation::revoke(app.store.pool(), &[caller.jti], now).await {
         tracing::error!(%client, %error, "an access token was sent in clear, and is not revoked");
         return;
     }
     tracing::warn!(%client, "an access token was sent in clear: it is revoked");
     // This replica knows at once.
-    app.access.refresh(&app.sign_ins).await;
+    app.access.refresh(app.store.pool()).await;
     let event = Event::new(Action::TokenRevoked, who, now).client(Some(client));
     let event = event.object(Some(Object::account(client))).detail(detail);
     if app.trail.record(vec![event]).await.is_err() {

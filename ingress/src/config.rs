@@ -24,8 +24,9 @@ pub struct Options {
     pub public_url: Origin,
     /// Open connections of one IPv4 address or IPv6 /64, per listener; behind a balancer that hides its clients'
     /// addresses, those of all of them.
-    #[arg(long, env = "DERMFLOW_NETWORK_CONNECTIONS", default_value_t = limits::NETWORK_CONNECTIONS)]
-    pub network_connections: usize,
+    #[arg(long, env = "DERMFLOW_NETWORK_CONNECTIONS", default_value_t = limits::NETWORK_CONNECTIONS as u32,
+          value_parser = clap::value_parser!(u32).range(1..=limits::MAX_CONNECTIONS as i64))]
+    pub network_connections: u32,
     /// Certificate chain (PEM).
     #[arg(long, env = "DERMFLOW_TLS_CERT")]
     pub tls_cert: PathBuf,

@@ -151,7 +151,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let followers = app.providers.start(&stop_recording);
     let in_clear = app.clone();
     let seen = move |request, source| clear::seen(in_clear.clone(), request, source);
-    let crowd = || Crowd::new(options.network_connections, turned_away.clone());
+    let crowd = || Crowd::new(options.network_connections as usize, turned_away.clone());
     let listeners = [
         tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), crowd(), stop.clone())),
         tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), seen, crowd(), stop.clone())),

@@ -92,7 +92,7 @@ impl Consumer {
                 Some(ended) = self.running.join_next() => self.ended(ended),
                 news = self.watch.next() => self.learn(news),
                 answer = next(&mut self.pulls) => self.heard(answer).await,
-                () = sleep_until(self.retry.0), if self.slot.is_some() && self.schedule.has_held() => self.retry(),
+                () = sleep_until(self.retry.0), if self.slot.is_some() && self.schedule.only_held() => self.retry(),
             }
         }
         tracing::info!(jobs = self.running.len(), "draining");
@@ -162,8 +162,12 @@ impl Consumer {
     async fn heard(&mut self, answer: Answer) {
         match answer {
             Answer::Nothing(source) => {
+                let was_held = self.schedule.only_held();
                 self.schedule.nothing(source);
-                self.retry.0 = Instant::now() + self.retry.1;
+                // From the first one on: other answers do not put it off.
+                if !was_held && self.schedule.only_held() {
+                    self.retry.0 = Instant::now() + self.retry.1;
+                }
             }
             Answer::Mended(line) => self.schedule.look(line),
             Answer::Job(message, place) => {

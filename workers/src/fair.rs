@@ -127,9 +127,9 @@ impl Fair {
         });
     }
 
-    /// Whether a client is held.
-    pub fn has_held(&self) -> bool {
-        !self.held.is_empty()
+    /// Whether clients are held, and none waits.
+    pub fn only_held(&self) -> bool {
+        self.waiting.is_empty() && !self.held.is_empty()
     }
 
     /// Who is held may have a job by now.
@@ -302,7 +302,7 @@ pub(crate) mod tests {
         fair.look(&HashSet::from([client(1)]));
         fair.asked(client(0));
         fair.nothing(client(0));
-        assert!(!fair.has_held());
+        assert!(fair.held.is_empty());
         fair.retry();
         assert_eq!(fair.next(), Some(client(1)));
     }

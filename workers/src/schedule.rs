@@ -149,9 +149,10 @@ impl Schedule {
         self.bulk.ended(client);
     }
 
-    /// Whether a client is held: there were more jobs when its last one came, and then none was to be had.
-    pub fn has_held(&self) -> bool {
-        self.bulk.has_held()
+    /// Whether all clients that may have bulk jobs are held: there were more when the last one came, and then none was to
+    /// be had.
+    pub fn only_held(&self) -> bool {
+        self.bulk.only_held()
     }
 
     /// Who is held may have a job by now.

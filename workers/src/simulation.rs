@@ -53,8 +53,8 @@ struct Worker {
     schedule: Schedule,
     work: Time,
     idle: bool,
-    /// After which it asks again who is held.
-    pause: Time,
+    /// When it asks again who is held, and how long after the first of them was.
+    retry: (Time, Time),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,7 +101,7 @@ impl World {
                 schedule: Schedule::new(rng.next()),
                 work: work(&mut rng),
                 idle: false,
-                pause: RETRY,
+                retry: (0, RETRY),
             })
             .collect();
         let mut world = Self {
@@ -171,16 +171,10 @@ impl World {
                 self.rouse(worker);
                 self.plan(self.now + BULK_LOOK.as_micros() as Time, Event::Look(worker));
             }
-            Event::Retry(worker) => {
-                let Worker { schedule, pause, idle, .. } = &mut self.workers[worker];
-                if *idle && schedule.has_held() {
-                    schedule.retry();
-                    *pause = (2 * *pause).min(RETRY_MAX);
-                    self.rouse(worker);
-                }
-            }
+            Event::Retry(worker) => self.retry(worker),
             Event::Free(worker) => {
                 self.workers[worker].idle = true;
+                self.retry(worker);
                 self.rouse(worker);
             }
             Event::Acked(worker, n) => {
@@ -191,16 +185,21 @@ impl World {
         }
     }
 
+    /// What the timer of an idle worker does when its time has come.
+    fn retry(&mut self, worker: usize) {
+        let Worker { schedule, retry: (at, pause), idle, .. } = &mut self.workers[worker];
+        if *idle && schedule.only_held() && *at <= self.now {
+            schedule.retry();
+            *pause = (2 * *pause).min(RETRY_MAX);
+            self.rouse(worker);
+        }
+    }
+
     /// An idle worker asks until it has a job, or knows of nobody who has one.
     fn rouse(&mut self, worker: usize) {
         let mut asking = 0;
         while self.workers[worker].idle {
-            let Some(source) = self.workers[worker].schedule.next(|_| true) else {
-                if self.workers[worker].schedule.has_held() {
-                    self.plan(self.now + asking + self.workers[worker].pause, Event::Retry(worker));
-                }
-                return;
-            };
+            let Some(source) = self.workers[worker].schedule.next(|_| true) else { return };
             self.workers[worker].schedule.asked(source);
             asking += HOP;
             let job = match source {
@@ -212,12 +211,19 @@ impl World {
                 if source.line() == Line::Bulk {
                     asking += BULK_MOMENT.as_micros() as Time;
                 }
-                self.workers[worker].schedule.nothing(source);
+                let Worker { schedule, retry: (at, pause), .. } = &mut self.workers[worker];
+                let was_held = schedule.only_held();
+                schedule.nothing(source);
+                if !was_held && schedule.only_held() {
+                    *at = self.now + asking + *pause;
+                    let at = *at;
+                    self.plan(at, Event::Retry(worker));
+                }
                 continue;
             };
-            let Worker { schedule, work, idle, pause } = &mut self.workers[worker];
+            let Worker { schedule, work, idle, retry } = &mut self.workers[worker];
             schedule.took(source, weight, more);
-            (*idle, *pause) = (false, RETRY);
+            (*idle, retry.1) = (false, RETRY);
             let done = self.now + asking + *work;
             self.plan(done, Event::Free(worker));
             if source.line() == Line::Bulk {

@@ -2,6 +2,7 @@
 //! ends for it.
 
 use std::{
+    fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
@@ -15,7 +16,7 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
-use tokio::{fs, time::interval};
+use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
 use x509_cert::{Certificate, der::Decode};
 
@@ -27,6 +28,8 @@ pub struct ServerCertificate {
     certificate: PathBuf,
     key: PathBuf,
     provider: Arc<CryptoProvider>,
+    /// The files as they were before they were read first.
+    opened: [Stamp; 2],
     current: RwLock<Arc<CertifiedKey>>,
     not_after: IntGauge,
     loaded: IntGauge,
@@ -44,13 +47,18 @@ impl ServerCertificate {
     pub fn open(certificate: &Path, key: &Path) -> Result<Arc<Self>, TlsError> {
         let provider = provider();
         let gauge = |what, help| IntGauge::new(format!("dermflow_tls_certificate_{what}_seconds"), help);
+        let opened = [stamp(certificate), stamp(key)];
         let (current, not_after) = read(certificate, key, &provider)?;
         let served = Self {
             certificate: certificate.to_owned(),
             key: key.to_owned(),
             provider,
+            opened,
             current: RwLock::new(current.into()),
-            not_after: gauge("not_after", "When the certificate that is served ends (Unix time).")?,
+            not_after: gauge(
+                "not_after",
+                "When the certificate that is served ends (Unix time; 0: unknown).",
+            )?,
             loaded: gauge("loaded", "When it was read (Unix time).")?,
             refused: gauge(
                 "refused",
@@ -75,27 +83,31 @@ impl ServerCertificate {
     /// served, one of them not written yet among others, leave the certificate that is served in its place.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let mut look = interval(CERTIFICATE_LOOK);
-        let mut seen = self.stamps().await;
+        let (mut served, mut refused) = (self.opened, [None; 2]);
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = look.tick() => {}
             }
             // Before they are read: what is written meanwhile is seen at the next look.
-            let stamps = self.stamps().await;
-            if stamps == seen {
+            let found = [stamp(&self.certificate), stamp(&self.key)];
+            if found == served {
                 continue;
             }
-            seen = stamps;
             match read(&self.certificate, &self.key, &self.provider) {
                 Ok((certificate, not_after)) => {
                     *self.current.write().unwrap_or_else(PoisonError::into_inner) = certificate.into();
                     self.note(not_after);
+                    served = found;
                     tracing::info!("the certificate was renewed");
                 }
                 Err(error) => {
+                    // Tried again at every look: what was in the way may go without a trace in the files.
                     self.refused.set(clock::now().unix_timestamp());
-                    tracing::error!(%error, "the certificate stays as it was");
+                    if found != refused {
+                        tracing::error!(%error, "the certificate stays as it was");
+                    }
+                    refused = found;
                 }
             }
         }
@@ -109,10 +121,6 @@ impl ServerCertificate {
             tracing::error!("the certificate has ended");
         }
     }
-
-    async fn stamps(&self) -> [Stamp; 2] {
-        [stamp(&self.certificate).await, stamp(&self.key).await]
-    }
 }
 
 impl ResolvesServerCert for ServerCertificate {
@@ -121,8 +129,8 @@ impl ResolvesServerCert for ServerCertificate {
     }
 }
 
-async fn stamp(path: &Path) -> Stamp {
-    let data = fs::metadata(path).await.ok()?;
+fn stamp(path: &Path) -> Stamp {
+    let data = fs::metadata(path).ok()?;
     Some((data.ino(), data.size(), data.mtime(), data.mtime_nsec()))
 }
 
@@ -130,8 +138,8 @@ async fn stamp(path: &Path) -> Stamp {
 fn read(certificate: &Path, key: &Path, provider: &CryptoProvider) -> Result<(CertifiedKey, i64), TlsError> {
     let chain = chain(certificate)?;
     let key = PrivateKeyDer::from_pem_file(key).map_err(|error| pem(key, &error))?;
-    let not_after = chain.first().and_then(not_after);
-    let not_after = not_after.ok_or_else(|| no_certificate(certificate))?;
+    // Of a certificate that only this parser does not understand, the end is unknown: 0.
+    let not_after = chain.first().and_then(not_after).unwrap_or(0);
     Ok((CertifiedKey::from_der(chain, key, provider)?, not_after))
 }
 

@@ -266,9 +266,10 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
                     .header(header::LOCATION, format!("{public_url}{path}"))
                     .header(header::CONNECTION, "close")
                     .body(Body::empty());
-                let seen = seen(request.into_parts().0, peer.ip());
+                // In a task of its own: who hangs up at once has sent it all the same.
+                let seen = tokio::spawn(seen(request.into_parts().0, peer.ip()));
                 async move {
-                    seen.await;
+                    let _ = seen.await;
                     response
                 }
             });
