@@ -132,8 +132,13 @@ fn link(lab: &Lab, what: &str, account: &str, provider: &Provider, subject: &str
 }
 
 async fn until_status(what: &str, within: Duration, client: &Client, status: u16) -> Result<()> {
-    let seen = async || (client.get("/jobs").await.ok()?.status == status).then_some(());
-    eventually(what, within, seen).await
+    let mut last = String::new();
+    let seen = async || {
+        let answer = client.get("/jobs").await.ok()?;
+        last = format!("{} {}", answer.status, answer.text);
+        (answer.status == status).then_some(())
+    };
+    eventually(what, within, seen).await.context(last)
 }
 
 // A provider's token opens the account that staff has linked, as far as claims and role both go, and no longer than staff
@@ -186,6 +191,8 @@ async fn a_providers_token_opens_a_linked_account() -> Result<()> {
     assert_eq!(device.clone().at(&lab.url(1)).get("/jobs").await?.status, 200);
     lab.auth(&["user", "disable", "demo"])?;
     refused("a disabled account", device.clone()).await?;
+    // Or the first replica would take a token of the second in which the account was disabled.
+    until_status("a disabled account, at the other replica", SOON, &device, 401).await?;
     lab.auth(&["user", "enable", "demo"])?;
     let device = theirs(&{
         let fresh = async || {
