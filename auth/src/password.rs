@@ -205,7 +205,7 @@ struct Lane {
     work: mpsc::Sender<Work>,
 }
 
-/// Hashes and checks passwords. All other work goes before logins: up to [`FEW`] in hand get a small share of a busy
+/// Hashes and checks passwords. All other work goes before logins: up to four in hand get a small share of a busy
 /// machine; a flood of them gets only what is left over, on as many threads as there are cores but one.
 #[derive(Debug, Clone)]
 pub struct Hasher {
