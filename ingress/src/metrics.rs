@@ -1,6 +1,10 @@
 //! Every metric, described once. Prometheus text format on the internal listener.
 
-use dermflow_http::metrics::{self, add};
+use dermflow_auth::audit::trail;
+use dermflow_http::{
+    crowd,
+    metrics::{self, add},
+};
 use prometheus::{
     HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
@@ -105,17 +109,8 @@ impl Metrics {
                 "What external identity providers were asked.",
                 &["issuer", "kind", "outcome"],
             )?,
-            audit_lost: add(
-                &registry,
-                IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?,
-            )?,
-            turned_away: add(
-                &registry,
-                IntCounter::new(
-                    "dermflow_connections_turned_away_total",
-                    "Connections of addresses that had as many as they may.",
-                )?,
-            )?,
+            audit_lost: trail::counter(&registry)?,
+            turned_away: crowd::counter(&registry)?,
             registry: registry.clone(),
         })
     }

@@ -117,7 +117,7 @@ impl ServerCertificate {
         let now = clock::now().unix_timestamp();
         self.not_after.set(not_after);
         self.loaded.set(now);
-        if not_after <= now {
+        if (1..=now).contains(&not_after) {
             tracing::error!("the certificate has ended");
         }
     }

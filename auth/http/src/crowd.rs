@@ -6,7 +6,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use prometheus::IntCounter;
+use prometheus::{IntCounter, Registry};
+
+use crate::metrics::add;
 
 /// Counts open connections by the [`network`] they come from, so that no caller takes the places of all others. Cheap
 /// to clone; clones count together.
@@ -39,6 +41,15 @@ impl Crowd {
     fn open(&self) -> MutexGuard<'_, HashMap<Vec<u8>, usize>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Counts, for [`Crowd::new`], connections of networks that had as many as they may.
+///
+/// # Errors
+/// When the registry has one already.
+pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
+    let help = "Connections of addresses that had as many as they may.";
+    add(registry, IntCounter::new("dermflow_connections_turned_away_total", help)?)
 }
 
 /// A connection that counts.

@@ -16,12 +16,13 @@ use std::{
 };
 
 use deadpool_postgres::Pool;
+use dermflow_http::metrics::add;
 use dermflow_schemas::{
     clock,
     error::Code,
     limits::{AUDIT_GROUP, AUDIT_QUEUE, AUDIT_REFUSALS, AUDIT_SOURCES, AUDIT_WRITERS},
 };
-use prometheus::IntCounter;
+use prometheus::{IntCounter, Registry};
 use serde_json::json;
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
@@ -47,6 +48,14 @@ struct Count {
     written: u32,
     /// Not written, but counted.
     more: u64,
+}
+
+/// Counts, for [`Trail::start`], refusals that could not be written: an alarm.
+///
+/// # Errors
+/// When the registry has one already.
+pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
+    add(registry, IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?)
 }
 
 /// The way in. Cheap to clone.

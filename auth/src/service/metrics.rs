@@ -7,7 +7,11 @@ use axum::{
     middleware::Next,
     response::Response,
 };
-use dermflow_http::metrics::{self, add};
+use dermflow_auth::audit::trail;
+use dermflow_http::{
+    crowd,
+    metrics::{self, add},
+};
 use dermflow_schemas::error::Code;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 
@@ -57,17 +61,8 @@ impl Metrics {
         Ok(Self {
             requests: counter("dermflow_http_requests_total", "Answers.", &["route", "method", "status"])?,
             refused,
-            audit_lost: add(
-                &registry,
-                IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?,
-            )?,
-            turned_away: add(
-                &registry,
-                IntCounter::new(
-                    "dermflow_connections_turned_away_total",
-                    "Connections of addresses that had as many as they may.",
-                )?,
-            )?,
+            audit_lost: trail::counter(&registry)?,
+            turned_away: crowd::counter(&registry)?,
             registry: registry.clone(),
         })
     }
