@@ -110,8 +110,11 @@ pub const COUNTED_CLIENTS: usize = 1_000;
 
 /// A TLS handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// From the first byte of a request to the end of its header.
+/// From the handshake to the end of the first request's header.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// From one request to the end of the next one's header: longer than the pauses of clients that take turns on a
+/// connection, or that were told to wait, as over HTTP/1.1 a request may meet the end of its connection.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// A request body, whatever its size: 24 MiB in 30 s is 7 Mbit/s.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes of an unwanted body that are read and thrown away so that the answer reaches its caller.

@@ -69,7 +69,15 @@ impl Client {
     /// # Errors
     /// When the CA cannot be read.
     pub fn new(ca: &Path, base: &str) -> anyhow::Result<Self> {
-        Self::build(ca, base, None, None)
+        Self::build(ca, base, None, None, &[])
+    }
+
+    /// The same, which speaks HTTP/2 only: all of its requests share one connection.
+    ///
+    /// # Errors
+    /// When the CA cannot be read.
+    pub fn over_http2(ca: &Path, base: &str) -> anyhow::Result<Self> {
+        Self::build(ca, base, None, None, &[b"h2"])
     }
 
     /// The same, from another address of this machine: of 127.0.0.0/8, Linux lets a client take any.
@@ -77,7 +85,7 @@ impl Client {
     /// # Errors
     /// When the CA cannot be read.
     pub fn from_source(ca: &Path, base: &str, source: IpAddr) -> anyhow::Result<Self> {
-        Self::build(ca, base, Some(source), None)
+        Self::build(ca, base, Some(source), None, &[])
     }
 
     /// The same, which shows a certificate (mutual TLS) of the given PEM file, with its key.
@@ -85,7 +93,7 @@ impl Client {
     /// # Errors
     /// When a file cannot be read.
     pub fn with_certificate(ca: &Path, base: &str, certificate: &Path, key: &Path) -> anyhow::Result<Self> {
-        Self::build(ca, base, None, Some((certificate, key)))
+        Self::build(ca, base, None, Some((certificate, key)), &[])
     }
 
     fn build(
@@ -93,6 +101,7 @@ impl Client {
         base: &str,
         source: Option<IpAddr>,
         identity: Option<(&Path, &Path)>,
+        alpn: &[&[u8]],
     ) -> anyhow::Result<Self> {
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_file_iter(ca)? {
@@ -102,13 +111,14 @@ impl Client {
         let tls = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots);
-        let tls = match identity {
+        let mut tls = match identity {
             Some((certificate, key)) => {
                 let chain = vec![CertificateDer::from_pem_file(certificate)?];
                 tls.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(key)?)?
             }
             None => tls.with_no_client_auth(),
         };
+        tls.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
         let http = reqwest::Client::builder()
             .tls_backend_preconfigured(tls)
             .redirect(reqwest::redirect::Policy::none())

@@ -58,12 +58,17 @@ impl Worker {
 
     /// The default model.
     pub fn derm7() -> Self {
-        Self::new(Model::Folder(repo().join("workers/models/derm7")), false)
+        Self::model(&repo().join("workers/models/derm7"))
+    }
+
+    /// The model of a folder.
+    pub fn model(folder: &Path) -> Self {
+        Self::new(Model::Folder(folder.into()), false)
     }
 
     /// A real model of another kind.
     pub fn tiny() -> Self {
-        Self::new(Model::Folder(repo().join("tests/models/tiny")), false)
+        Self::model(&repo().join("tests/models/tiny"))
     }
 
     /// A model that takes `latency_ms` and knows nothing.

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use dermflow_schemas::limits::NETWORK_CONNECTIONS;
 use dermflow_tests::{
-    client::Client,
+    client::{Client, sample},
     lab::{Lab, Setup},
     wait::eventually,
 };
@@ -20,17 +20,28 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
+    task::JoinSet,
+    time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// How soon a certificate that was renewed is served.
 const SOON: Duration = Duration::from_secs(5);
+/// Types of HTTP/2 frames (RFC 9113 §6).
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
 const PATH: &str = "/.well-known/jwks.json";
 const TURNED_AWAY: &str = "dermflow_connections_turned_away_total";
 const REFUSED: &str = "dermflow_tls_certificate_refused_seconds";
 
 async fn connect(lab: &Lab) -> Result<TlsStream<TcpStream>> {
-    let connector = TlsConnector::from(Arc::new(lab.tls(rustls::ALL_VERSIONS)?));
+    connect_for(lab, b"http/1.1").await
+}
+
+async fn connect_for(lab: &Lab, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
+    let mut config = lab.tls(rustls::ALL_VERSIONS)?;
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let connector = TlsConnector::from(Arc::new(config));
     let stream = TcpStream::connect(lab.address(0)).await?;
     Ok(connector.connect("localhost".try_into()?, stream).await?)
 }
@@ -140,5 +151,66 @@ async fn a_damaged_certificate_is_not_served() -> Result<()> {
     }
     lab.renew_certificate()?;
     assert_ne!(until_served(&lab).await?, good);
+    lab.stop().await
+}
+
+// Who shakes hands and asks for nothing loses its connection, without a word of HTTP/2 or with its first ones, and those
+// are answered with GOAWAY (RFC 9113 §6.8): a request that is on its way then is not lost. Who has asked once keeps its
+// connection for longer.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_nothing_is_told_to_leave() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let mut kept = connect(&lab).await?;
+    head(&mut kept).await?;
+    let mut mute = connect(&lab).await?;
+    let mut mute_over_http2 = connect_for(&lab, b"h2").await?;
+    let mut greets = connect_for(&lab, b"h2").await?;
+    greets.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    greets.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await?;
+    let last_words = timeout(Duration::from_secs(20), async {
+        let mut words = Vec::new();
+        for stream in [&mut mute, &mut mute_over_http2, &mut greets] {
+            words.clear();
+            let _ = stream.read_to_end(&mut words).await;
+        }
+        words
+    });
+    let last_words = last_words.await.context("a silent peer keeps its connection")?;
+    assert!(frames(&last_words).contains(&GOAWAY), "{last_words:?}");
+    assert_eq!(head(&mut kept).await?, "HTTP/1.1 200 OK");
+    lab.stop().await
+}
+
+/// The types of HTTP/2 frames (RFC 9113 §4.1).
+fn frames(mut bytes: &[u8]) -> Vec<u8> {
+    let mut types = Vec::new();
+    while let Some((header, rest)) = bytes.split_at_checked(9) {
+        types.push(header[3]);
+        let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+        bytes = rest.get(length as usize..).unwrap_or_default();
+    }
+    types
+}
+
+// Ingress is told to stop while requests that share a connection wait for their reports: each is answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_flight_over_http2_outlives_a_shutdown() -> Result<()> {
+    const REQUESTS: usize = 20;
+    let mut lab = Lab::start(Setup::simulated(100)).await?;
+    let client = Client::over_http2(&lab.ca(), &lab.url(0))?.with_token(lab.client().token());
+    let body = sample("ham10000-nv.jpg");
+    let mut requests = JoinSet::new();
+    for _ in 0..REQUESTS {
+        let (client, body) = (client.clone(), body.clone());
+        requests.spawn(async move { client.analyze(&body, &[]).await });
+    }
+    let jobs = "SELECT count(*) FROM ingress.jobs";
+    let accepted = async || (lab.count(jobs).await.ok()? == REQUESTS as i64).then_some(());
+    eventually("all are accepted", SOON, accepted).await?;
+    lab.stop_ingress(0).await?;
+    for answer in requests.join_all().await {
+        let answer = answer?;
+        assert!([200, 202].contains(&answer.status), "{} {}", answer.status, answer.text);
+    }
     lab.stop().await
 }

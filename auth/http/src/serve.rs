@@ -4,14 +4,11 @@
 //! ALPN, so that there is no reading ahead to guess it.
 
 use std::{
-    future::pending,
     io,
     net::{IpAddr, SocketAddr},
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    pin::{Pin, pin},
+    sync::Arc,
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
@@ -20,7 +17,9 @@ use axum::{
     body::Body,
     http::{Request, request::Parts},
 };
-use dermflow_schemas::limits::{HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS};
+use dermflow_schemas::limits::{
+    HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, IDLE_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS,
+};
 use hyper::{
     Response, StatusCode,
     body::Incoming,
@@ -29,7 +28,7 @@ use hyper::{
 };
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    server::{conn::auto, graceful::GracefulConnection},
     service::TowerToHyperService,
 };
 use rustls::{
@@ -42,11 +41,11 @@ use rustls::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
     time::{Duration, sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     certificate::{ServerCertificate, chain},
@@ -62,7 +61,7 @@ const MAX_STREAMS: u32 = 128;
 const MAX_HEADER_BYTES: u32 = 32 * 1024;
 /// Between two HTTP/2 pings, and the wait for their answer.
 const H2_PING: Duration = Duration::from_secs(20);
-/// What a peer whose handshake failed is given to read why.
+/// What a peer that never got as far as a request is given to read why it has to go.
 const HANG_UP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause after an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -156,10 +155,10 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let graceful = GracefulShutdown::new();
-    let serve = |stream: TcpStream, peer: SocketAddr| {
-        let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
-        let refused = refused.clone();
+    let stopped = stop.clone();
+    let serve = move |stream: TcpStream, peer: SocketAddr| {
+        let (acceptor, router, refused, stop) =
+            (acceptor.clone(), router.clone(), refused.clone(), stopped.clone());
         async move {
             let accepted = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream).into_fallible()).await;
             let stream = match accepted {
@@ -178,35 +177,50 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
             let is_h2 = session.alpn_protocol() == Some(b"h2");
             let certificate = session.peer_certificates().and_then(|chain| chain.first()).map(fingerprint);
             let builder = builder(is_h2);
-            let (router, spoke) = (TowerToHyperService::new(router), Arc::new(AtomicBool::new(false)));
-            let heard = spoke.clone();
+            let (router, (heard, spoke)) = (TowerToHyperService::new(router), watch::channel(false));
             let service = service_fn(move |mut request: Request<Incoming>| {
-                heard.store(true, Ordering::Relaxed);
+                heard.send_replace(true);
                 request.extensions_mut().insert(Peer(peer.ip()));
                 if let Some(certificate) = certificate {
                     request.extensions_mut().insert(certificate);
                 }
                 router.call(request)
             });
-            let connection =
-                watcher.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
-            // HTTP/2 has no time-out of its own before its first frame.
-            let silent = async {
-                sleep(HEADER_TIMEOUT).await;
-                if spoke.load(Ordering::Relaxed) {
-                    pending::<()>().await;
-                }
-            };
-            tokio::select! {
-                // What a peer does wrong on its own connection is its own affair.
-                _ = connection => {}
-                () = silent => {}
-            }
+            converse(pin!(builder.serve_connection(TokioIo::new(stream), service)), spoke, is_h2, &stop)
+                .await;
         }
     };
     accept(listener, crowd, stop, serve).await;
-    if timeout(INGRESS_DRAIN, graceful.shutdown()).await.is_err() {
-        tracing::warn!("requests were still in flight when the time to drain ended");
+}
+
+/// Serves a connection to its end, which we bring about when it is time to `stop` and when no request has come for too
+/// long: requests in flight are answered first, and over HTTP/2 the peer is told, so that none is lost on its way.
+///
+/// `spoke` changes with each request.
+async fn converse<C: GracefulConnection>(
+    mut connection: Pin<&mut C>,
+    mut spoke: watch::Receiver<bool>,
+    is_h2: bool,
+    stop: &CancellationToken,
+) {
+    // Between two requests of HTTP/1.1, hyper keeps the time.
+    let idle = if is_h2 { IDLE_TIMEOUT } else { Duration::MAX };
+    let silence = async {
+        let mut allowed = HEADER_TIMEOUT;
+        while let Ok(Ok(())) = timeout(allowed, spoke.changed()).await {
+            allowed = idle;
+        }
+    };
+    tokio::select! {
+        // What a peer does wrong on its own connection is its own affair.
+        _ = connection.as_mut() => return,
+        () = stop.cancelled() => {}
+        () = silence => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    // Who has never sent a request may not even read that.
+    if timeout(HANG_UP_TIMEOUT, connection.as_mut()).await.is_err() && *spoke.borrow() {
+        let _ = connection.await;
     }
 }
 
@@ -234,7 +248,7 @@ fn fingerprint(certificate: &CertificateDer<'_>) -> Certificate {
 
 fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_headers(100);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).max_headers(100);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -256,10 +270,13 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
     crowd: Crowd,
     stop: CancellationToken,
 ) {
+    let stopped = stop.clone();
     let serve = move |stream: TcpStream, peer: SocketAddr| {
-        let (public_url, seen) = (public_url.clone(), seen.clone());
+        let (public_url, seen, stop) = (public_url.clone(), seen.clone(), stopped.clone());
         async move {
+            let (heard, spoke) = watch::channel(false);
             let service = service_fn(move |request: Request<Incoming>| {
+                heard.send_replace(true);
                 let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
                 let response = Response::builder()
                     .status(StatusCode::PERMANENT_REDIRECT)
@@ -273,26 +290,27 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
                     response
                 }
             });
-            let connection = builder(false);
-            let served = connection.serve_connection(TokioIo::new(stream), service);
-            let _ = timeout(HEADER_TIMEOUT, served).await;
+            let builder = builder(false);
+            converse(pin!(builder.serve_connection(TokioIo::new(stream), service)), spoke, false, &stop)
+                .await;
         }
     };
     accept(listener, crowd, stop, serve).await;
 }
 
 /// Hands each connection to its own task; [`MAX_CONNECTIONS`] at once, more wait in the kernel's queue. One that its
-/// network has too many of is closed at once.
+/// network has too many of is closed at once. When it is time to stop, those that are open have [`INGRESS_DRAIN`] to
+/// come to their end.
 async fn accept<F: Future<Output = ()> + Send + 'static>(
     listener: TcpListener,
     crowd: Crowd,
     stop: CancellationToken,
     serve: impl Fn(TcpStream, SocketAddr) -> F,
 ) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let (connections, tasks) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), TaskTracker::new());
     loop {
         let accepted = tokio::select! {
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => break,
             accepted = async {
                 let permit = connections.clone().acquire_owned().await;
                 listener.accept().await.map(|accepted| (accepted, permit))
@@ -304,7 +322,7 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
                 // Nagle's algorithm would hold an HTTP/2 answer back for 40 ms.
                 let _ = stream.set_nodelay(true);
                 let connection = serve(stream, peer);
-                tokio::spawn(async move {
+                tasks.spawn(async move {
                     connection.await;
                     drop((permit, place));
                 });
@@ -314,6 +332,11 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
                 sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+    drop(listener);
+    tasks.close();
+    if timeout(INGRESS_DRAIN, tasks.wait()).await.is_err() {
+        tracing::warn!("requests were still in flight when the time to drain ended");
     }
 }
 

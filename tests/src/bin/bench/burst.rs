@@ -2,6 +2,7 @@
 
 use std::{
     io::Cursor,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -72,14 +73,14 @@ async fn worked_off(lab: &Lab, client: &str) -> Result<f64> {
     Ok(lab.sql(&query).await?.first().context("no row")?.get(0))
 }
 
-/// The burst, then the same with a full queue.
-pub(crate) async fn burst() -> Result<()> {
+/// The burst with the model of a folder, then the same with a full queue.
+pub(crate) async fn burst(model: &Path) -> Result<()> {
     let photographs = photographs(IMAGES)?;
     println!("images: {} of {} kB", photographs.len(), photographs[0].len() / 1_000);
-    let bare = bare_rate(&photographs).await?;
+    let bare = bare_rate(model, &photographs).await?;
     let requests = photographs.iter().map(|file| parameters(std::slice::from_ref(file)).to_string());
     let bodies = Arc::new(requests.collect::<Vec<_>>());
-    let lab = Lab::start(Setup { workers: vec![Worker::derm7(); 2], ..Setup::default() }).await?;
+    let lab = Lab::start(Setup { workers: vec![Worker::model(model); 2], ..Setup::default() }).await?;
     let alone = lab.register("alone").await?;
     submit_all(alone, bodies.clone(), SMALL, 4).await?;
     until_ended(&lab, Duration::from_mins(1)).await?;

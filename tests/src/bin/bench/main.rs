@@ -3,6 +3,7 @@
 //! Machines are shared and noisy: blocks alternate, ratios are taken side by side, medians are reported.
 
 use std::{
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     thread,
@@ -35,9 +36,9 @@ mod tokens;
 mod upload;
 
 const USAGE: &str = "usage: bench COMMAND
-  sustained                   the pipeline against a bare ONNX Runtime loop
+  sustained [--model FOLDER]  the pipeline against a bare ONNX Runtime loop
   latency                     what it adds to the model's own time
-  burst                       5,000 jobs at once, and what becomes of others
+  burst [--model FOLDER]      5,000 jobs at once, and what becomes of others
   degradation [ROW] [--long]  what goes wrong, case by case
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
@@ -73,9 +74,11 @@ async fn main() -> ExitCode {
 
 async fn run(args: &[&str]) -> Result<()> {
     match args {
-        ["sustained"] => sustained().await,
+        ["sustained"] => sustained(&derm7()).await,
+        ["sustained", "--model", folder] => sustained(Path::new(folder)).await,
         ["latency"] => latency().await,
-        ["burst"] => Box::pin(burst::burst()).await,
+        ["burst"] => Box::pin(burst::burst(&derm7())).await,
+        ["burst", "--model", folder] => Box::pin(burst::burst(Path::new(folder))).await,
         ["degradation"] => degradation::all(false).await,
         ["degradation", "--long"] => degradation::all(true).await,
         ["degradation", row] => degradation::one(row, false).await,
@@ -92,12 +95,16 @@ async fn run(args: &[&str]) -> Result<()> {
     }
 }
 
+fn derm7() -> PathBuf {
+    repo().join("workers/models/derm7")
+}
+
 /// Closed loop, [`IN_FLIGHT`] at once, against in-process loops with our own decode code.
-async fn sustained() -> Result<()> {
+async fn sustained(model: &Path) -> Result<()> {
     let cores = thread::available_parallelism()?.get();
-    let lab = Lab::start(Setup { workers: vec![Worker::derm7(); cores], ..Setup::default() }).await?;
+    let lab = Lab::start(Setup { workers: vec![Worker::model(model); cores], ..Setup::default() }).await?;
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
-    let model = Arc::new(Model::load(&repo().join("workers/models/derm7"), false)?);
+    let model = Arc::new(Model::load(model, false)?);
     let make = engine::factory(&model, &servers.onnxruntime)?;
     let payloads: Vec<Payload> = IMAGES.iter().map(|name| payload(sample_bytes(name))).collect();
     let one = bare(&model, &make, 1, &payloads, BLOCK)?;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -65,12 +66,12 @@ pub(crate) fn payload(file: Vec<u8>) -> Payload {
     Payload { manifest: Manifest::new(vec![entry], None, None), images: vec![file.into()] }
 }
 
-/// Images a second of the better of one loop and one a core, with derm7.
-pub(crate) async fn bare_rate(files: &[Vec<u8>]) -> Result<f64> {
+/// Images a second of the better of one loop and one a core, with the model of a folder.
+pub(crate) async fn bare_rate(model: &Path, files: &[Vec<u8>]) -> Result<f64> {
     const BLOCK: Duration = Duration::from_secs(8);
     let cores = thread::available_parallelism()?.get();
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
-    let model = Arc::new(Model::load(&repo().join("workers/models/derm7"), false)?);
+    let model = Arc::new(Model::load(model, false)?);
     let make = engine::factory(&model, &servers.onnxruntime)?;
     let payloads: Vec<Payload> = files.iter().cloned().map(payload).collect();
     let one = bare(&model, &make, 1, &payloads, BLOCK)?;
