@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use deadpool_postgres::Pool;
 use dermflow_auth::{audit::trail::Trail, token::Tokens, users::Doorkeeper};
-use dermflow_schemas::{limits, queue::Publisher, seal::Keyring};
-use tokio::sync::Semaphore;
+use dermflow_http::shares::{Share, Shares};
+use dermflow_schemas::{error::Code, id::ClientId, limits, queue::Publisher, seal::Keyring};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -76,10 +77,10 @@ impl Gate for App {
 pub(crate) struct Bounds {
     /// A permit a KiB of request body in memory.
     pub(crate) body_kib: Arc<Semaphore>,
-    /// A permit a caller who waits.
-    pub(crate) waiters: Arc<Semaphore>,
-    /// A permit an upload to a batch.
-    pub(crate) uploads: Arc<Semaphore>,
+    /// For callers who wait.
+    pub(crate) waiters: Places,
+    /// For uploads to batches.
+    pub(crate) uploads: Places,
 }
 
 impl Bounds {
@@ -87,8 +88,38 @@ impl Bounds {
     pub(crate) fn new() -> Self {
         Self {
             body_kib: Arc::new(Semaphore::new(limits::BODY_MEMORY_BYTES / 1024)),
-            waiters: Arc::new(Semaphore::new(limits::MAX_WAITERS)),
-            uploads: Arc::new(Semaphore::new(limits::MAX_UPLOADS)),
+            waiters: Places::new(limits::MAX_WAITERS),
+            uploads: Places::new(limits::MAX_UPLOADS),
         }
     }
+}
+
+/// Places, of which one client has no more than half: the others find some, whatever it does.
+#[derive(Debug)]
+pub(crate) struct Places {
+    all: Arc<Semaphore>,
+    shares: Shares<ClientId>,
+}
+
+impl Places {
+    fn new(places: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(places)), shares: Shares::new(places / 2) }
+    }
+
+    /// One of them, for `client`.
+    ///
+    /// # Errors
+    /// [`Code::ConcurrencyExceeded`] when the client has its half, [`Code::Overloaded`] when none is left.
+    pub(crate) fn take(&self, client: ClientId) -> Result<Place, Code> {
+        let share = self.shares.take(client).ok_or(Code::ConcurrencyExceeded)?;
+        let place = self.all.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
+        Ok(Place { _place: place, _share: share })
+    }
+}
+
+/// A place that is taken until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    _place: OwnedSemaphorePermit,
+    _share: Share<ClientId>,
 }

@@ -37,7 +37,7 @@ use uuid::Uuid;
 use crate::{
     access::Verdict,
     answer::{Problem, error_json},
-    app::App,
+    app::{App, Place},
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::claim::Member,
@@ -60,7 +60,7 @@ pub(crate) struct Upload {
     /// Earlier uploads had lines refused, which this one may mend.
     pub(crate) mending: bool,
     /// The place among the uploads.
-    pub(crate) _place: OwnedSemaphorePermit,
+    pub(crate) _place: Place,
 }
 
 /// The URL of a batch.

@@ -60,7 +60,8 @@ pub const QUOTA_RUNNING: i64 = 1_000;
 pub const MAX_BATCH_LINES: usize = 50_000;
 /// Characters of a line's `custom_id`, which may be a file's path.
 pub const MAX_CUSTOM_ID_CHARS: usize = 255;
-/// Uploads to batches at once, per ingress process; the next one gets a 503.
+/// Uploads to batches at once, per ingress process, half of them of one client: its next one gets a 429, the next one
+/// of all a 503.
 pub const MAX_UPLOADS: usize = 64;
 /// Bytes of lines that one upload has in hand; beyond it, the client's socket waits. One line may have more.
 pub const UPLOAD_BYTES: usize = 8 * 1024 * 1024;
@@ -79,7 +80,7 @@ pub const DEFAULT_PAGE: usize = 50;
 /// Reports that are read from the database at once while a batch's results are streamed.
 pub const RESULTS_CHUNK: usize = 32;
 
-/// Callers waiting for a result at once, per ingress process.
+/// Callers waiting for a result at once, per ingress process, half of them of one client.
 pub const MAX_WAITERS: usize = 512;
 /// The longest synchronous wait.
 pub const MAX_WAIT: Duration = Duration::from_mins(1);

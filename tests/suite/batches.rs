@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use dermflow_schemas::limits::MAX_UPLOADS;
 use dermflow_tests::{
     client::{Answer, Client, sample, sample_bytes, send},
     fhir::validate,
@@ -197,6 +198,32 @@ async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
     assert_eq!(of(&third, 2)["job"], of(&again, 2)["job"]);
     let state = until_status(client, &path, "completed").await?;
     assert_eq!((&state["total"], &state["counts"]["succeeded"]), (&json!(6), &json!(6)));
+    lab.stop().await
+}
+
+// One client's uploads leave places for others', and one that ends makes room.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_client_does_not_take_every_place_for_uploads() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (client, other) = (lab.client(), lab.register("other").await?);
+    let open = async |client: &Client| {
+        let endless = stream::pending::<Result<String, std::io::Error>>();
+        let request = client.request(Method::POST, "/batches").header("content-type", NDJSON);
+        Ok::<_, anyhow::Error>(request.body(reqwest::Body::wrap_stream(endless)).send().await?)
+    };
+    let mut uploads = Vec::new();
+    for _ in 0..MAX_UPLOADS / 2 {
+        uploads.push(open(client).await?);
+    }
+    assert!(uploads.iter().all(|upload| upload.status() == 200));
+    let request = client.request(Method::POST, "/batches").header("content-type", NDJSON);
+    let refused = send(request.body(line("one-more"))).await?;
+    assert_eq!((refused.status, refused.code()), (429, "concurrency-exceeded"));
+    assert!(!refused.header("retry-after").is_empty());
+    assert_eq!(open(&other).await?.status(), 200);
+    drop(uploads.pop());
+    let taken = async || (open(client).await.ok()?.status() == 200).then_some(());
+    eventually("an upload that ended makes room", LONG, taken).await?;
     lab.stop().await
 }
 

@@ -1,45 +1,35 @@
 //! How many connections one caller may have.
 
-use std::{
-    collections::{HashMap, hash_map::Entry},
-    net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::net::IpAddr;
 
 use prometheus::{IntCounter, Registry};
 
-use crate::metrics::add;
+use crate::{
+    metrics::add,
+    shares::{Share, Shares},
+};
 
 /// Counts open connections by the [`network`] they come from, so that no caller takes the places of all others. Cheap
 /// to clone; clones count together.
 #[derive(Debug, Clone)]
 pub struct Crowd {
-    most: usize,
+    shares: Shares<Vec<u8>>,
     turned_away: IntCounter,
-    open: Arc<Mutex<HashMap<Vec<u8>, usize>>>,
 }
 
 impl Crowd {
     /// At most `most` connections of one network. `turned_away` counts those beyond that.
     pub fn new(most: usize, turned_away: IntCounter) -> Self {
-        Self { most, turned_away, open: Arc::default() }
+        Self { shares: Shares::new(most), turned_away }
     }
 
     /// A place for one more connection, until it is dropped; `None` when its network has as many as it may.
-    pub(crate) fn admit(&self, address: IpAddr) -> Option<Place> {
-        let network = network(address);
-        let mut open = self.open();
-        let count = open.entry(network.clone()).or_default();
-        if *count >= self.most {
+    pub(crate) fn admit(&self, address: IpAddr) -> Option<Share<Vec<u8>>> {
+        let place = self.shares.take(network(address));
+        if place.is_none() {
             self.turned_away.inc();
-            return None;
         }
-        *count += 1;
-        Some(Place { crowd: self.clone(), network })
-    }
-
-    fn open(&self) -> MutexGuard<'_, HashMap<Vec<u8>, usize>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        place
     }
 }
 
@@ -50,24 +40,6 @@ impl Crowd {
 pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
     let help = "Connections of addresses that had as many as they may.";
     add(registry, IntCounter::new("dermflow_connections_turned_away_total", help)?)
-}
-
-/// A connection that counts.
-#[derive(Debug)]
-pub(crate) struct Place {
-    crowd: Crowd,
-    network: Vec<u8>,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Entry::Occupied(mut count) = self.crowd.open().entry(std::mem::take(&mut self.network)) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
-            }
-        }
-    }
 }
 
 /// What counts as one caller: an IPv4 address, or an IPv6 /64, as who has one address of it has 2^64.
@@ -92,18 +64,12 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_makes_room_and_is_forgotten() {
+    fn who_has_too_many_is_turned_away_and_counted() {
         let turned_away = IntCounter::new("turned_away", "Turned away.").unwrap();
-        let crowd = Crowd::new(2, turned_away.clone());
+        let crowd = Crowd::new(1, turned_away.clone());
         let admit = |text: &str| crowd.admit(text.parse().unwrap());
-        let (first, second) = (admit("192.0.2.7"), admit("::ffff:192.0.2.7"));
-        assert!(first.is_some() && second.is_some() && admit("192.0.2.7").is_none());
-        assert!(admit("192.0.2.8").is_some());
-        drop(first);
-        let third = admit("192.0.2.7");
-        assert!(third.is_some());
-        drop((second, third));
-        assert!(crowd.open().is_empty());
+        let first = admit("192.0.2.7");
+        assert!(first.is_some() && admit("::ffff:192.0.2.7").is_none() && admit("192.0.2.8").is_some());
         assert_eq!(turned_away.get(), 1);
     }
 }

@@ -10,3 +10,4 @@ pub mod dress;
 mod linger;
 pub mod metrics;
 pub mod serve;
+pub mod shares;

@@ -9,16 +9,15 @@ use axum::{
 };
 use dermflow_schemas::{
     error::{ApiError, Code},
-    id::IdempotencyKey,
+    id::{ClientId, IdempotencyKey},
     job::Lane,
     limits::{MAX_BODY_BYTES, MIN_CANCEL_AFTER},
 };
 use prometheus::IntGauge;
-use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     answer::{Problem, accepts_fhir, sends_fhir},
-    app::App,
+    app::{App, Place},
     extract::{Allowed, Body, Held, Submit},
     parameters,
     prefer::Prefer,
@@ -46,7 +45,7 @@ pub(crate) async fn post(
     let cancel_after = cancel_after(&headers)?;
     let prefer = Prefer::from_headers(&headers);
     let _waiter = match prefer.lane() {
-        Lane::Interactive => Some(Waiter::new(&app)?),
+        Lane::Interactive => Some(Waiter::new(&app, client)?),
         Lane::Bulk => None,
     };
     let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
@@ -83,12 +82,12 @@ pub(crate) async fn post(
 /// A place among the callers who wait, taken before anything is recorded, given back however the call ends.
 pub(super) struct Waiter {
     gauge: IntGauge,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Waiter {
-    pub(super) fn new(app: &App) -> Result<Self, Problem> {
-        let place = app.bounds.waiters.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
+    pub(super) fn new(app: &App, client: ClientId) -> Result<Self, Problem> {
+        let place = app.bounds.waiters.take(client)?;
         let gauge = app.metrics.waiters.clone();
         gauge.inc();
         Ok(Self { gauge, _place: place })

@@ -56,7 +56,7 @@ pub(crate) async fn create(
     body: Body,
 ) -> Result<Response, Problem> {
     let (form, key) = (form(&headers)?, idempotency_key(&headers)?);
-    let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
+    let place = app.bounds.uploads.take(client)?;
     let key = key.as_ref().map(dermflow_schemas::id::IdempotencyKey::as_str);
     let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
     let batch = batch.ok_or(Code::NotFound)?.id;
@@ -73,7 +73,7 @@ pub(crate) async fn resume(
     body: Body,
 ) -> Result<Response, Problem> {
     let form = form(&headers)?;
-    let place = app.bounds.uploads.clone().try_acquire_owned().map_err(|_| Code::Overloaded)?;
+    let place = app.bounds.uploads.take(client)?;
     let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
     let upload = Upload { caller, client, who, batch, form, mending: true, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
@@ -273,7 +273,7 @@ async fn file(
     let client = caller.client;
     app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
     if wanted.wait > 0 {
-        let _waiter = Waiter::new(&app)?;
+        let _waiter = Waiter::new(&app, client)?;
         wait(&app, client, batch, &wanted, file).await?;
     }
     let kind = if form == Form::Fhir { FHIR_NDJSON } else { NDJSON };

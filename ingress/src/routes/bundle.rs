@@ -55,7 +55,7 @@ pub(crate) async fn post(
     let key = idempotency_key(&headers)?;
     let (prefer, cancel_after) = (Prefer::from_headers(&headers), cancel_after(&headers)?);
     let _waiter = match prefer.lane() {
-        Lane::Interactive => Some(Waiter::new(&app)?),
+        Lane::Interactive => Some(Waiter::new(&app, client)?),
         Lane::Bulk => None,
     };
     let Held { bytes, mut memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
