@@ -6,6 +6,8 @@ use clap::Parser;
 use dermflow_auth::{db::DatabaseOptions, password::PepperOptions};
 use dermflow_schemas::{limits, queue::NatsOptions};
 
+pub use crate::acme::{AcmeOptions, ChallengeKind};
+
 /// Takes skin images over HTTPS, queues them, and answers with FHIR R4 reports.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "ingress", version)]
@@ -27,12 +29,15 @@ pub struct Options {
     #[arg(long, env = "DERMFLOW_NETWORK_CONNECTIONS", default_value_t = limits::NETWORK_CONNECTIONS as u32,
           value_parser = clap::value_parser!(u32).range(1..=limits::MAX_CONNECTIONS as i64))]
     pub network_connections: u32,
-    /// Certificate chain (PEM).
+    /// Certificate chain (PEM), of the internal listener only when there is an ACME server.
     #[arg(long, env = "DERMFLOW_TLS_CERT")]
     pub tls_cert: PathBuf,
     /// Private key (PEM).
     #[arg(long, env = "DERMFLOW_TLS_KEY")]
     pub tls_key: PathBuf,
+    /// The public listener's certificate from an ACME server.
+    #[command(flatten)]
+    pub acme: AcmeOptions,
     /// Folder of the keys that sign access tokens: `auth signing-key add` makes one, and all replicas read the same.
     #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
     pub signing_keys: PathBuf,
@@ -132,6 +137,12 @@ impl Origin {
     /// The origin.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Its host, without the port.
+    pub(crate) fn host(&self) -> &str {
+        let authority = self.0.trim_start_matches("https://");
+        authority.rsplit_once(':').map_or(authority, |(host, _)| host)
     }
 }
 

@@ -7,6 +7,7 @@
 //! wins and is counted once; a client sees only its own jobs; every body, wait and queue has a bound.
 
 mod access;
+mod acme;
 mod answer;
 mod app;
 mod audited;
@@ -40,9 +41,9 @@ mod sweeper;
 mod timekeeper;
 mod upload;
 
-pub use config::{OperateOptions, Options};
+pub use config::{AcmeOptions, ChallengeKind, OperateOptions, Options};
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use anyhow::Context;
 use dermflow_auth::{
@@ -56,7 +57,7 @@ use dermflow_auth::{
     users::Doorkeeper,
 };
 use dermflow_http::{
-    certificate::ServerCertificate,
+    certificate::CertificateFiles,
     crowd::Crowd,
     serve::{self, tls_config},
 };
@@ -70,6 +71,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     access::Access,
+    acme::Acme,
     app::{App, Bounds},
     commit::Commits,
     dead::Operators,
@@ -86,8 +88,8 @@ use crate::{
 /// # Errors
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let certificate = ServerCertificate::open(&options.tls_cert, &options.tls_key)?;
-    let tls = tls_config(certificate.clone())?;
+    let files = CertificateFiles::open(&options.tls_cert, &options.tls_key)?;
+    let tls = tls_config(files.served())?;
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let peppers = options.pepper.load()?;
     let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
@@ -102,7 +104,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
     let (commits, entries) = Commits::new();
     let metrics = Metrics::new()?;
-    certificate.register(&metrics.registry)?;
+    files.served().register(&metrics.registry)?;
+    let acme = Acme::new(&options.acme, &options.public_url, &metrics.registry)?;
+    let public_tls = acme.as_ref().map_or_else(|| Ok(tls.clone()), |acme| tls_config(acme.served()))?;
     let turned_away = metrics.turned_away.clone();
     let public_url = options.public_url.as_str();
     let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
@@ -145,16 +149,22 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
         tokio::spawn(timekeeper::run(app.store.clone(), stop_recording.clone())),
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(certificate.follow(stop_recording.clone())),
+        tokio::spawn(files.follow(stop_recording.clone())),
         tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
     ];
-    let followers = app.providers.start(&stop_recording);
+    let mut followers = app.providers.start(&stop_recording);
+    let answers = acme.as_ref().map(Acme::answers).unwrap_or_default();
+    let challenge =
+        move |path: &str| answers.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
+    if let Some(acme) = acme {
+        followers.push(tokio::spawn(acme::run(app.clone(), acme.into(), stop_recording.clone())));
+    }
     let in_clear = app.clone();
     let seen = move |request, source| clear::seen(in_clear.clone(), request, source);
     let crowd = || Crowd::new(options.network_connections as usize, turned_away.clone());
     let listeners = [
-        tokio::spawn(serve::https(public, tls.clone(), routes::public(app.clone()), crowd(), stop.clone())),
-        tokio::spawn(serve::redirect(plain, options.public_url.as_str().into(), seen, crowd(), stop.clone())),
+        tokio::spawn(serve::https(public, public_tls, routes::public(app.clone()), crowd(), stop.clone())),
+        tokio::spawn(serve::redirect(plain, public_url.into(), challenge, seen, crowd(), stop.clone())),
         tokio::spawn(serve::https(internal, tls, routes::internal(app), crowd(), stop.clone())),
     ];
     tracing::info!(listen = %options.listen, "ready");
@@ -185,8 +195,8 @@ async fn prepare(store: &Store) -> anyhow::Result<()> {
 /// # Errors
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
-    let certificate = ServerCertificate::open(&options.tls_cert, &options.tls_key)?;
-    let tls = tls_config(certificate.clone())?;
+    let files = CertificateFiles::open(&options.tls_cert, &options.tls_key)?;
+    let tls = tls_config(files.served())?;
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
     prepare(&store).await?;
@@ -216,7 +226,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
         tokio::spawn(access::run(operators.clone(), stop_following.clone())),
         tokio::spawn(timekeeper::run(operators.store.clone(), stop_following.clone())),
         tokio::spawn(trail::count(operators.trail.clone(), stop_following.clone())),
-        tokio::spawn(certificate.follow(stop_following.clone())),
+        tokio::spawn(files.follow(stop_following.clone())),
     ];
     let crowd = Crowd::new(NETWORK_CONNECTIONS, metrics.turned_away);
     let requests = [

@@ -25,6 +25,7 @@ use tokio_postgres::{
 };
 use uuid::Uuid;
 
+pub(crate) mod acme;
 mod audit;
 pub(crate) mod batches;
 pub(crate) mod claim;

@@ -13,7 +13,7 @@ use dermflow_schemas::{
     id::{ClientId, JobId},
     job::{Lane, State},
     limits, queue,
-    seal::{Purpose, SealError, Sealed},
+    seal::{Content, SealError, Sealed},
 };
 use futures_util::StreamExt;
 use tokio::{
@@ -152,7 +152,7 @@ async fn pack(app: &Arc<App>, job: JobId, payload: Payload) -> Result<Packed, Pr
     let packed = blocking(move || {
         let plain = payload.encode();
         let (bytes, digest) = (plain.len(), digest(&SHA256, &plain).as_ref().to_vec());
-        let sealed = app.keyring.seal(Purpose::Payload, job, plain)?;
+        let sealed = app.keyring.seal(Content::Payload(job), plain)?;
         Ok::<_, SealError>(Packed { sealed, bytes, digest })
     });
     packed.await?.map_err(|error| internal(&error))
@@ -180,8 +180,8 @@ async fn revive(
 ) -> Result<(), Problem> {
     let (sealing, job) = (app.clone(), header.job);
     let resealed = blocking(move || {
-        let plain = sealing.keyring.open(Purpose::Payload, packed_for, &sealed)?;
-        sealing.keyring.seal(Purpose::Payload, job, plain)
+        let plain = sealing.keyring.open(Content::Payload(packed_for), &sealed)?;
+        sealing.keyring.seal(Content::Payload(job), plain)
     });
     let sealed = resealed.await?.map_err(|error| internal(&error))?;
     header.key.clone_from(&sealed.key_id);
@@ -288,7 +288,7 @@ pub(crate) async fn ended(app: &App, job: JobId, client: ClientId) -> Result<Opt
 
 async fn open(app: &App, job: JobId) -> Result<Vec<u8>, Problem> {
     let sealed: Sealed = app.store.report(job).await?.ok_or(Code::NotFound)?;
-    app.keyring.open(Purpose::Report, job, &sealed).map_err(|error| internal(&error))
+    app.keyring.open(Content::Report(job), &sealed).map_err(|error| internal(&error))
 }
 
 /// The URL to poll, absolute as RFC 9110 §8.7 and FHIR's asynchronous pattern want it.

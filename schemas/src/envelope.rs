@@ -354,7 +354,7 @@ fn unframe_versioned<H: DeserializeOwned>(message: &Bytes) -> Result<(H, Bytes),
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::seal::{Purpose, tests::ring};
+    use crate::seal::{Content, tests::ring};
 
     const JOB: &[u8] = include_bytes!("../golden/job-v1.bin");
     const RESULT: &[u8] = include_bytes!("../golden/result-v1.bin");
@@ -401,7 +401,7 @@ mod tests {
         assert_eq!(header, job_header());
         assert_eq!(header.encode(&tail), JOB);
         let sealed = Sealed { key_id: header.key, bytes: tail };
-        let plain = ring().open(Purpose::Payload, job(), &sealed).unwrap();
+        let plain = ring().open(Content::Payload(job()), &sealed).unwrap();
         assert_eq!(Payload::decode(plain).unwrap(), payload());
     }
 
@@ -409,7 +409,7 @@ mod tests {
     fn the_golden_results_open_and_are_what_this_build_writes() {
         let (header, report) = ResultHeader::decode(&Bytes::from_static(RESULT)).unwrap();
         assert_eq!(header, result_header());
-        assert_eq!(ring().open(Purpose::Report, job(), &report.unwrap()).unwrap(), b"{}");
+        assert_eq!(ring().open(Content::Report(job()), &report.unwrap()).unwrap(), b"{}");
         let (header, report) = ResultHeader::decode(&Bytes::from_static(FAILED)).unwrap();
         assert_eq!((header.encode(&[]), header, report), (FAILED.into(), failed_header(), None));
     }

@@ -111,6 +111,18 @@ pub const COUNTED_CLIENTS: usize = 1_000;
 
 /// A TLS handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a replica looks at what replicas share about an ACME server's certificate.
+pub const ACME_LOOK: Duration = Duration::from_secs(1);
+/// Until every replica answers a new challenge.
+pub const ACME_SPREAD: Duration = Duration::from_secs(3);
+/// One try to get a certificate.
+pub const ACME_DEADLINE: Duration = Duration::from_secs(100);
+/// How long the replica that tries keeps others from it.
+pub const ACME_LEASE: Duration = Duration::from_mins(2);
+/// The pause after a first failure, doubled after each further one.
+pub const ACME_RETRY: Duration = Duration::from_mins(1);
+/// Its most. Let's Encrypt lets five failures an hour pass.
+pub const ACME_RETRY_MOST: Duration = Duration::from_hours(6);
 /// From the handshake to the end of the first request's header.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// From one request to the end of the next one's header: longer than the pauses of clients that take turns on a

@@ -1,7 +1,7 @@
-//! Sealing of images and reports: AES-256-GCM (NIST SP 800-38D) under a named key, bound to purpose and job.
+//! Sealing of images, reports and private keys: AES-256-GCM (NIST SP 800-38D) under a named key, bound to what it is.
 //!
-//! A sealed blob is `nonce (12 bytes) ‖ ciphertext ‖ tag (16 bytes)`; the associated data is
-//! `"<purpose>:<job id>"`, so a blob opens only for the job and the purpose it was sealed for.
+//! A sealed blob is `nonce (12 bytes) ‖ ciphertext ‖ tag (16 bytes)`; the associated data is `"<kind>:<of what>"`, such
+//! as `report:<job id>`, so a blob that was put in the place of another does not open.
 
 use std::{fmt, path::Path};
 
@@ -14,20 +14,25 @@ use crate::id::JobId;
 
 /// What a blob holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// The images and the request around them.
-    Payload,
-    /// A finished report.
-    Report,
+pub enum Content<'a> {
+    /// The images of a job and the request around them.
+    Payload(JobId),
+    /// The finished report of a job.
+    Report(JobId),
+    /// The credentials of an account at an ACME server, by the URL of its directory.
+    AcmeAccount(&'a str),
+    /// The private key of a certificate, by its names.
+    CertificateKey(&'a str),
 }
 
-impl Purpose {
-    fn aad(self, job: JobId) -> Aad<String> {
-        let purpose = match self {
-            Self::Payload => "payload",
-            Self::Report => "report",
-        };
-        Aad::from(format!("{purpose}:{job}"))
+impl Content<'_> {
+    fn aad(self) -> Aad<String> {
+        Aad::from(match self {
+            Self::Payload(job) => format!("payload:{job}"),
+            Self::Report(job) => format!("report:{job}"),
+            Self::AcmeAccount(directory) => format!("acme-account:{directory}"),
+            Self::CertificateKey(names) => format!("certificate-key:{names}"),
+        })
     }
 }
 
@@ -52,7 +57,7 @@ pub enum SealError {
     /// The key that sealed this blob is not on the ring.
     #[error("sealing key {0} is not on the ring")]
     UnknownKey(String),
-    /// The blob was changed, or belongs to another job or purpose.
+    /// The blob was changed, or is of something else.
     #[error("the sealed bytes do not open")]
     Broken,
     /// The key file cannot be read.
@@ -91,23 +96,22 @@ impl Keyring {
         if keys.is_empty() { Err(SealError::Line(1)) } else { Ok(Self(keys)) }
     }
 
-    /// Seals `plain` for `job`, reusing its memory.
+    /// Seals `plain`, reusing its memory.
     ///
     /// # Errors
     /// [`SealError::Broken`] when the system gives no randomness.
-    pub fn seal(&self, purpose: Purpose, job: JobId, mut plain: Vec<u8>) -> Result<Sealed, SealError> {
+    pub fn seal(&self, content: Content<'_>, mut plain: Vec<u8>) -> Result<Sealed, SealError> {
         let (key_id, key) = &self.0[0];
-        let nonce =
-            key.seal_in_place_append_tag(purpose.aad(job), &mut plain).map_err(|_| SealError::Broken)?;
+        let nonce = key.seal_in_place_append_tag(content.aad(), &mut plain).map_err(|_| SealError::Broken)?;
         plain.splice(0..0, *nonce.as_ref());
         Ok(Sealed { key_id: key_id.clone(), bytes: plain.into() })
     }
 
-    /// Opens what [`Self::seal`] sealed for the same purpose and job.
+    /// Opens what [`Self::seal`] sealed as the same content.
     ///
     /// # Errors
     /// When the key is missing, or the bytes were changed or belong elsewhere.
-    pub fn open(&self, purpose: Purpose, job: JobId, sealed: &Sealed) -> Result<Vec<u8>, SealError> {
+    pub fn open(&self, content: Content<'_>, sealed: &Sealed) -> Result<Vec<u8>, SealError> {
         let (_, key) = self
             .0
             .iter()
@@ -117,7 +121,7 @@ impl Keyring {
         let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| SealError::Broken)?;
         let mut buffer = rest.to_vec();
         let length =
-            key.open_in_place(nonce, purpose.aad(job), &mut buffer).map_err(|_| SealError::Broken)?.len();
+            key.open_in_place(nonce, content.aad(), &mut buffer).map_err(|_| SealError::Broken)?.len();
         buffer.truncate(length);
         Ok(buffer)
     }
@@ -146,29 +150,29 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn opens_only_for_its_job_and_purpose_and_unchanged() {
+    fn opens_only_as_what_it_was_and_unchanged() {
         let ring = ring();
-        let sealed = ring.seal(Purpose::Payload, job(), b"image".to_vec()).unwrap();
-        assert_eq!(ring.open(Purpose::Payload, job(), &sealed).unwrap(), b"image");
-        assert!(ring.open(Purpose::Report, job(), &sealed).is_err());
-        assert!(ring.open(Purpose::Payload, JobId::new(crate::clock::now()), &sealed).is_err());
+        let sealed = ring.seal(Content::Payload(job()), b"image".to_vec()).unwrap();
+        assert_eq!(ring.open(Content::Payload(job()), &sealed).unwrap(), b"image");
+        assert!(ring.open(Content::Report(job()), &sealed).is_err());
+        assert!(ring.open(Content::Payload(JobId::new(crate::clock::now())), &sealed).is_err());
         for i in 0..sealed.bytes.len() {
             let mut bytes = sealed.bytes.to_vec();
             bytes[i] ^= 1;
             let flipped = Sealed { bytes: bytes.into(), ..sealed.clone() };
-            assert!(matches!(ring.open(Purpose::Payload, job(), &flipped), Err(SealError::Broken)), "{i}");
+            assert!(matches!(ring.open(Content::Payload(job()), &flipped), Err(SealError::Broken)), "{i}");
         }
     }
 
     #[test]
     fn the_first_key_seals_and_older_ones_open() {
         let old = Keyring::parse(TEST_KEYS.lines().nth(1).unwrap()).unwrap();
-        let sealed = old.seal(Purpose::Report, job(), b"report".to_vec()).unwrap();
+        let sealed = old.seal(Content::Report(job()), b"report".to_vec()).unwrap();
         assert_eq!(sealed.key_id, "k1");
-        assert_eq!(ring().open(Purpose::Report, job(), &sealed).unwrap(), b"report");
-        let newer = ring().seal(Purpose::Report, job(), b"report".to_vec()).unwrap();
+        assert_eq!(ring().open(Content::Report(job()), &sealed).unwrap(), b"report");
+        let newer = ring().seal(Content::Report(job()), b"report".to_vec()).unwrap();
         assert!(
-            matches!(old.open(Purpose::Report, job(), &newer), Err(SealError::UnknownKey(id)) if id == "k2")
+            matches!(old.open(Content::Report(job()), &newer), Err(SealError::UnknownKey(id)) if id == "k2")
         );
     }
 

@@ -588,6 +588,16 @@ impl Lab {
         Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
     }
 
+    /// Starts a further ingress, as the last replica, with further flags.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn start_ingress(&mut self, ports: Ports, flags: &[&str]) -> Result<()> {
+        let ingress = self.stack.add_ingress(ports, flags)?;
+        ingress.process.set_env("RUST_LOG", self.log);
+        ingress.process.spawn_ready(READY_WITHIN).await
+    }
+
     /// Starts a further ingress, as the last replica, with the clock set wrong by `seconds`; see `clock.c`.
     ///
     /// # Errors
@@ -629,7 +639,12 @@ impl Lab {
 
     /// A metric of the first replica, by its name, with its labels if it has any.
     pub async fn metric(&self, name: &str) -> Option<f64> {
-        let client = Client::new(&self.ca(), &self.internal_url(0)).ok()?;
+        self.metric_of(0, name).await
+    }
+
+    /// A metric of replica `n`.
+    pub async fn metric_of(&self, n: usize, name: &str) -> Option<f64> {
+        let client = Client::new(&self.ca(), &self.internal_url(n)).ok()?;
         let text = client.get("/metrics").await.ok()?.text;
         text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }

@@ -8,4 +8,5 @@ pub mod cluster;
 pub mod fhir;
 pub mod form;
 pub mod lab;
+pub mod pebble;
 pub mod wait;

@@ -32,7 +32,7 @@ const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 const PATH: &str = "/.well-known/jwks.json";
 const TURNED_AWAY: &str = "dermflow_connections_turned_away_total";
-const REFUSED: &str = "dermflow_tls_certificate_refused_seconds";
+const REFUSED: &str = "dermflow_tls_certificate_refused_seconds{source=\"files\"}";
 
 async fn connect(lab: &Lab) -> Result<TlsStream<TcpStream>> {
     connect_for(lab, b"http/1.1").await
@@ -98,8 +98,14 @@ async fn a_renewed_certificate_is_served_and_nobody_notices() -> Result<()> {
     let answered = load.await??;
     println!("{answered} requests on connections of their own");
     assert!(answered > 10, "{answered}");
-    let left = lab.metric("dermflow_tls_certificate_not_after_seconds").await.context("no metric")?
-        - lab.metric("dermflow_tls_certificate_loaded_seconds").await.context("no metric")?;
+    let left = lab
+        .metric("dermflow_tls_certificate_not_after_seconds{source=\"files\"}")
+        .await
+        .context("no metric")?
+        - lab
+            .metric("dermflow_tls_certificate_loaded_seconds{source=\"files\"}")
+            .await
+            .context("no metric")?;
     assert!((89.9..=90.0).contains(&(left / 86_400.0)), "{left}");
     assert_eq!(lab.metric(REFUSED).await, Some(0.0));
     lab.stop().await

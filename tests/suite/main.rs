@@ -4,6 +4,7 @@
 //! test of a requirement.
 
 mod access;
+mod acme;
 mod api;
 mod architecture;
 mod audit;

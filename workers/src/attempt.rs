@@ -23,7 +23,7 @@ use dermflow_schemas::{
     },
     queue::{self, Publisher},
     random,
-    seal::{Keyring, Purpose, Sealed},
+    seal::{Content, Keyring, Sealed},
 };
 use time::OffsetDateTime;
 use tokio::{
@@ -220,7 +220,7 @@ impl Attempts {
                 .map_err(|error| (no_object(&error), error.to_string()))?,
         };
         let sealed = Sealed { key_id: delivery.header.key.clone(), bytes };
-        let plain = self.keys.open(Purpose::Payload, job, &sealed);
+        let plain = self.keys.open(Content::Payload(job), &sealed);
         let plain = plain.map_err(|error| (Code::PayloadUnreadable, error.to_string()))?;
         Payload::decode(plain).map_err(|error| (Code::PayloadUnreadable, error.to_string()))
     }
@@ -244,7 +244,7 @@ impl Attempts {
             model: &self.model,
         });
         let report = Resource::DiagnosticReport(Box::new(report)).to_json();
-        match self.keys.seal(Purpose::Report, job, report) {
+        match self.keys.seal(Content::Report(job), report) {
             Ok(Sealed { key_id, bytes }) => {
                 let model_us = u64::try_from(analysis.in_model.as_micros()).unwrap_or(u64::MAX);
                 let (attempt, began) = (delivery.attempt, delivery.began);

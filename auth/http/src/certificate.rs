@@ -1,7 +1,8 @@
-//! The server's certificate, followed on disk: a renewed one is served from the next handshake on, and no connection
-//! ends for it.
+//! The certificate that a listener serves. It is exchanged while connections go on: from files that are followed on disk,
+//! or by who has obtained a new one.
 
 use std::{
+    collections::HashMap,
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -9,67 +10,57 @@ use std::{
 };
 
 use dermflow_schemas::{clock, limits::CERTIFICATE_LOOK};
-use prometheus::{IntGauge, Registry};
+use prometheus::{IntGauge, Opts, Registry};
 use rustls::{
-    crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
+use time::OffsetDateTime;
 use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
 use x509_cert::{Certificate, der::Decode};
 
-use crate::serve::{TlsError, provider};
+use crate::serve::{ACME_TLS, TlsError, provider};
 
-/// A certificate chain and its key, as they are in two files (PEM).
+/// The certificate that is served, and those that answer an ACME server's challenges.
 #[derive(Debug)]
 pub struct ServerCertificate {
-    certificate: PathBuf,
-    key: PathBuf,
-    provider: Arc<CryptoProvider>,
-    /// The files as they were before they were read first.
-    opened: [Stamp; 2],
-    current: RwLock<Arc<CertifiedKey>>,
+    current: RwLock<Option<Arc<CertifiedKey>>>,
+    /// By name.
+    challenges: RwLock<HashMap<String, Arc<CertifiedKey>>>,
     not_after: IntGauge,
     loaded: IntGauge,
     refused: IntGauge,
 }
 
-/// What tells one state of a file from another.
-type Stamp = Option<(u64, u64, i64, i64)>;
-
 impl ServerCertificate {
-    /// Reads both files.
+    /// None yet: handshakes fail until there is one. `source` is the label of its metrics.
     ///
     /// # Errors
-    /// When one of them is missing or damaged, or they do not belong together.
-    pub fn open(certificate: &Path, key: &Path) -> Result<Arc<Self>, TlsError> {
-        let provider = provider();
-        let gauge = |what, help| IntGauge::new(format!("dermflow_tls_certificate_{what}_seconds"), help);
-        let opened = [stamp(certificate), stamp(key)];
-        let (current, not_after) = read(certificate, key, &provider)?;
-        let served = Self {
-            certificate: certificate.to_owned(),
-            key: key.to_owned(),
-            provider,
-            opened,
-            current: RwLock::new(current.into()),
+    /// When the metrics cannot be made.
+    pub fn new(source: &str) -> Result<Arc<Self>, TlsError> {
+        let gauge = |what, help| {
+            let options = Opts::new(format!("dermflow_tls_certificate_{what}_seconds"), help);
+            IntGauge::with_opts(options.const_label("source", source))
+        };
+        Ok(Arc::new(Self {
+            current: RwLock::default(),
+            challenges: RwLock::default(),
             not_after: gauge(
                 "not_after",
                 "When the certificate that is served ends (Unix time; 0: unknown).",
             )?,
-            loaded: gauge("loaded", "When it was read (Unix time).")?,
+            loaded: gauge("loaded", "Since when it is served (Unix time; 0: there is none).")?,
             refused: gauge(
                 "refused",
-                "When files were last found that cannot be served (Unix time; 0: never).",
+                "When one was last found that cannot be served (Unix time; 0: never).",
             )?,
-        };
-        served.note(not_after);
-        Ok(Arc::new(served))
+        }))
     }
 
-    /// Registers the certificate's end, when it was read, and when another one last was no good, in seconds of Unix time.
+    /// Registers the certificate's end, since when it is served, and when another one last was no good, in seconds of
+    /// Unix time.
     ///
     /// # Errors
     /// When there are metrics of these names.
@@ -79,9 +70,88 @@ impl ServerCertificate {
             .try_for_each(|gauge| registry.register(Box::new(gauge.clone())))
     }
 
+    /// Serves another one from the next handshake on.
+    ///
+    /// # Errors
+    /// When the key is not the certificate's. What was served stays.
+    pub fn serve(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<(), TlsError> {
+        // Of a certificate that only this parser does not understand, the end is unknown.
+        let not_after =
+            chain.first().and_then(validity).map_or(0, |(_, not_after)| not_after.unix_timestamp());
+        let certified = CertifiedKey::from_der(chain, key, &provider())?;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(certified.into());
+        let now = clock::now().unix_timestamp();
+        self.not_after.set(not_after);
+        self.loaded.set(now);
+        if (1..=now).contains(&not_after) {
+            tracing::error!("the certificate has ended");
+        }
+        Ok(())
+    }
+
+    /// Shows these certificates, by name, to an ACME server that asks for them (RFC 8737), and no others.
+    pub fn answer_challenges(&self, challenges: HashMap<String, Arc<CertifiedKey>>) {
+        *self.challenges.write().unwrap_or_else(PoisonError::into_inner) = challenges;
+    }
+
+    /// Notes that another one was found that cannot be served.
+    pub fn refuse(&self) {
+        self.refused.set(clock::now().unix_timestamp());
+    }
+}
+
+impl ResolvesServerCert for ServerCertificate {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        // RFC 8737 §3: who validates a challenge speaks nothing else.
+        if hello.alpn().is_some_and(|protocols| protocols.eq([ACME_TLS])) {
+            let challenges = self.challenges.read().unwrap_or_else(PoisonError::into_inner);
+            return challenges.get(hello.server_name()?).cloned();
+        }
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A certificate chain and its key in two files (PEM), which are followed.
+#[derive(Debug)]
+pub struct CertificateFiles {
+    certificate: PathBuf,
+    key: PathBuf,
+    /// The files as they were before they were read first.
+    opened: [Stamp; 2],
+    served: Arc<ServerCertificate>,
+}
+
+/// What tells one state of a file from another.
+type Stamp = Option<(u64, u64, i64, i64)>;
+
+impl CertificateFiles {
+    /// Reads both files.
+    ///
+    /// # Errors
+    /// When one of them is missing or damaged, or they do not belong together.
+    pub fn open(certificate: &Path, key: &Path) -> Result<Self, TlsError> {
+        let files = Self {
+            certificate: certificate.to_owned(),
+            key: key.to_owned(),
+            opened: [stamp(certificate), stamp(key)],
+            served: ServerCertificate::new("files")?,
+        };
+        files.read()?;
+        Ok(files)
+    }
+
+    /// What is served of them.
+    pub fn served(&self) -> Arc<ServerCertificate> {
+        self.served.clone()
+    }
+
     /// Looks at the files every [`CERTIFICATE_LOOK`] until `stop`, and serves what is new in them. Files that cannot be
     /// served, one of them not written yet among others, leave the certificate that is served in its place.
-    pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
+    pub async fn follow(self, stop: CancellationToken) {
         let mut look = interval(CERTIFICATE_LOOK);
         let (mut served, mut refused) = (self.opened, [None; 2]);
         loop {
@@ -94,16 +164,14 @@ impl ServerCertificate {
             if found == served {
                 continue;
             }
-            match read(&self.certificate, &self.key, &self.provider) {
-                Ok((certificate, not_after)) => {
-                    *self.current.write().unwrap_or_else(PoisonError::into_inner) = certificate.into();
-                    self.note(not_after);
+            match self.read() {
+                Ok(()) => {
                     served = found;
                     tracing::info!("the certificate was renewed");
                 }
                 Err(error) => {
                     // Tried again at every look: what was in the way may go without a trace in the files.
-                    self.refused.set(clock::now().unix_timestamp());
+                    self.served.refuse();
                     if found != refused {
                         tracing::error!(%error, "the certificate stays as it was");
                     }
@@ -113,34 +181,16 @@ impl ServerCertificate {
         }
     }
 
-    fn note(&self, not_after: i64) {
-        let now = clock::now().unix_timestamp();
-        self.not_after.set(not_after);
-        self.loaded.set(now);
-        if (1..=now).contains(&not_after) {
-            tracing::error!("the certificate has ended");
-        }
-    }
-}
-
-impl ResolvesServerCert for ServerCertificate {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.current.read().unwrap_or_else(PoisonError::into_inner).clone())
+    fn read(&self) -> Result<(), TlsError> {
+        let chain = chain(&self.certificate)?;
+        let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|error| pem(&self.key, &error))?;
+        self.served.serve(chain, key)
     }
 }
 
 fn stamp(path: &Path) -> Stamp {
     let data = fs::metadata(path).ok()?;
     Some((data.ino(), data.size(), data.mtime(), data.mtime_nsec()))
-}
-
-/// The chain with its key, and when the first certificate of it ends.
-fn read(certificate: &Path, key: &Path, provider: &CryptoProvider) -> Result<(CertifiedKey, i64), TlsError> {
-    let chain = chain(certificate)?;
-    let key = PrivateKeyDer::from_pem_file(key).map_err(|error| pem(key, &error))?;
-    // Of a certificate that only this parser does not understand, the end is unknown: 0.
-    let not_after = chain.first().and_then(not_after).unwrap_or(0);
-    Ok((CertifiedKey::from_der(chain, key, provider)?, not_after))
 }
 
 /// The certificates of a file, at least one.
@@ -158,7 +208,11 @@ fn no_certificate(path: &Path) -> TlsError {
     TlsError::Pem(path.display().to_string(), "no certificate".into())
 }
 
-fn not_after(certificate: &CertificateDer<'_>) -> Option<i64> {
-    let certificate = Certificate::from_der(certificate).ok()?;
-    i64::try_from(certificate.tbs_certificate.validity.not_after.to_unix_duration().as_secs()).ok()
+/// From when to when a certificate is valid; `None` when that cannot be read.
+pub fn validity(certificate: &CertificateDer<'_>) -> Option<(OffsetDateTime, OffsetDateTime)> {
+    let validity = Certificate::from_der(certificate).ok()?.tbs_certificate.validity;
+    let [begins, ends] = [validity.not_before, validity.not_after].map(|at| {
+        OffsetDateTime::from_unix_timestamp(i64::try_from(at.to_unix_duration().as_secs()).ok()?).ok()
+    });
+    Some((begins?, ends?))
 }

@@ -39,7 +39,7 @@ use rustls::{
     version::TLS13,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     time::{Duration, sleep, timeout},
@@ -52,6 +52,8 @@ use crate::{
     crowd::Crowd,
 };
 
+/// What an ACME server speaks to see a challenge answered (RFC 8737 §6.2).
+pub(crate) const ACME_TLS: &[u8] = b"acme-tls/1";
 /// HTTP/2 flow-control windows: with the defaults an upload of megabytes takes a round trip every 64 KiB.
 const STREAM_WINDOW: u32 = 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
@@ -92,7 +94,8 @@ pub enum TlsError {
     Clients(#[from] VerifierBuilderError),
 }
 
-/// TLS 1.2 and 1.3 with rustls's suites, all of them AEAD with forward secrecy; ALPN h2 and http/1.1.
+/// TLS 1.2 and 1.3 with rustls's suites, all of them AEAD with forward secrecy; ALPN h2, http/1.1, and acme-tls/1 for the
+/// challenges that `certificate` answers.
 ///
 /// # Errors
 /// When rustls has none of this.
@@ -100,6 +103,7 @@ pub fn tls_config(certificate: Arc<ServerCertificate>) -> Result<Arc<ServerConfi
     let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
     let mut config = builder.with_no_client_auth().with_cert_resolver(certificate);
     config.alpn_protocols = alpn();
+    config.alpn_protocols.push(ACME_TLS.to_vec());
     Ok(Arc::new(config))
 }
 
@@ -174,6 +178,10 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 Err(_) => return,
             };
             let session = stream.get_ref().1;
+            if session.alpn_protocol() == Some(ACME_TLS) {
+                // It has seen what it came for.
+                return hang_up(stream).await;
+            }
             let is_h2 = session.alpn_protocol() == Some(b"h2");
             let certificate = session.peer_certificates().and_then(|chain| chain.first()).map(fingerprint);
             let builder = builder(is_h2);
@@ -226,7 +234,7 @@ async fn converse<C: GracefulConnection>(
 
 /// Closes a connection so that its last words, the alert that says what was wrong, arrive: with bytes of the peer's still
 /// unread, TCP would reset it.
-async fn hang_up(mut stream: TcpStream) {
+async fn hang_up(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let mut rest = [0; 1024];
     let discard = async {
         stream.shutdown().await?;
@@ -262,31 +270,41 @@ fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
 }
 
 /// Answers every plain request with 308 to `public_url`, without reading a body, and hangs up. `seen` is told before of
-/// what came in clear, and from where.
+/// what came in clear, and from where. A path for which `challenge` has something is answered with that: an ACME server
+/// asks for it in clear (RFC 8555 §8.3).
 pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
     listener: TcpListener,
     public_url: Arc<str>,
+    challenge: impl Fn(&str) -> Option<String> + Clone + Send + 'static,
     seen: impl Fn(Parts, IpAddr) -> F + Clone + Send + 'static,
     crowd: Crowd,
     stop: CancellationToken,
 ) {
     let stopped = stop.clone();
     let serve = move |stream: TcpStream, peer: SocketAddr| {
-        let (public_url, seen, stop) = (public_url.clone(), seen.clone(), stopped.clone());
+        let (public_url, challenge) = (public_url.clone(), challenge.clone());
+        let (seen, stop) = (seen.clone(), stopped.clone());
         async move {
             let (heard, spoke) = watch::channel(false);
             let service = service_fn(move |request: Request<Incoming>| {
                 heard.send_replace(true);
-                let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
-                let response = Response::builder()
-                    .status(StatusCode::PERMANENT_REDIRECT)
-                    .header(header::LOCATION, format!("{public_url}{path}"))
-                    .header(header::CONNECTION, "close")
-                    .body(Body::empty());
-                // In a task of its own: who hangs up at once has sent it all the same.
-                let seen = tokio::spawn(seen(request.into_parts().0, peer.ip()));
+                let request = request.into_parts().0;
+                let response = Response::builder().header(header::CONNECTION, "close");
+                let (response, seen) = if let Some(answer) = challenge(request.uri.path()) {
+                    let response = response.header(header::CONTENT_TYPE, "application/octet-stream");
+                    (response.body(Body::from(answer)), None)
+                } else {
+                    let path = request.uri.path_and_query().map_or("/", |path| path.as_str());
+                    let response = response
+                        .status(StatusCode::PERMANENT_REDIRECT)
+                        .header(header::LOCATION, format!("{public_url}{path}"));
+                    // In a task of its own: who hangs up at once has sent it all the same.
+                    (response.body(Body::empty()), Some(tokio::spawn(seen(request, peer.ip()))))
+                };
                 async move {
-                    let _ = seen.await;
+                    if let Some(seen) = seen {
+                        let _ = seen.await;
+                    }
                     response
                 }
             });

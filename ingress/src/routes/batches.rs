@@ -20,7 +20,7 @@ use dermflow_schemas::{
     id::ClientId,
     job::{STATES, State as JobState},
     limits::{DRAIN_WINDOW, MAX_WAIT, POLL_INTERVAL, WAITER_POLL},
-    seal::Purpose,
+    seal::Content,
 };
 use futures_util::stream;
 use serde::Deserialize;
@@ -340,7 +340,7 @@ impl Reader {
         self.after = last.event;
         let mut chunk = Vec::new();
         for result in results {
-            let report = self.app.keyring.open(Purpose::Report, result.job, &result.sealed);
+            let report = self.app.keyring.open(Content::Report(result.job), &result.sealed);
             let report = report.map_err(|error| internal(&error))?;
             write_result(&mut chunk, &result, &report, self.form);
         }

@@ -1,0 +1,208 @@
+//! One order at the ACME server, from the account to the certificate.
+
+use std::{future::Future, pin::Pin};
+
+use dermflow_auth::db::DbError;
+use dermflow_http::certificate::validity;
+use dermflow_schemas::{
+    clock,
+    limits::ACME_SPREAD,
+    seal::{Content, SealError},
+};
+use http_body_util::BodyExt;
+use instant_acme::{
+    Account, AuthorizationStatus, BodyWrapper, BytesResponse, ChallengeType, HttpClient, Identifier,
+    NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
+};
+use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use time::OffsetDateTime;
+use tokio::time::sleep;
+
+use super::{Acme, ChallengeKind};
+use crate::{
+    app::App,
+    store::acme::{Challenge, Obtained},
+};
+
+/// Why there is no certificate.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    #[error("the ACME server: {0}")]
+    Server(#[from] instant_acme::Error),
+    #[error("the order took too long")]
+    TimedOut,
+    #[error("the ACME server offers no such challenge for {0}")]
+    NoChallenge(String),
+    #[error("the authorisation of {0} is {1:?}")]
+    NotAuthorised(String, AuthorizationStatus),
+    #[error("the order is {0:?}")]
+    NotReady(OrderStatus),
+    #[error("what was issued is no certificate")]
+    NoCertificate,
+    #[error(transparent)]
+    Database(#[from] DbError),
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    #[error("{0}")]
+    Key(#[from] rcgen::Error),
+    #[error("the account's credentials cannot be written: {0}")]
+    Credentials(#[from] serde_json::Error),
+}
+
+impl Failure {
+    /// In one word: of a refusal by the server, the type of its problem (RFC 8555 §6.7).
+    pub(super) fn kind(&self) -> &str {
+        match self {
+            Self::Server(instant_acme::Error::Api(problem)) => {
+                let kind = problem.r#type.as_deref().unwrap_or_default();
+                kind.strip_prefix("urn:ietf:params:acme:error:")
+                    .filter(|kind| kind.len() <= 40 && kind.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+                    .unwrap_or("refused")
+            }
+            Self::Server(instant_acme::Error::Timeout(_)) | Self::TimedOut => "timeout",
+            Self::Server(instant_acme::Error::Other(_)) => "unreachable",
+            Self::Server(_) | Self::NoCertificate => "protocol",
+            Self::NoChallenge(_) | Self::NotAuthorised(..) | Self::NotReady(_) => "refused",
+            Self::Database(_) | Self::Seal(_) | Self::Key(_) | Self::Credentials(_) => "internal",
+        }
+    }
+
+    /// The server does not know the account, or no longer takes it: another one is needed.
+    fn is_of_account(&self) -> bool {
+        matches!(self.kind(), "accountDoesNotExist" | "unauthorized")
+    }
+}
+
+/// Orders a certificate and sees it through.
+pub(super) async fn obtain(app: &App, acme: &Acme) -> Result<Obtained, Failure> {
+    let identifiers: Vec<Identifier> = acme.names.iter().cloned().map(Identifier::Dns).collect();
+    let order = NewOrder::new(&identifiers);
+    let mut order = match account(app, acme).await?.new_order(&order).await.map_err(Failure::from) {
+        Err(failure) if failure.is_of_account() => {
+            tracing::warn!(%failure, "the account is gone: another one is made");
+            app.store.acme_set_account(&acme.directory, None, clock::now()).await?;
+            account(app, acme).await?.new_order(&order).await?
+        }
+        order => order?,
+    };
+    authorise(app, acme, &mut order).await?;
+    match order.poll_ready(&RetryPolicy::default()).await? {
+        OrderStatus::Ready => {}
+        status => return Err(Failure::NotReady(status)),
+    }
+    let key = KeyPair::generate()?;
+    let mut request = CertificateParams::new(acme.names.clone())?;
+    request.distinguished_name = DistinguishedName::new();
+    order.finalize_csr(request.serialize_request(&key)?.der()).await?;
+    let chain = order.poll_certificate(&RetryPolicy::default()).await?;
+    let first = CertificateDer::from_pem_slice(chain.as_bytes()).map_err(|_| Failure::NoCertificate)?;
+    let (not_before, not_after) = validity(&first).ok_or(Failure::NoCertificate)?;
+    let key = app.keyring.seal(Content::CertificateKey(&acme.key), key.serialize_der())?;
+    let renew_at = renew_at(not_before, not_after);
+    Ok(Obtained { chain, key, issued_at: clock::now(), not_after, renew_at })
+}
+
+/// The account of this system at the server, made when there is none.
+async fn account(app: &App, acme: &Acme) -> Result<Account, Failure> {
+    let content = Content::AcmeAccount(&acme.directory);
+    let http = || Account::builder_with_http(Box::new(Http(acme.http.clone())));
+    if let Some(sealed) = app.store.acme_account(&acme.directory).await? {
+        match app.keyring.open(content, &sealed) {
+            Ok(credentials) => {
+                return Ok(http().from_credentials(serde_json::from_slice(&credentials)?).await?);
+            }
+            Err(error) => tracing::error!(%error, "the account's key is lost: another one is made"),
+        }
+    }
+    let contact: Vec<&str> = acme.contact.as_deref().into_iter().collect();
+    // The options demand it.
+    let account =
+        NewAccount { contact: &contact, terms_of_service_agreed: true, only_return_existing: false };
+    let (account, credentials) =
+        http().create(&account, acme.directory.clone(), acme.external.as_ref()).await?;
+    let sealed = app.keyring.seal(content, serde_json::to_vec(&credentials)?)?;
+    app.store.acme_set_account(&acme.directory, Some(&sealed), clock::now()).await?;
+    tracing::info!(account = account.id(), "an ACME account was made");
+    Ok(account)
+}
+
+/// Shows the server that every name is ours.
+async fn authorise(app: &App, acme: &Acme, order: &mut Order) -> Result<(), Failure> {
+    let kind = match acme.challenge {
+        ChallengeKind::Http01 => ChallengeType::Http01,
+        ChallengeKind::TlsAlpn01 => ChallengeType::TlsAlpn01,
+    };
+    let mut challenges = Vec::new();
+    let mut authorizations = order.authorizations();
+    while let Some(authorization) = authorizations.next().await {
+        let mut authorization = authorization?;
+        let name = authorization.identifier().to_string();
+        match authorization.status {
+            AuthorizationStatus::Pending => {}
+            AuthorizationStatus::Valid => continue,
+            status => return Err(Failure::NotAuthorised(name, status)),
+        }
+        let challenge = authorization.challenge(kind.clone()).ok_or(Failure::NoChallenge(name.clone()))?;
+        let key_authorization = challenge.key_authorization().as_str().to_owned();
+        challenges.push(Challenge { name, token: challenge.token.clone(), key_authorization });
+    }
+    if challenges.is_empty() {
+        return Ok(());
+    }
+    app.store.acme_challenges(&acme.key, &challenges).await?;
+    // The server may ask any replica.
+    sleep(ACME_SPREAD).await;
+    let mut authorizations = order.authorizations();
+    while let Some(authorization) = authorizations.next().await {
+        let mut authorization = authorization?;
+        if authorization.status == AuthorizationStatus::Pending
+            && let Some(mut challenge) = authorization.challenge(kind.clone())
+        {
+            challenge.set_ready().await?;
+        }
+    }
+    Ok(())
+}
+
+/// At two thirds of the life, and up to a thirtieth of it earlier, so that those of many systems do not come at once.
+fn renew_at(not_before: OffsetDateTime, not_after: OffsetDateTime) -> OffsetDateTime {
+    not_before + (not_after - not_before) * (2.0 / 3.0 - fastrand::f64() / 30.0)
+}
+
+/// Our HTTP client, as the library wants it.
+struct Http(reqwest::Client);
+
+impl HttpClient for Http {
+    fn request(
+        &self,
+        request: axum::http::Request<BodyWrapper<bytes::Bytes>>,
+    ) -> Pin<Box<dyn Future<Output = Result<BytesResponse, instant_acme::Error>> + Send>> {
+        let http = self.0.clone();
+        let other = |error: reqwest::Error| instant_acme::Error::Other(error.into());
+        Box::pin(async move {
+            let (parts, body) = request.into_parts();
+            let Ok(body) = body.collect().await;
+            let request = axum::http::Request::from_parts(parts, body.to_bytes());
+            let answer = http.execute(request.try_into().map_err(other)?).await.map_err(other)?;
+            Ok(axum::http::Response::<reqwest::Body>::from(answer).into())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::macros::datetime;
+
+    use super::*;
+
+    #[test]
+    fn renewal_is_at_two_thirds_or_a_little_before() {
+        let begins = datetime!(2026-01-01 0:00 UTC);
+        let ends = begins + time::Duration::days(90);
+        for _ in 0..100 {
+            let days = (renew_at(begins, ends) - begins).as_seconds_f64() / 86_400.0;
+            assert!((57.0..=60.0).contains(&days), "{days}");
+        }
+    }
+}
