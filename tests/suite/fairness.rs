@@ -131,6 +131,31 @@ async fn fifty_jobs_do_not_wait_behind_a_backlog() -> Result<()> {
     lab.stop().await
 }
 
+// While workers have bulk to do, callers who wait are served within a few jobs, each of them: an executor is never kept for
+// a job that may come while one that came waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_caller_waits_beside_a_backlog() -> Result<()> {
+    const BACKLOG: usize = 1_000;
+    const CALLS: usize = 100;
+    let workers = vec![Worker::simulated(30), Worker::simulated(30)];
+    let lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let (bulk, caller) = (lab.client(), lab.register("caller").await?);
+    submit(bulk, BACKLOG).await?;
+    let body = sample("ham10000-nv.jpg");
+    let mut slowest = Duration::ZERO;
+    for _ in 0..CALLS {
+        let begun = Instant::now();
+        let answer = caller.analyze(&body, &[]).await?;
+        ensure!(answer.status == 200, "{} {}", answer.status, answer.text);
+        slowest = slowest.max(begun.elapsed());
+    }
+    let left = lab.count("SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL").await?;
+    println!("slowest of {CALLS}: {slowest:?}, {left} jobs still waiting");
+    ensure!(left > 50, "the backlog was done first: the test shows nothing");
+    ensure!(slowest < Duration::from_millis(1_500), "{slowest:?}");
+    lab.stop().await
+}
+
 // An idle worker starts a bulk job because it was woken, not because it looked.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wake_up_starts_a_job_at_once() -> Result<()> {

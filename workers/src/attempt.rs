@@ -34,7 +34,7 @@ use tokio::{
 use crate::{
     analyse::{Analysis, AnalysisError, analyse},
     cancel::{Cancels, Held},
-    executor::{ExecutorError, Executors, Slot},
+    executor::{ExecutorError, Executors, Turn},
     model::Model,
     quarantine::Quarantine,
     report::{self, Case},
@@ -86,11 +86,11 @@ struct Delivery {
 }
 
 impl Attempts {
-    /// Sees one message to its end. `slot` is the executor in hand, if there is one.
-    pub async fn run(&self, message: &Message, slot: Option<Slot>) {
+    /// Sees one message to its end, on the executor whose turn it is.
+    pub async fn run(&self, message: &Message, turn: Turn) {
         let in_hand = self.quarantine.take();
         let done = tokio::select! {
-            done = self.settle(message, slot) => done,
+            done = self.settle(message, turn) => done,
             never = keep_alive(message, self.timing.progress) => match never {},
         };
         if let Some(ack) = done
@@ -104,7 +104,7 @@ impl Attempts {
     }
 
     /// Returns the ack, or `None` when the message must be redelivered.
-    async fn settle(&self, message: &Message, slot: Option<Slot>) -> Option<AckKind> {
+    async fn settle(&self, message: &Message, turn: Turn) -> Option<AckKind> {
         let delivered = message.info().map_or(1, |info| info.delivered);
         let (header, tail) = match JobHeader::decode(&message.payload) {
             Ok(decoded) => decoded,
@@ -117,7 +117,7 @@ impl Attempts {
         let attempt = header.attempt.saturating_add(redelivered);
         let held = self.cancels.hold(header.job);
         let mut delivery = Delivery { header, tail, attempt, began: clock::now(), held };
-        let mut verdict = self.judge(&mut delivery, slot).await;
+        let mut verdict = self.judge(&mut delivery, turn).await;
         if delivery.held.is_withdrawn() {
             verdict = Verdict::Withdrawn;
         }
@@ -142,22 +142,18 @@ impl Attempts {
     }
 
     /// Everything up to the verdict.
-    async fn judge(&self, delivery: &mut Delivery, slot: Option<Slot>) -> Verdict {
+    async fn judge(&self, delivery: &mut Delivery, turn: Turn) -> Verdict {
         if delivery.attempt > MAX_ATTEMPTS {
             return Verdict::Again(Code::AttemptsExhausted);
         }
-        let slot = if let Some(slot) = slot {
-            slot
-        } else {
-            tokio::select! {
-                biased;
-                () = self.quarantine.begins() => return Verdict::StepAside,
-                slot = self.executors.slot() => match slot {
-                    Some(slot) => slot,
-                    None => return Verdict::GiveBack,
-                },
-                () = delivery.held.token().cancelled() => return Verdict::Withdrawn,
-            }
+        let slot = tokio::select! {
+            biased;
+            () = self.quarantine.begins() => return Verdict::StepAside,
+            slot = turn => match slot {
+                Some(slot) => slot,
+                None => return Verdict::GiveBack,
+            },
+            () = delivery.held.token().cancelled() => return Verdict::Withdrawn,
         };
         // Tried before, it may be what ended its worker.
         let suspect = delivery.attempt > 1;

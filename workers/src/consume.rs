@@ -1,6 +1,7 @@
 //! The loop that gives executors work: asks for a job only when an executor is free, and drains at the end.
 
 use std::{
+    future::ready,
     hash::{BuildHasher, RandomState},
     num::NonZeroUsize,
     sync::Arc,
@@ -22,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     attempt::Attempts,
-    executor::{Executors, Slot},
+    executor::{Executors, Slot, Turn},
     pull::{Answer, Patience, Pull},
     schedule::{LINES, Line, Schedule, Source},
     watch::{News, Watch},
@@ -197,15 +198,21 @@ impl Consumer {
         source
     }
 
-    /// Starts an attempt. Without an executor in hand it waits for one, kept alive meanwhile.
+    /// Starts an attempt. Without an executor in hand it waits for one, kept alive meanwhile: in the queue before this
+    /// loop, which would otherwise get the next executor for a job that is not here yet, and might wait for that with
+    /// the executor in hand.
     fn start(&mut self, message: Message, source: Source, place: OwnedSemaphorePermit) {
-        let (attempts, slot) = (self.attempts.clone(), self.slot.take());
+        let attempts = self.attempts.clone();
+        let turn: Turn = match self.slot.take() {
+            Some(slot) => Box::pin(ready(Some(slot))),
+            None => self.executors.turn(),
+        };
         let client = match source {
             Source::Bulk(client) => Some(client),
             Source::Interactive | Source::Due => None,
         };
         self.running.spawn(async move {
-            attempts.run(&message, slot).await;
+            attempts.run(&message, turn).await;
             drop(place);
             client
         });

@@ -2,12 +2,15 @@
 
 use std::{
     any::Any,
+    future::ready,
     num::NonZeroUsize,
     panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
+    task::{Context, Poll, Waker},
     thread,
     time::Duration,
 };
@@ -38,6 +41,10 @@ pub struct Slot {
 }
 
 type Work = Box<dyn FnOnce(&mut dyn Engine) + Send>;
+
+/// A place in the queue for an executor, first come, first served. `None` once an executor has hung, as the process must
+/// end.
+pub type Turn = Pin<Box<dyn Future<Output = Option<Slot>> + Send>>;
 
 /// Executor threads. A clone uses the same ones; they end when the last clone is dropped.
 #[derive(Debug, Clone)]
@@ -73,12 +80,22 @@ impl Executors {
         Ok(Self { slots, work, hung: CancellationToken::new() })
     }
 
-    /// Waits for a free executor, first come, first served; `None` once one has hung, as the process must end.
+    /// Waits for a free executor. Who drops this has lost its place in the queue.
     pub async fn slot(&self) -> Option<Slot> {
         tokio::select! {
             biased;
             () = self.hung.cancelled() => None,
             permit = self.slots.clone().acquire_owned() => permit.ok().map(|permit| Slot { _permit: permit }),
+        }
+    }
+
+    /// Queues for an executor now, not when the turn is first waited for.
+    pub fn turn(&self) -> Turn {
+        let executors = self.clone();
+        let mut turn: Turn = Box::pin(async move { executors.slot().await });
+        match turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(slot) => Box::pin(ready(slot)),
+            Poll::Pending => turn,
         }
     }
 
@@ -143,6 +160,8 @@ fn serve(
 
 #[cfg(test)]
 mod tests {
+    use futures_util::poll;
+
     use super::*;
     use crate::engine::Question;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -193,6 +212,22 @@ mod tests {
         assert_eq!(executors.run(second, LIMIT, |_| 7).await, Ok(7), "the others finish their work");
         assert!(executors.slot().await.is_none(), "no new work begins");
         drop(release);
+    }
+
+    #[tokio::test]
+    async fn who_queued_first_is_first_though_nobody_has_waited_yet() {
+        let (executors, _) = executors(1).await;
+        let busy = executors.slot().await;
+        let turn = executors.turn();
+        let mut later = std::pin::pin!(executors.slot());
+        assert!(poll!(&mut later).is_pending());
+        drop(busy);
+        assert!(poll!(&mut later).is_pending(), "who came later was served first");
+        let first = turn.await;
+        assert!(first.is_some());
+        drop(first);
+        assert!(later.await.is_some());
+        assert!(executors.turn().await.is_some(), "a turn that came at once is kept");
     }
 
     #[tokio::test]

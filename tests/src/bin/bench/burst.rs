@@ -125,6 +125,7 @@ pub(crate) async fn burst(model: &Path) -> Result<()> {
     let mut waits: Vec<f64> = PROBES.lock().map(|found| found.clone()).unwrap_or_default();
     let (idle99, busy99) = (percentile(&mut idle, 99), percentile(&mut waits, 99));
     let times = busy99 / idle99;
+    slowest(&lab).await?;
     println!(
         "synchronous under the burst: {} requests, p50 {:.0} ms, p99 {busy99:.0} ms; idle p99 {idle99:.0} ms",
         waits.len(),
@@ -139,6 +140,21 @@ pub(crate) async fn burst(model: &Path) -> Result<()> {
     honest(&lab, places.await??).await?;
     lab.stop().await?;
     capped(&bodies).await
+}
+
+/// Where the slowest synchronous requests spent their time.
+async fn slowest(lab: &Lab) -> Result<()> {
+    let phases = "SELECT 1e3 * extract(epoch FROM queued_at - accepted_at)::float8, \
+                  1e3 * extract(epoch FROM started_at - queued_at)::float8, \
+                  1e3 * extract(epoch FROM finished_at - started_at)::float8 \
+                  FROM ingress.jobs WHERE lane = 'interactive' ORDER BY finished_at - accepted_at DESC LIMIT 3";
+    for row in lab.sql(phases).await? {
+        let [queued, started, finished]: [f64; 3] = [row.get(0), row.get(1), row.get(2)];
+        println!(
+            "slow: {queued:.0} ms until queued, {started:.0} more until started, {finished:.0} until finished"
+        );
+    }
+    Ok(())
 }
 
 static PROBES: std::sync::Mutex<Vec<f64>> = std::sync::Mutex::new(Vec::new());
