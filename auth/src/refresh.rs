@@ -21,6 +21,12 @@ use crate::{
 /// How long a family lives from its first token on.
 pub const LIFETIME: Duration = Duration::from_hours(12);
 
+/// When a family ends, in a query of its tokens: with its credential at the latest, which staff may give an end later on.
+const ENDS: &str = "least(expires_at, (SELECT c.expires_at FROM auth.credentials c WHERE c.id = credential))";
+/// Whether what a family was given for is still there: the account's password, or a credential.
+const KNOWN: &str =
+    "(credential = account OR EXISTS (SELECT FROM auth.credentials c WHERE c.id = credential))";
+
 /// Why there is no refresh token.
 #[derive(Debug, thiserror::Error)]
 pub enum RefreshError {
@@ -115,12 +121,10 @@ pub async fn spend(
     // Whose first token was not given for a password must prove itself again (RFC 6749 §6).
     let spend = format!(
         "WITH spent AS (UPDATE auth.refresh_tokens SET used_at = $1 \
-           WHERE hash = $2 AND used_at IS NULL AND expires_at > $1 \
-           AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END RETURNING *) \
-         SELECT {COLUMNS}, family, scope, spent.expires_at AS ends, credential \
-         FROM spent JOIN auth.users ON users.id = spent.account \
-         WHERE {OPEN} AND (credential = account OR EXISTS (SELECT FROM auth.credentials c \
-           WHERE c.id = credential AND (c.expires_at IS NULL OR c.expires_at > $1)))"
+           WHERE hash = $2 AND used_at IS NULL AND {ENDS} > $1 AND {KNOWN} \
+           AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END \
+           RETURNING family, scope, account, {ENDS} AS ends) \
+         SELECT {COLUMNS}, family, scope, ends FROM spent JOIN auth.users ON users.id = spent.account WHERE {OPEN}"
     );
     let next = secret::generate(Kind::Refresh)?;
     let outcome = db::within(async {
@@ -216,11 +220,13 @@ pub async fn describe(
     account: Uuid,
     now: OffsetDateTime,
 ) -> Result<Option<Described>, DbError> {
-    let select = "SELECT scope, expires_at FROM auth.refresh_tokens \
-                  WHERE hash = $1 AND account = $2 AND used_at IS NULL AND expires_at > $3";
+    let select = format!(
+        "SELECT scope, {ENDS} AS ends FROM auth.refresh_tokens \
+         WHERE hash = $1 AND account = $2 AND used_at IS NULL AND {ENDS} > $3 AND {KNOWN}"
+    );
     db::within(async {
-        let row = pool.get().await?.query_opt(select, &[&secret::hash(token), &account, &now]).await?;
-        Ok(row.map(|row| Described { scope: row.get("scope"), ends: row.get("expires_at") }))
+        let row = pool.get().await?.query_opt(&select, &[&secret::hash(token), &account, &now]).await?;
+        Ok(row.map(|row| Described { scope: row.get("scope"), ends: row.get("ends") }))
     })
     .await
 }
