@@ -190,10 +190,10 @@ fn verify(assertion: &str, jwk: &Jwk, audiences: &[&str], now: OffsetDateTime) -
     let key = DecodingKey::from_jwk(jwk).ok()?;
     let claims = jsonwebtoken::decode::<Assertion>(assertion, &key, &validation).ok()?.claims;
     let now = now.unix_timestamp();
-    let in_time = claims.exp + LEEWAY > now
+    let in_time = claims.exp > now - LEEWAY
         && claims.exp <= now + ASSERTION_SECONDS + LEEWAY
-        && claims.nbf.is_none_or(|nbf| nbf - LEEWAY <= now)
-        && claims.iat.is_none_or(|iat| iat - LEEWAY <= now);
+        && claims.nbf.is_none_or(|nbf| nbf <= now + LEEWAY)
+        && claims.iat.is_none_or(|iat| iat <= now + LEEWAY);
     let named = claims.iss == claims.sub && (1..=MAX_JTI_BYTES).contains(&claims.jti.len());
     (in_time && named).then_some(claims)
 }
