@@ -191,10 +191,12 @@ async fn ask(
     noted: Arc<OnceCell<()>>,
     now: OffsetDateTime,
 ) -> Result<Word, Trouble> {
+    // From before the question: the word holds no longer than the token lives, however long the answer took.
+    let asked = Instant::now();
     let identity = remote.ask(token, now).await?;
     let holds = identity.as_ref().map_or(INTROSPECTION_REFUSED, |identity| {
         Duration::try_from(identity.expires_at - now).unwrap_or_default().min(INTROSPECTION_CACHE)
     });
     let proof = identity.map(|identity| Arc::new(Proof { identity, noted, keys: 0 }));
-    Ok(Word { proof, until: Instant::now() + holds })
+    Ok(Word { proof, until: asked + holds })
 }
