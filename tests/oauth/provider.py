@@ -7,8 +7,11 @@ line of JSON for each on standard input, at whose end it ends:
 
     {"do": "rotate"}                            new keys sign; the old ones are published no more
     {"do": "counts"}                            requests so far, by path
+    {"do": "live", "seconds": 3}                how long opaque tokens live from now on
     {"do": "sign", "header": {}, "claims": {}}  a token with these changes, null for none; alg HS256 signs with the
-                                                public key's PEM, none with nothing
+                                                public key's PEM, none with nothing, any other with the key of its
+                                                kind, whatever that key is said to be for
+    {"do": "twin", "token": ""}                 an ES256 token with the other form of its signature
 """
 
 import base64
@@ -45,6 +48,8 @@ from joserfc.jws import JWSRegistry  # noqa: E402
 
 AUDIENCE = "https://dermflow.example"
 LIFETIME = 3600
+# The order of the group of P-256 (SEC 2, section 2.4.2).
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
 class Keys:
@@ -235,7 +240,7 @@ def signed(header, claims):
     full = {"iss": ISSUER, "aud": AUDIENCE, "sub": "device", "iat": now, "exp": now + LIFETIME,
             "jti": generate_token(16), "realm": {"roles": CLIENTS["device"].roles}}
     full = {name: value for name, value in {**full, **claims}.items() if value is not None}
-    key = KEYS.current.get(header.get("alg"), KEYS.current["RS256"])
+    key = KEYS.current["ES256" if header.get("alg", "").startswith("ES") else "RS256"]
     head = {"alg": "RS256", "typ": "at+jwt", "kid": key.kid, **header}
     body = f"{encoded({name: value for name, value in head.items() if value is not None})}.{encoded(full)}"
     if head["alg"] == "none":
@@ -245,6 +250,14 @@ def signed(header, claims):
     else:
         signature = JWSRegistry.algorithms[head["alg"]].sign(body.encode(), key)
     return f"{body}.{raw(signature)}"
+
+
+def twin(token):
+    """(r, s) and (r, n - s) are signatures of the same."""
+    body, _, signature = token.rpartition(".")
+    signature = base64.urlsafe_b64decode(signature + "==")
+    other = ORDER - int.from_bytes(signature[32:], "big")
+    return f"{body}.{raw(signature[:32] + other.to_bytes(32, 'big'))}"
 
 
 def raw(some):
@@ -262,6 +275,11 @@ def command(line):
         return {}
     if asked["do"] == "counts":
         return dict(COUNTS)
+    if asked["do"] == "live":
+        forms["opaque"].expires_generator = asked["seconds"]
+        return {}
+    if asked["do"] == "twin":
+        return {"token": twin(asked["token"])}
     return {"token": signed(asked.get("header", {}), asked.get("claims", {}))}
 
 

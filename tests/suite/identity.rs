@@ -3,18 +3,36 @@
 use std::{fs, path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use aws_lc_rs::{
+    encoding::{AsDer, PublicKeyX509Der},
+    rand::SystemRandom,
+    signature::{ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, KeyPair},
+};
+use base64::{
+    Engine,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
+use dermflow_auth::token::{Grant, Tokens};
 use dermflow_local::{servers::python_packages, stack::repo};
+use dermflow_schemas::clock;
 use dermflow_tests::{
     client::{Answer, Client, send},
     lab::{Lab, Setup},
     wait::eventually,
 };
+use jsonwebtoken::{Algorithm, EncodingKey, jwk::Jwk};
 use reqwest::Method;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Command};
+use uuid::Uuid;
 
 /// What is revoked on one replica is refused on the others within this time (I6).
 const SOON: Duration = Duration::from_secs(1);
+/// The type of an assertion (RFC 7523 §2.2).
+const ASSERTION: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
+/// All that is said of a token that is none (RFC 7662 §2.2).
+const INACTIVE: &str = r#"{"active":false}"#;
 
 async fn form(client: &Client, path: &str, fields: &[(&str, &str)]) -> Result<Answer> {
     send(client.request(Method::POST, path).form(fields)).await
@@ -35,6 +53,27 @@ async fn token(client: &Client, [id, _, secret]: &[String; 3], scope: &str) -> R
         ("scope", scope),
     ];
     form(&client.clone().with_token(""), "/oauth/token", &fields).await
+}
+
+/// Uses a refresh token, as the client that a secret is of, or as nobody.
+async fn refresh(client: &Client, proof: Option<&[String; 3]>, token: &str) -> Result<Answer> {
+    let mut fields = vec![("grant_type", "refresh_token"), ("refresh_token", token)];
+    fields.extend(proof.into_iter().flat_map(|[id, _, secret]| proves(id, secret)));
+    form(&client.clone().with_token(""), "/oauth/token", &fields).await
+}
+
+/// Introspects or revokes a token, as the client that a secret is of.
+async fn about(client: &Client, path: &str, [id, _, secret]: &[String; 3], token: &str) -> Result<Answer> {
+    let fields = [&proves(id, secret)[..], &[("token", token)]].concat();
+    form(&client.clone().with_token(""), path, &fields).await
+}
+
+fn proves<'a>(id: &'a str, secret: &'a str) -> [(&'static str, &'a str); 2] {
+    [("client_id", id), ("client_secret", secret)]
+}
+
+fn text<'a>(answer: &'a Answer, name: &str) -> &'a str {
+    answer.body[name].as_str().unwrap_or_default()
 }
 
 fn with(client: &Client, answer: &Answer) -> Client {
@@ -210,17 +249,7 @@ async fn a_refresh_token_is_good_once() -> Result<()> {
     let credential = secret(&lab, "demo")?;
     let first = token(demo, &credential, "system/DiagnosticReport.rs offline_access").await?;
     let old = first.body["refresh_token"].as_str().context("no refresh token")?.to_owned();
-    let refresh = async |token: &str, secret: &str| {
-        let fields = [
-            ("grant_type", "refresh_token"),
-            ("refresh_token", token),
-            ("client_id", &credential[0]),
-            ("client_secret", secret),
-        ];
-        form(&demo.clone().with_token(""), "/oauth/token", &fields).await
-    };
-    let nobody =
-        form(demo, "/oauth/token", &[("grant_type", "refresh_token"), ("refresh_token", &old)]).await?;
+    let nobody = refresh(demo, None, &old).await?;
     assert_eq!(
         (nobody.status, &nobody.body["error"]),
         (400, &json!("invalid_grant")),
@@ -235,16 +264,16 @@ async fn a_refresh_token_is_good_once() -> Result<()> {
     ];
     let wider = form(&demo.clone().with_token(""), "/oauth/token", &wider).await?;
     assert_eq!((wider.status, &wider.body["error"]), (400, &json!("invalid_scope")), "and it is good still");
-    let second = refresh(&old, &credential[2]).await?;
+    let second = refresh(demo, Some(&credential), &old).await?;
     assert_eq!((second.status, &second.body["scope"]), (200, &json!("system/DiagnosticReport.rs")));
     let held = with(demo, &second);
     assert_eq!(held.get("/jobs").await?.status, 200);
     let job = json!({"resourceType": "Parameters"});
     assert_eq!(held.analyze(&job, &[]).await?.status, 403, "a narrower scope");
-    let reused = refresh(&old, &credential[2]).await?;
+    let reused = refresh(demo, Some(&credential), &old).await?;
     assert_eq!((reused.status, &reused.body["error"]), (400, &json!("invalid_grant")));
     let next = second.body["refresh_token"].as_str().unwrap_or_default();
-    assert_eq!(refresh(next, &credential[2]).await?.status, 400, "the family is ended");
+    assert_eq!(refresh(demo, Some(&credential), next).await?.status, 400, "the family is ended");
     let ended = "SELECT count(*) FROM auth.audit WHERE action = 'token-revoked' AND outcome = 'success' \
                  AND client IS NOT NULL";
     assert_eq!(lab.count(ended).await?, 1, "and the account is named");
@@ -255,8 +284,317 @@ async fn a_refresh_token_is_good_once() -> Result<()> {
     let fields = [("username", "demo"), ("password", password.as_str()), ("scope", "offline_access")];
     let login = form(&demo.clone().with_token(""), "/login", &fields).await?;
     let by_password = login.body["refresh_token"].as_str().context("no refresh token")?;
-    let fields = [("grant_type", "refresh_token"), ("refresh_token", by_password)];
-    assert_eq!(form(&demo.clone().with_token(""), "/oauth/token", &fields).await?.status, 200);
+    assert_eq!(refresh(demo, None, by_password).await?.status, 200);
+    lab.stop().await
+}
+
+// A family of refresh tokens has an end that its use does not move, and no token outlives that, nor the secret that the
+// family was begun with; and a refresh token opens nothing by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_refresh_token_outlives_its_family() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let demo = lab.client();
+    let (own, other, password) = (secret(&lab, "demo")?, secret(&lab, "demo")?, lab.password("demo")?);
+    let sign_in = [("username", "demo"), ("password", password.as_str()), ("scope", "offline_access")];
+    let secrets_end = format!("auth.credentials SET expires_at = $ WHERE id = '{}'", own[1]);
+    let cases = [
+        ("a password's", None, "auth.refresh_tokens SET expires_at = $"),
+        ("a secret's", Some(&other), "auth.refresh_tokens SET expires_at = $"),
+        ("the secret's own end", Some(&other), secrets_end.as_str()),
+    ];
+    for (what, proof, end) in cases {
+        let end = async |at: &str| lab.sql(&format!("UPDATE {}", end.replace('$', at))).await;
+        let first = match proof {
+            None => form(&demo.clone().with_token(""), "/login", &sign_in).await?,
+            Some(_) => token(demo, &own, "system/DiagnosticReport.rs offline_access").await?,
+        };
+        let second = refresh(demo, proof, text(&first, "refresh_token")).await?;
+        assert_eq!(second.status, 200, "{what}: {}", second.text);
+        let ends = "SELECT count(*) FROM auth.refresh_tokens WHERE expires_at > now() GROUP BY expires_at";
+        assert_eq!(lab.count(ends).await?, 2, "{what}: both tokens of the family have one end");
+        let opens = demo.clone().with_token(text(&second, "refresh_token")).get("/jobs").await?;
+        assert_eq!((opens.status, opens.code()), (401, "unauthenticated"), "{what}");
+
+        end("now() + interval '60 seconds'").await?;
+        let third = refresh(demo, proof, text(&second, "refresh_token")).await?;
+        let seconds = third.body["expires_in"].as_u64().unwrap_or_default();
+        assert!((1..=60).contains(&seconds), "{what}: {}", third.text);
+        let described = about(demo, "/oauth/introspect", &other, text(&third, "refresh_token")).await?;
+        let left = described.body["exp"].as_i64().unwrap_or_default() - clock::now().unix_timestamp();
+        assert!((1..=60).contains(&left), "{what}: {}", described.text);
+
+        end("now() - interval '1 second'").await?;
+        let ended = refresh(demo, proof, text(&third, "refresh_token")).await?;
+        assert_eq!((ended.status, text(&ended, "error")), (400, "invalid_grant"), "{what}");
+        assert!(ended.body["access_token"].is_null() && ended.body["refresh_token"].is_null(), "{what}");
+        let described = about(demo, "/oauth/introspect", &other, text(&third, "refresh_token")).await?;
+        assert_eq!(described.text, INACTIVE, "{what}");
+    }
+    lab.stop().await
+}
+
+// RFC 7009 and RFC 7662: who owns a token ends it and is told of it, and nobody else; what is no token, or no longer, is
+// neither an error nor described.
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_revoked_by_and_described_to_their_owner() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let demo = lab.client();
+    lab.register("other").await?;
+    let (own, theirs) = (secret(&lab, "demo")?, secret(&lab, "other")?);
+    let scope = "system/DiagnosticReport.rs offline_access";
+    let (first, foreign) = (token(demo, &own, scope).await?, token(demo, &theirs, scope).await?);
+    let spent = text(&first, "refresh_token");
+    let second = refresh(demo, Some(&own), spent).await?;
+    let (access, next) = (text(&second, "access_token"), text(&second, "refresh_token"));
+    let introspect = async |token: &str| about(demo, "/oauth/introspect", &own, token).await;
+    let revoke = async |token: &str| about(demo, "/oauth/revoke", &own, token).await;
+
+    // Signed with our key: nothing but the time tells them apart.
+    let tokens = Tokens::open(&lab.signing_keys(), &lab.url(0))?;
+    let issued = |ago: u64| {
+        let (client, credential) = (own[0].parse()?, own[1].parse()?);
+        let grant = Grant { client, credential, scope: String::new(), ends: None, after: None };
+        let token = tokens.issue(grant, clock::now() - Duration::from_secs(ago))?;
+        anyhow::Ok(token.expose_secret().to_owned())
+    };
+    assert_eq!(introspect(&issued(0)?).await?.body["active"], true);
+    let expired = issued(3_600)?;
+
+    let mut claims = claims(access)?;
+    claims.as_object_mut().context("no claims")?.remove("credential");
+    (claims["active"], claims["token_type"]) = (json!(true), json!("Bearer"));
+    assert_eq!(introspect(access).await?.body, claims);
+    let ends = format!(
+        "SELECT floor(extract(epoch FROM max(expires_at)))::bigint FROM auth.refresh_tokens WHERE account = '{}'",
+        own[0]
+    );
+    let refresh_token = json!({
+        "active": true, "iss": lab.url(0), "sub": own[0], "client_id": own[0], "exp": lab.count(&ends).await?,
+        "scope": "system/DiagnosticReport.rs",
+    });
+    assert_eq!(introspect(next).await?.body, refresh_token);
+
+    let made_up = "dfr_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+    let foreign = [text(&foreign, "access_token"), text(&foreign, "refresh_token")];
+    for token in ["x", made_up, &own[2], &expired, foreign[0], foreign[1]] {
+        assert_eq!(introspect(token).await?.text, INACTIVE);
+        let revoked = revoke(token).await?;
+        assert_eq!((revoked.status, revoked.text.as_str()), (200, ""));
+    }
+    assert_eq!(introspect(spent).await?.text, INACTIVE);
+    let anonymous = demo.clone().with_token("");
+    for path in ["/oauth/introspect", "/oauth/revoke"] {
+        let unknown = "00000000-0000-4000-8000-000000000000";
+        let (wrong, nobody) = (proves(&own[0], &theirs[2]), proves(unknown, &own[2]));
+        for proof in [&wrong[..], &nobody[..], &[]] {
+            for token in [access, next] {
+                let answer = form(&anonymous, path, &[proof, &[("token", token)]].concat()).await?;
+                assert_eq!((answer.status, text(&answer, "error")), (401, "invalid_client"), "{path}");
+                assert!(!answer.header("www-authenticate").is_empty(), "{path}");
+            }
+        }
+        let nothing = form(&anonymous, path, &proves(&own[0], &own[2])).await?;
+        assert_eq!((nothing.status, text(&nothing, "error")), (400, "invalid_request"), "{path}");
+    }
+    let ended = "SELECT count(*) FROM auth.audit WHERE action = 'token-revoked' AND outcome = 'success'";
+    assert_eq!(lab.count(ended).await?, 0, "none of that has ended anything");
+    assert_eq!(with(demo, &second).get("/jobs").await?.status, 200);
+    for token in foreign {
+        assert_eq!(about(demo, "/oauth/introspect", &theirs, token).await?.body["active"], true);
+    }
+
+    // Of an access token no more than itself is ended; a refresh token, spent or not, ends its family.
+    assert_eq!(revoke(access).await?.status, 200);
+    assert_eq!(introspect(access).await?.text, INACTIVE);
+    assert_eq!(with(demo, &second).get("/jobs").await?.status, 401);
+    let third = refresh(demo, Some(&own), next).await?;
+    let fourth = token(demo, &own, scope).await?;
+    let fifth = refresh(demo, Some(&own), text(&fourth, "refresh_token")).await?;
+    let families = [
+        ("its last token", &first, &third, text(&third, "refresh_token")),
+        ("a spent one", &fourth, &fifth, text(&fourth, "refresh_token")),
+    ];
+    for (what, begun, last, revoked) in families {
+        for held in [begun, last] {
+            assert_eq!(with(demo, held).get("/jobs").await?.status, 200, "{what}");
+        }
+        assert_eq!(revoke(revoked).await?.status, 200);
+        for token in [revoked, text(last, "refresh_token")] {
+            assert_eq!(introspect(token).await?.text, INACTIVE, "{what}");
+            let refused = refresh(demo, Some(&own), token).await?;
+            assert_eq!((refused.status, text(&refused, "error")), (400, "invalid_grant"), "{what}");
+        }
+        for held in [begun, last] {
+            assert_eq!(with(demo, held).get("/jobs").await?.status, 401, "{what}");
+            assert_eq!(introspect(text(held, "access_token")).await?.text, INACTIVE, "{what}");
+        }
+    }
+    assert_eq!(lab.count(ended).await?, 3);
+    lab.stop().await
+}
+
+fn claims(token: &str) -> Result<Value> {
+    let part = token.split('.').nth(1).context("no claims")?;
+    Ok(serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part)?)?)
+}
+
+/// A client's key for ES384, with what the public half looks like.
+struct Key {
+    private: EncodingKey,
+    der: Vec<u8>,
+    jwk: Value,
+}
+
+impl Key {
+    fn new(id: &str) -> Result<Self> {
+        let pkcs8 = EcdsaKeyPair::generate_pkcs8(&ECDSA_P384_SHA384_FIXED_SIGNING, &SystemRandom::new())?;
+        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P384_SHA384_FIXED_SIGNING, pkcs8.as_ref())?;
+        let der = AsDer::<PublicKeyX509Der<'_>>::as_der(pair.public_key())?.as_ref().to_vec();
+        let private = EncodingKey::from_ec_der(pkcs8.as_ref());
+        let mut jwk = json!(Jwk::from_encoding_key(&private, Algorithm::ES384)?);
+        jwk["kid"] = json!(id);
+        Ok(Self { private, der, jwk })
+    }
+
+    /// Gives an account the public half; returns the client's id.
+    fn add(&self, lab: &Lab, name: &str) -> Result<String> {
+        let folder = tempfolder()?;
+        let path = folder.join("public.jwk");
+        fs::write(&path, self.jwk.to_string())?;
+        let added =
+            lab.auth(&["credential", "add", name, "--label", "key", "--key", &path.to_string_lossy()])?;
+        fs::remove_dir_all(folder)?;
+        let added: Value = serde_json::from_str(&added)?;
+        Ok(added["client_id"].as_str().context("no client_id")?.to_owned())
+    }
+
+    /// The public half in every form in which somebody may have it.
+    fn forms(&self) -> [Vec<u8>; 3] {
+        let pem =
+            format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", STANDARD.encode(&self.der));
+        [self.der.clone(), pem.into_bytes(), self.jwk.to_string().into_bytes()]
+    }
+}
+
+/// A JWT by hand: most of those that are needed here a library would refuse to make.
+fn jwt(header: &Value, claims: &Value, signs: Option<(&EncodingKey, Algorithm)>) -> Result<String> {
+    let coded = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let input = format!("{}.{}", coded(header), coded(claims));
+    let signed = signs.map(|(key, algorithm)| jsonwebtoken::crypto::sign(input.as_bytes(), key, algorithm));
+    Ok(format!("{input}.{}", signed.transpose()?.unwrap_or_default()))
+}
+
+/// An object with some members changed, or left out for null.
+fn changed(object: &Value, changes: &Value) -> Value {
+    let members = |value: &Value| value.as_object().cloned().unwrap_or_default();
+    let all = members(object).into_iter().chain(members(changes));
+    let mut all: serde_json::Map<_, _> = all.collect();
+    all.retain(|_, value| !value.is_null());
+    Value::Object(all)
+}
+
+// RFC 7523 section 3: an assertion is one client's, signed with a key of that client, for us, for five minutes at most, and
+// good once, whichever replica it is shown to.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assertion_proves_its_client_once() -> Result<()> {
+    let lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
+    lab.register("other").await?;
+    let [own, same_id, named, nobodys] =
+        [Key::new("1")?, Key::new("1")?, Key::new("theirs")?, Key::new("1")?];
+    let (id, other) = (own.add(&lab, "demo")?, same_id.add(&lab, "other")?);
+    named.add(&lab, "other")?;
+    let [by_own, by_same_id, by_named, by_nobodys] =
+        [&own, &same_id, &named, &nobodys].map(|key| Some((&key.private, Algorithm::ES384)));
+    let anonymous = lab.client().clone().with_token("");
+    let sign_in = async |replica: usize, assertion: &str| {
+        let fields = [
+            ("grant_type", "client_credentials"),
+            ("client_assertion_type", ASSERTION),
+            ("client_assertion", assertion),
+        ];
+        form(&anonymous.clone().at(&lab.url(replica)), "/oauth/token", &fields).await
+    };
+    let refused = |what: &str, answer: &Answer| {
+        let found = (answer.status, text(answer, "error"), text(answer, "access_token"));
+        assert_eq!(found, (401, "invalid_client", ""), "{what}");
+    };
+    let audience = format!("{}/oauth/token", lab.url(0));
+    let header = json!({"alg": "ES384", "kid": "1", "typ": "JWT"});
+    let claims = |id: &str| {
+        let exp = clock::now().unix_timestamp() + 240;
+        json!({"iss": id, "sub": id, "aud": audience, "exp": exp, "jti": Uuid::new_v4()})
+    };
+
+    for replica in 0..2 {
+        let claims = claims(&id);
+        let (assertion, again) = (jwt(&header, &claims, by_own)?, jwt(&header, &claims, by_own)?);
+        assert_ne!(assertion, again, "ECDSA signs nothing twice in the same way");
+        let first = sign_in(replica, &assertion).await?;
+        assert_eq!(first.status, 200, "{}", first.text);
+        for replica in 0..2 {
+            refused("a second time", &sign_in(replica, &assertion).await?);
+            refused("signed a second time", &sign_in(replica, &again).await?);
+        }
+        let theirs = changed(&claims, &json!({"iss": other, "sub": other}));
+        let theirs = sign_in(replica, &jwt(&header, &theirs, by_same_id)?).await?;
+        assert_eq!(theirs.status, 200, "the id is another client's too: {}", theirs.text);
+    }
+    let assertion = jwt(&header, &claims(&id), by_own)?;
+    let both = tokio::try_join!(sign_in(0, &assertion), sign_in(1, &assertion))?;
+    let good = [&both.0, &both.1].into_iter().filter(|answer| answer.status == 200).count();
+    assert_eq!(good, 1, "at both replicas at once");
+
+    let now = clock::now().unix_timestamp();
+    let secrets = own.forms().map(|form| EncodingKey::from_secret(&form));
+    let mut cases = vec![
+        ("for another server", json!({}), json!({"aud": "https://other.example/oauth/token"}), by_own),
+        ("for another endpoint", json!({}), json!({"aud": format!("{audience}/")}), by_own),
+        ("for nobody", json!({}), json!({"aud": null}), by_own),
+        ("for more than five minutes", json!({}), json!({"exp": now + 400}), by_own),
+        ("for ever", json!({}), json!({"exp": i64::MAX}), by_own),
+        ("without an end", json!({}), json!({"exp": null}), by_own),
+        ("expired", json!({}), json!({"exp": now - 60}), by_own),
+        ("not yet good", json!({}), json!({"nbf": now + 200}), by_own),
+        ("made later", json!({}), json!({"iat": now + 200}), by_own),
+        ("by another client", json!({}), json!({"iss": other}), by_own),
+        ("by nobody", json!({}), json!({"iss": null}), by_own),
+        ("about another client", json!({}), json!({"sub": other}), by_own),
+        ("by and about another client", json!({}), json!({"iss": other, "sub": other}), by_own),
+        ("without an id", json!({}), json!({"jti": null}), by_own),
+        ("with an empty id", json!({}), json!({"jti": ""}), by_own),
+        ("with a long id", json!({}), json!({"jti": "x".repeat(256)}), by_own),
+        ("with nobody's key", json!({}), json!({}), by_nobodys),
+        ("with another client's key", json!({}), json!({}), by_same_id),
+        ("with another client's key and its id", json!({"kid": "theirs"}), json!({}), by_named),
+        ("with an unknown key", json!({"kid": "2"}), json!({}), by_own),
+        ("with no key's id", json!({"kid": null}), json!({}), by_own),
+        ("with a condition", json!({"crit": ["x"], "x": 1}), json!({}), by_own),
+        ("with a condition that is met", json!({"crit": ["exp"]}), json!({}), by_own),
+        ("with another algorithm", json!({"alg": "ES256"}), json!({}), by_own),
+        ("with another kind of algorithm", json!({"alg": "RS384"}), json!({}), by_own),
+        ("with no algorithm", json!({"alg": "none"}), json!({}), None),
+        ("with no algorithm, and signed", json!({"alg": "none"}), json!({}), by_own),
+        ("without a signature", json!({}), json!({}), None),
+    ];
+    for secret in &secrets {
+        let signs = Some((secret, Algorithm::HS256));
+        cases.push(("with the public key as a secret", json!({"alg": "HS256"}), json!({}), signs));
+        cases.push(("the same under its own name", json!({}), json!({}), signs));
+    }
+    let logins = "SELECT count(*) FROM auth.audit WHERE action = 'login' AND outcome = 'success'";
+    let before = lab.count(logins).await?;
+    for (what, of_header, of_claims, signs) in cases {
+        let assertion = jwt(&changed(&header, &of_header), &changed(&claims(&id), &of_claims), signs)?;
+        for replica in 0..2 {
+            refused(what, &sign_in(replica, &assertion).await?);
+        }
+    }
+    assert_eq!(lab.count(logins).await?, before);
+    for replica in 0..2 {
+        let answer = sign_in(replica, &jwt(&header, &claims(&id), by_own)?).await?;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(with(lab.client(), &answer).get("/jobs").await?.status, 200);
+    }
     lab.stop().await
 }
 
@@ -298,7 +636,7 @@ async fn the_token_endpoint_refuses_what_is_wrong() -> Result<()> {
     let anonymous = form(&demo, "/oauth/introspect", &[("token", "x")]).await?;
     assert_eq!(anonymous.status, 401);
     let inactive = form(lab.client(), "/oauth/introspect", &[("token", "x")]).await?;
-    assert_eq!(inactive.text, r#"{"active":false}"#);
+    assert_eq!(inactive.text, INACTIVE);
     lab.auth(&["user", "disable", "demo"])?;
     assert_eq!(form(&demo, "/oauth/token", &good).await?.body["error"], "invalid_client");
     lab.stop().await

@@ -21,6 +21,8 @@ use tokio::{
 
 /// What staff changes shows within this time (I6).
 const SOON: Duration = Duration::from_secs(1);
+/// How long the opaque tokens live that live for moments only.
+const MOMENTS: Duration = Duration::from_secs(3);
 /// How long a provider's word on an opaque token may hold.
 const WORD: Duration = Duration::from_mins(1);
 /// Between two looks at a provider's keys that unknown ones may cause.
@@ -61,14 +63,15 @@ impl Provider {
         Ok(Self { process, pipes: Mutex::new((input, lines)), folder, issuer, secrets, client })
     }
 
-    /// The file for ingress, with further lines for the provider.
+    /// The file for ingress, with further lines for the provider. More algorithms are allowed than the provider's keys
+    /// are for: those must tell by themselves.
     fn config(&self, more: &str) -> Result<PathBuf> {
         let path = self.folder.join("providers.toml");
         let secret = self.secrets["dermflow"].as_str().context("no secret")?;
         fs::write(self.folder.join("secret"), secret)?;
         let mut text = format!(
             "[[provider]]\nissuer = {:?}\naudience = \"https://dermflow.example\"\n\
-             algorithms = [\"RS256\", \"ES256\"]\nca_file = \"provider-ca.pem\"\n{more}",
+             algorithms = [\"RS256\", \"PS256\", \"ES256\", \"ES384\"]\nca_file = \"provider-ca.pem\"\n{more}",
             self.issuer
         );
         for (value, role) in [("submit", "integrator"), ("audit", "auditor")] {
@@ -109,6 +112,12 @@ impl Provider {
     /// A token like those of `device`, with changes.
     async fn signed(&self, header: Value, claims: Value) -> Result<String> {
         let answer = self.command(json!({"do": "sign", "header": header, "claims": claims})).await?;
+        Ok(answer["token"].as_str().context("no token")?.to_owned())
+    }
+
+    /// The same token with the other form of its ECDSA signature.
+    async fn twin(&self, token: &str) -> Result<String> {
+        let answer = self.command(json!({"do": "twin", "token": token})).await?;
         Ok(answer["token"].as_str().context("no token")?.to_owned())
     }
 
@@ -251,10 +260,14 @@ async fn what_a_provider_did_not_sign_for_us_is_refused() -> Result<()> {
         (json!({}), json!({"cnf": {"jkt": "x"}})),
         (json!({"alg": "HS256"}), json!({})),
         (json!({"alg": "none"}), json!({})),
+        (json!({"alg": "PS256"}), json!({})),
+        (json!({"alg": "RS384"}), json!({})),
+        (json!({"alg": "ES384"}), json!({})),
         (json!({"typ": "JWT"}), json!({})),
         (json!({"typ": null}), json!({})),
         (json!({"kid": null}), json!({})),
         (json!({"kid": "x".repeat(2_000)}), json!({})),
+        (json!({"kid": "x".repeat(10_240)}), json!({})),
         (json!({"crit": ["exp"]}), json!({})),
         (json!({"jku": url}), json!({})),
         (json!({"jku": url, "kid": "theirs"}), json!({})),
@@ -277,6 +290,72 @@ async fn what_a_provider_did_not_sign_for_us_is_refused() -> Result<()> {
         "{connected:?}"
     );
     assert_eq!(good.get("/jobs").await?.status, 200);
+    lab.stop().await?;
+    provider.stop().await
+}
+
+// Of an ECDSA signature there are two forms, and who has one can make the other. What staff revokes is refused in both: it
+// goes by the account and by when a token was issued, never by its bytes. A single token of a provider is for the provider
+// to revoke, and has no place at `/oauth/revoke`; the `jti` by which it would be refused is the same in both forms too.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_other_form_of_a_revoked_token_is_refused() -> Result<()> {
+    let provider = Provider::start().await?;
+    let setup = Setup { providers: Some(provider.config("")?), ..Setup::without_workers() };
+    let lab = Lab::start(setup).await?;
+    link(&lab, "link", "demo", &provider, "device")?;
+    let pair = async || {
+        let token = provider.signed(json!({"alg": "ES256"}), json!({})).await?;
+        let twin = provider.twin(&token).await?;
+        ensure!(twin != token);
+        anyhow::Ok([token, twin].map(|token| lab.client().clone().with_token(&token)))
+    };
+    let ([first, first_twin], [second, unseen_twin]) = (pair().await?, pair().await?);
+    until_status("a good token", 3 * SOON, &first, 200).await?;
+    for (what, good) in [("the other form is as good", &first_twin), ("another token", &second)] {
+        assert_eq!(good.get("/jobs").await?.status, 200, "{what}");
+    }
+    lab.auth(&["user", "revoke", "demo"])?;
+    until_status("a revoked token", SOON, &first, 401).await?;
+    for (what, revoked) in [("seen", &first_twin), ("one form seen", &second), ("unseen", &unseen_twin)] {
+        let answer = revoked.get("/jobs").await?;
+        assert_eq!((answer.status, answer.code()), (401, "unauthenticated"), "{what}");
+    }
+    lab.stop().await?;
+    provider.stop().await
+}
+
+// A provider's word on an opaque token holds no longer than the token lives, even where words usually hold for longer, and
+// even when the provider is away by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opaque_token_is_refused_from_its_end_on() -> Result<()> {
+    let mut provider = Provider::start().await?;
+    let config = provider.config(&provider.introspection())?;
+    let lab = Lab::start(Setup { providers: Some(config), ..Setup::without_workers() }).await?;
+    link(&lab, "link", "demo", &provider, "device-opaque")?;
+    let theirs = |token: &str| lab.client().clone().with_token(token);
+    let long = theirs(&provider.token("device-opaque").await?);
+    until_status("a token that lives long", 3 * SOON, &long, 200).await?;
+    let began = Instant::now();
+    provider.command(json!({"do": "live", "seconds": MOMENTS.as_secs()})).await?;
+
+    let asked = provider.count("/introspect").await?;
+    let short = theirs(&provider.token("device-opaque").await?);
+    let given = Instant::now();
+    assert_eq!(short.get("/jobs").await?.status, 200);
+    sleep_until(given + MOMENTS).await;
+    let ended = short.get("/jobs").await?;
+    assert_eq!((ended.status, ended.code()), (401, "unauthenticated"));
+    assert_eq!(provider.count("/introspect").await? - asked, 2, "when it was new, and at its end");
+
+    let short = theirs(&provider.token("device-opaque").await?);
+    let given = Instant::now();
+    assert_eq!(short.get("/jobs").await?.status, 200);
+    provider.kill().await?;
+    sleep_until(given + MOMENTS).await;
+    let ended = short.get("/jobs").await?;
+    assert_eq!((ended.status, ended.code()), (503, "provider-unavailable"), "nobody can tell");
+    assert_eq!(long.get("/jobs").await?.status, 200, "its word still holds");
+    assert!(began.elapsed() < WORD / 2, "too slow to tell");
     lab.stop().await?;
     provider.stop().await
 }
@@ -309,7 +388,13 @@ async fn a_provider_changes_its_keys_and_goes_away() -> Result<()> {
     }
     assert_eq!(provider.count("/introspect").await? - asked, 2, "that it is none is remembered too");
     // A secret of ours that is sent in the wrong place goes no further.
-    assert_eq!(theirs("dfr_2YotnFZFEjr1zCsicMWpAA").get("/jobs").await?.status, 401);
+    let password = lab.password("demo")?;
+    let fields = [("username", "demo"), ("password", password.as_str()), ("scope", "offline_access")];
+    let login = send(theirs("").request(Method::POST, "/login").form(&fields)).await?;
+    let refresh = login.body["refresh_token"].as_str().context("no refresh token")?;
+    for secret in [refresh, "dfr_2YotnFZFEjr1zCsicMWpAA"] {
+        assert_eq!(theirs(secret).get("/jobs").await?.status, 401);
+    }
     assert_eq!(provider.count("/introspect").await? - asked, 2);
 
     provider.command(json!({"do": "rotate"})).await?;

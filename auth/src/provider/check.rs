@@ -437,6 +437,37 @@ mod tests {
         }
     }
 
+    /// The order of the group of P-256 (SEC 2 §2.4.2).
+    const ORDER: [u8; 32] = [
+        0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xbc, 0xe6, 0xfa,
+        0xad, 0xa7, 0x17, 0x9e, 0x84, 0xf3, 0xb9, 0xca, 0xc2, 0xfc, 0x63, 0x25, 0x51,
+    ];
+
+    /// Of an ECDSA signature there are two forms, (r, s) and (r, n - s): what is revoked in one is revoked in both.
+    #[test]
+    fn the_other_form_of_a_signature_makes_no_other_token() {
+        let (provider, signer, now) = (provider(), Signer::new(Algorithm::ES256), clock::now());
+        let keys = signer.keys(&provider).unwrap();
+        let with_id = claims(&provider, now);
+        let mut without_id = with_id.clone();
+        without_id.as_object_mut().unwrap().remove("jti");
+        for claims in [with_id, without_id] {
+            let token = signer.sign(|_| (), &claims);
+            let (body, signature) = token.rsplit_once('.').unwrap();
+            let mut signature = URL_SAFE_NO_PAD.decode(signature).unwrap();
+            let mut borrow = 0;
+            for (byte, order) in signature[32..].iter_mut().zip(ORDER).rev() {
+                let difference = i16::from(order) - i16::from(*byte) - borrow;
+                borrow = i16::from(difference < 0);
+                *byte = difference.to_le_bytes()[0];
+            }
+            let twin = format!("{body}.{}", URL_SAFE_NO_PAD.encode(signature));
+            assert_ne!(twin, token);
+            assert_eq!(provider.prove(&twin, &keys, now), provider.prove(&token, &keys, now));
+            assert!(provider.prove(&twin, &keys, now).is_ok(), "as good as the other");
+        }
+    }
+
     #[test]
     fn only_an_opaque_token_goes_to_the_provider() {
         for (token, expected) in [
