@@ -199,7 +199,7 @@ enum CredentialCommand {
     Rotate {
         /// The account's name or id.
         name: String,
-        /// For how many days.
+        /// For how many days; with 0 they end at once, and so do their tokens.
         #[arg(long, default_value_t = registry::OVERLAP.whole_days() as u16)]
         overlap_days: u16,
     },

@@ -18,14 +18,13 @@ use crate::{
     users::{COLUMNS, OPEN, User},
 };
 
-/// How long a family lives from its first token on.
+/// How long a family lives from its first token on, at the longest.
 pub const LIFETIME: Duration = Duration::from_hours(12);
-
-/// When a family ends, in a query of its tokens: with its credential at the latest, which staff may give an end later on.
-const ENDS: &str = "least(expires_at, (SELECT c.expires_at FROM auth.credentials c WHERE c.id = credential))";
-/// Whether what a family was given for is still there: the account's password, or a credential.
-const KNOWN: &str =
-    "(credential = account OR EXISTS (SELECT FROM auth.credentials c WHERE c.id = credential))";
+/// Whose a refresh token `r` is, and the secret or key `c` that its family was begun with, unless that was a password.
+const BEGUN_WITH: &str =
+    "JOIN auth.users ON users.id = r.account LEFT JOIN auth.credentials c ON c.id = r.credential";
+/// When such a family ends: none outlives its account, nor what it was begun with.
+const ENDS: &str = "least(r.expires_at, c.expires_at, users.expires_at)";
 
 /// Why there is no refresh token.
 #[derive(Debug, thiserror::Error)]
@@ -121,10 +120,10 @@ pub async fn spend(
     // Whose first token was not given for a password must prove itself again (RFC 6749 §6).
     let spend = format!(
         "WITH spent AS (UPDATE auth.refresh_tokens SET used_at = $1 \
-           WHERE hash = $2 AND used_at IS NULL AND {ENDS} > $1 AND {KNOWN} \
-           AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END \
-           RETURNING family, scope, account, {ENDS} AS ends) \
-         SELECT {COLUMNS}, family, scope, ends FROM spent JOIN auth.users ON users.id = spent.account WHERE {OPEN}"
+           WHERE hash = $2 AND used_at IS NULL AND expires_at > $1 \
+           AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END RETURNING *) \
+         SELECT {COLUMNS}, family, scope, {ENDS} AS ends FROM spent r {BEGUN_WITH} \
+         WHERE {OPEN} AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1"
     );
     let next = secret::generate(Kind::Refresh)?;
     let outcome = db::within(async {
@@ -221,11 +220,12 @@ pub async fn describe(
     now: OffsetDateTime,
 ) -> Result<Option<Described>, DbError> {
     let select = format!(
-        "SELECT scope, {ENDS} AS ends FROM auth.refresh_tokens \
-         WHERE hash = $1 AND account = $2 AND used_at IS NULL AND {ENDS} > $3 AND {KNOWN}"
+        "SELECT scope, {ENDS} AS ends FROM auth.refresh_tokens r {BEGUN_WITH} \
+         WHERE hash = $2 AND r.account = $3 AND used_at IS NULL AND {OPEN} \
+         AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1"
     );
     db::within(async {
-        let row = pool.get().await?.query_opt(&select, &[&secret::hash(token), &account, &now]).await?;
+        let row = pool.get().await?.query_opt(&select, &[&now, &secret::hash(token), &account]).await?;
         Ok(row.map(|row| Described { scope: row.get("scope"), ends: row.get("ends") }))
     })
     .await

@@ -665,7 +665,8 @@ pub async fn add_key(
     .await
 }
 
-/// A new secret in the place of all that a client has, which stay good for `overlap`.
+/// A new secret in the place of all that a client has, which stay good for `overlap`; without one, they and every token
+/// that was given for them end as with [`remove_credential`].
 ///
 /// # Errors
 /// As [`add_secret`].
@@ -680,9 +681,14 @@ pub async fn rotate(
     let act = Act { actor, action: Action::CredentialAdded, who, now };
     act.run(pool, async |transaction| {
         let account = find(transaction, who).await?;
-        let update = "UPDATE auth.credentials SET expires_at = least(coalesce(expires_at, $2), $2) \
-                      WHERE account = $1 AND secret_hash IS NOT NULL";
-        transaction.execute(update, &[&account, &(now + overlap)]).await?;
+        if overlap.is_positive() {
+            let update = "UPDATE auth.credentials SET expires_at = least(coalesce(expires_at, $2), $2) \
+                          WHERE account = $1 AND secret_hash IS NOT NULL";
+            transaction.execute(update, &[&account, &(now + overlap)]).await?;
+        } else {
+            let delete = "DELETE FROM auth.credentials WHERE account = $1 AND secret_hash IS NOT NULL RETURNING id";
+            end_tokens(transaction, &transaction.query(delete, &[&account]).await?, now).await?;
+        }
         add(transaction, &act, account, "rotated", Proves::Secret(secret), None).await
     })
     .await
@@ -741,20 +747,31 @@ pub async fn remove_credential(
     let act = Act { actor, action: Action::CredentialRemoved, who, now };
     act.run(pool, async |transaction| {
         let account = find(transaction, who).await?;
-        let delete = "DELETE FROM auth.credentials WHERE account = $1 AND id = $2";
-        if transaction.execute(delete, &[&account, &credential]).await? == 0 {
+        let delete = "DELETE FROM auth.credentials WHERE account = $1 AND id = $2 RETURNING id";
+        let gone = transaction.query(delete, &[&account, &credential]).await?;
+        if gone.is_empty() {
             return Err(RegistryError::UnknownCredential(credential));
         }
-        let families = "DELETE FROM auth.refresh_tokens WHERE credential = $1 RETURNING family";
-        let mut ids: Vec<Uuid> =
-            transaction.query(families, &[&credential]).await?.iter().map(|row| row.get(0)).collect();
-        ids.push(credential);
-        ids.sort_unstable();
-        ids.dedup();
-        revocation::within(transaction, &ids, now).await?;
+        end_tokens(transaction, &gone, now).await?;
         act.note(transaction, account).await
     })
     .await
+}
+
+/// Ends everything that was given for credentials that are `gone`: access tokens, and families of refresh tokens with
+/// theirs.
+async fn end_tokens(
+    transaction: &Transaction<'_>,
+    gone: &[Row],
+    now: OffsetDateTime,
+) -> Result<(), RegistryError> {
+    let mut ids: Vec<Uuid> = gone.iter().map(|row| row.get(0)).collect();
+    let families = "DELETE FROM auth.refresh_tokens WHERE credential = ANY($1) RETURNING family";
+    let families = transaction.query(families, &[&ids]).await?;
+    ids.extend(families.iter().map(|row| row.get::<_, Uuid>(0)));
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(revocation::within(transaction, &ids, now).await?)
 }
 
 /// One act: who does what to which account, by its name or id, and when.

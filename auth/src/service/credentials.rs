@@ -45,7 +45,7 @@ pub(super) struct Addition {
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Rotation {
-    /// For how many days those before stay good; 7 when it is left out.
+    /// For how many days those before stay good; 7 when it is left out. With 0 they end at once, and so do their tokens.
     overlap_days: Option<u16>,
 }
 
