@@ -159,6 +159,11 @@ impl From<deadpool_postgres::PoolError> for RegistryError {
     }
 }
 
+/// Whether an act that ends with `code` was not allowed; the others that do not succeed have failed.
+pub fn refuses(code: Code) -> bool {
+    matches!(code, Code::Bootstrapped | Code::LastAdministrator)
+}
+
 /// How an account stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -582,10 +587,10 @@ pub async fn set_password(
     now: OffsetDateTime,
 ) -> Result<SecretString, RegistryError> {
     let is_chosen = chosen.is_some();
-    let password = chosen.map_or_else(password::generate, Ok)?;
-    let hash = password::hash(&password, peppers)?;
     let act = Act { actor, action: Action::PasswordSet, who, now };
     act.run(pool, async |transaction| {
+        let password = chosen.map_or_else(password::generate, Ok)?;
+        let hash = password::hash(&password, peppers)?;
         let id = find(transaction, who).await?;
         if is_chosen {
             let select = "SELECT username, coalesce(contact, '') FROM auth.users WHERE id = $1";
@@ -596,10 +601,10 @@ pub async fn set_password(
                       valid_after = greatest($3, valid_after + interval '1 second') WHERE id = $1";
         transaction.execute(update, &[&id, &hash, &clock::now()]).await?;
         forget(transaction, id).await?;
-        act.note(transaction, id).await
+        act.note(transaction, id).await?;
+        Ok(password)
     })
-    .await?;
-    Ok(password)
+    .await
 }
 
 /// Ends everything that an account was given: tokens, refresh tokens, sessions. It may sign in again.
@@ -686,7 +691,8 @@ pub async fn rotate(
                           WHERE account = $1 AND secret_hash IS NOT NULL";
             transaction.execute(update, &[&account, &(now + overlap)]).await?;
         } else {
-            let delete = "DELETE FROM auth.credentials WHERE account = $1 AND secret_hash IS NOT NULL RETURNING id";
+            let delete =
+                "DELETE FROM auth.credentials WHERE account = $1 AND secret_hash IS NOT NULL RETURNING id";
             end_tokens(transaction, &transaction.query(delete, &[&account]).await?, now).await?;
         }
         add(transaction, &act, account, "rotated", Proves::Secret(secret), None).await
@@ -811,10 +817,7 @@ impl Act<'_> {
     }
 
     async fn note_failure(&self, pool: &Pool, code: Code) {
-        let outcome = match code {
-            Code::Bootstrapped | Code::LastAdministrator => Outcome::Refused,
-            _ => Outcome::Failed,
-        };
+        let outcome = if refuses(code) { Outcome::Refused } else { Outcome::Failed };
         let noted = db::within(async {
             let connection = pool.get().await?;
             let select = "SELECT id FROM auth.users WHERE username = $1 OR id::text = $1";

@@ -173,9 +173,14 @@ pub struct ApiError {
 }
 
 impl ApiError {
-    /// The row of the catalogue for the answer as a whole.
+    /// The code of the answer as a whole.
+    pub fn code(&self) -> Code {
+        self.faults.first().map_or(Code::Internal, |fault| fault.code)
+    }
+
+    /// Its row of the catalogue.
     pub fn kind(&self) -> Kind {
-        self.faults.first().map_or(Code::Internal, |fault| fault.code).kind()
+        self.code().kind()
     }
 
     /// Says when the request may be sent again; a part of a second counts as one.

@@ -25,9 +25,14 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// The code of the answer as a whole.
+    pub fn code(&self) -> Code {
+        self.error.code()
+    }
+
     /// Whether the answer is this error.
     pub fn is(&self, code: Code) -> bool {
-        self.error.kind().code == code.kind().code
+        self.code() == code
     }
 
     /// Whether a repeat is safe.

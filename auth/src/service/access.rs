@@ -20,24 +20,39 @@ use dermflow_http::{
 use dermflow_schemas::{clock, error::Code};
 use secrecy::SecretString;
 
-use super::{Service, audited::Refused};
+use super::{
+    Service,
+    audited::{Attempt, Refused},
+};
 
 /// Somebody who may look: an administrator or an auditor, with a session.
 #[derive(Debug)]
 pub(super) struct Reader {
-    /// Who, for the trail.
-    pub(super) who: Who,
+    who: Who,
+    attempt: Attempt,
     /// Whose session it is.
     pub(super) user: User,
     /// The session.
     pub(super) token: SecretString,
 }
 
+impl Reader {
+    /// Who, for an act that records itself what comes of it: from here on [`super::audited`] does not.
+    pub(super) fn acts(&self) -> &Who {
+        self.attempt.acts();
+        &self.who
+    }
+}
+
 /// Somebody who may change accounts: an administrator, with a session.
 #[derive(Debug)]
-pub(super) struct Registrar {
-    /// Who, for the trail.
-    pub(super) who: Who,
+pub(super) struct Registrar(Reader);
+
+impl Registrar {
+    /// See [`Reader::acts`].
+    pub(super) fn acts(&self) -> &Who {
+        self.0.acts()
+    }
 }
 
 /// Whether a role is one of staff that has business here.
@@ -59,9 +74,11 @@ impl FromRequestParts<Arc<Service>> for Reader {
         if !may_read(user.role) {
             return Err(forbidden(user).into_response());
         }
+        let attempt = parts.extensions.get::<Attempt>().cloned().unwrap_or_default();
+        attempt.is(user.client);
         let source = parts.extensions.get::<Peer>().map(|peer| peer.0);
         let request = parts.headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok()?.parse().ok());
-        Ok(Self { who: Who { actor: Actor::User(user.client), source, request }, user, token })
+        Ok(Self { who: Who { actor: Actor::User(user.client), source, request }, attempt, user, token })
     }
 }
 
@@ -69,8 +86,9 @@ impl FromRequestParts<Arc<Service>> for Registrar {
     type Rejection = Response;
 
     async fn from_request_parts(parts: &mut Parts, service: &Arc<Service>) -> Result<Self, Response> {
-        let Reader { who, user, .. } = Reader::from_request_parts(parts, service).await?;
-        if user.role == Role::Administrator { Ok(Self { who }) } else { Err(forbidden(user).into_response()) }
+        let reader = Reader::from_request_parts(parts, service).await?;
+        let may_change = reader.user.role == Role::Administrator;
+        if may_change { Ok(Self(reader)) } else { Err(forbidden(reader.user).into_response()) }
     }
 }
 

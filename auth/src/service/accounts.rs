@@ -142,7 +142,7 @@ pub(super) async fn list(
         after: search.cursor,
         limit,
     };
-    let accounts = registry::list(&service.pool, &reader.who, &filter, now).await?;
+    let accounts = registry::list(&service.pool, reader.acts(), &filter, now).await?;
     let is_full = accounts.len() as i64 == limit;
     let next = accounts.last().filter(|_| is_full).map(|last| last.name.clone());
     Ok(axum::Json(Page { accounts, next }).into_response())
@@ -158,7 +158,7 @@ pub(super) async fn create(
 ) -> Result<Response, Problem> {
     let new = NewAccount { name: &name, role, contact: contact.as_deref(), expires_at };
     let created =
-        registry::create(&service.pool, &service.peppers, &registrar.who, &new, clock::now()).await?;
+        registry::create(&service.pool, &service.peppers, registrar.acts(), &new, clock::now()).await?;
     let (id, password) = created;
     let location = [(header::LOCATION, format!("/accounts/{id}"))];
     let body = axum::Json(Registered { id, name, password: password.expose_secret().to_owned() });
@@ -173,7 +173,7 @@ pub(super) async fn show(
     reader: Reader,
     Named(name): Named<String>,
 ) -> Result<Response, Problem> {
-    let (account, credentials) = registry::get(&service.pool, &reader.who, &name, clock::now()).await?;
+    let (account, credentials) = registry::get(&service.pool, reader.acts(), &name, clock::now()).await?;
     let external_identities = registry::identities(&service.pool, account.id).await?;
     Ok(axum::Json(Whole { account, credentials, external_identities }).into_response())
 }
@@ -187,7 +187,7 @@ pub(super) async fn change(
     Named(name): Named<String>,
     Json(change): Json<Change>,
 ) -> Result<Response, Problem> {
-    registry::change(&service.pool, &registrar.who, &name, &change, clock::now()).await?;
+    registry::change(&service.pool, registrar.acts(), &name, &change, clock::now()).await?;
     Ok(done())
 }
 
@@ -199,7 +199,7 @@ pub(super) async fn delete(
     registrar: Registrar,
     Named(name): Named<String>,
 ) -> Result<Response, Problem> {
-    registry::delete(&service.pool, &registrar.who, &name, clock::now()).await?;
+    registry::delete(&service.pool, registrar.acts(), &name, clock::now()).await?;
     Ok(done())
 }
 
@@ -216,7 +216,7 @@ pub(super) async fn password(
 ) -> Result<Response, Problem> {
     let is_chosen = password.is_some();
     let Service { pool, peppers, .. } = service.as_ref();
-    let set = registry::set_password(pool, peppers, &registrar.who, &name, password, clock::now()).await?;
+    let set = registry::set_password(pool, peppers, registrar.acts(), &name, password, clock::now()).await?;
     if is_chosen {
         return Ok(done());
     }
@@ -232,6 +232,6 @@ pub(super) async fn revoke(
     registrar: Registrar,
     Named(name): Named<String>,
 ) -> Result<Response, Problem> {
-    registry::revoke_all(&service.pool, &registrar.who, &name, clock::now()).await?;
+    registry::revoke_all(&service.pool, registrar.acts(), &name, clock::now()).await?;
     Ok(done())
 }

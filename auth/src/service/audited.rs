@@ -1,14 +1,25 @@
-//! What the audit trail and the metrics are told of refused attempts. What is done, and what fails, is recorded by
-//! [`dermflow_auth::registry`] in its own transaction.
+//! What the audit trail and the metrics are told of refused attempts. What is done, and what is tried in vain, is
+//! recorded by [`dermflow_auth::registry`]; what does not get as far as that, here, whatever it lacks. While the
+//! database is away neither can be.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use axum::{
     extract::{Request, State},
+    http::Method,
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use dermflow_auth::audit::{Action, Actor, Event, Object, Who};
+use dermflow_auth::{
+    audit::{Action, Actor, Event, Object, Who},
+    registry,
+};
 use dermflow_http::{answer::Problem, dress::REQUEST_ID, serve::Peer};
 use dermflow_schemas::{clock, error::Code, id::ClientId};
 
@@ -37,14 +48,53 @@ impl IntoResponse for Refused {
     }
 }
 
-/// Records every answer that shuts its caller out.
-pub(super) async fn audited(State(service): State<Arc<Service>>, request: Request, next: Next) -> Response {
-    let who = who(&request);
+/// How far a request has got.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Attempt(Arc<Progress>);
+
+#[derive(Debug, Default)]
+struct Progress {
+    user: OnceLock<ClientId>,
+    acts: AtomicBool,
+}
+
+impl Attempt {
+    /// The caller has proved to be this user.
+    pub(super) fn is(&self, user: ClientId) {
+        let _ = self.0.user.set(user);
+    }
+
+    /// What comes of it is recorded elsewhere.
+    pub(super) fn acts(&self) {
+        self.0.acts.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Counts every refused attempt, and records those that no act has recorded.
+pub(super) async fn audited(
+    State(service): State<Arc<Service>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let (who, attempt) = (who(&request), Attempt::default());
+    request.extensions_mut().insert(attempt.clone());
+    let signs_in = request.method() == Method::POST && request.uri().path() == "/sessions";
     let mut response = next.run(request).await;
-    if let Some(Refused { action, code, user, account, .. }) = response.extensions_mut().remove() {
+    let refused = response.extensions_mut().remove().or_else(|| {
+        let problem = response.extensions().get::<Problem>()?;
+        let action = if signs_in { Action::Login } else { Action::Access };
+        let user = attempt.0.user.get().copied();
+        Some(Refused { action, code: problem.code(), user, account: None, answer: problem.clone() })
+    });
+    let Some(Refused { action, code, user, account, .. }) = refused else { return response };
+    let has_acted = attempt.0.acts.load(Ordering::Relaxed);
+    if code == Code::DatabaseUnavailable || (has_acted && !registry::refuses(code)) {
+        return response;
+    }
+    service.metrics.refuse(code);
+    if !has_acted {
         let who = Who { actor: user.map_or(Actor::Unknown, Actor::User), ..who };
         let event = Event::new(action, who, clock::now()).client(account);
-        service.metrics.refuse(code);
         service.trail.refused(event.object(account.map(Object::account)), code).await;
     }
     response

@@ -85,13 +85,11 @@ pub(super) async fn add(
     Named(name): Named<String>,
     Json(Addition { label, expires_at, jwk }): Json<Addition>,
 ) -> Result<Given, Problem> {
-    let (pool, who, now) = (&service.pool, &registrar.who, clock::now());
-    let given = match jwk {
+    let key = jwk.map(|jwk| PublicKey::parse(&jwk.to_string())).transpose().map_err(RegistryError::from)?;
+    let (pool, who, now) = (&service.pool, registrar.acts(), clock::now());
+    let given = match key {
         None => registry::add_secret(pool, who, &name, &label, expires_at, now).await?,
-        Some(jwk) => {
-            let key = PublicKey::parse(&jwk.to_string()).map_err(RegistryError::from)?;
-            registry::add_key(pool, who, &name, &label, &key, expires_at, now).await?
-        }
+        Some(key) => registry::add_key(pool, who, &name, &label, &key, expires_at, now).await?,
     };
     Ok(given.into())
 }
@@ -107,7 +105,7 @@ pub(super) async fn rotate(
     Perhaps(Rotation { overlap_days }): Perhaps<Rotation>,
 ) -> Result<Given, Problem> {
     let overlap = overlap_days.map_or(OVERLAP, |days| Duration::days(days.into()));
-    let given = registry::rotate(&service.pool, &registrar.who, &name, overlap, clock::now()).await?;
+    let given = registry::rotate(&service.pool, registrar.acts(), &name, overlap, clock::now()).await?;
     Ok(given.into())
 }
 
@@ -121,6 +119,6 @@ pub(super) async fn remove(
     registrar: Registrar,
     Named((name, credential)): Named<(String, Uuid)>,
 ) -> Result<Response, Problem> {
-    registry::remove_credential(&service.pool, &registrar.who, &name, credential, clock::now()).await?;
+    registry::remove_credential(&service.pool, registrar.acts(), &name, credential, clock::now()).await?;
     Ok(done())
 }

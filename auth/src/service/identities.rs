@@ -25,7 +25,7 @@ pub(super) async fn link(
     Named(name): Named<String>,
     Json(identity): Json<ExternalIdentity>,
 ) -> Result<Response, Problem> {
-    registry::link(&service.pool, &registrar.who, &name, &identity, clock::now()).await?;
+    registry::link(&service.pool, registrar.acts(), &name, &identity, clock::now()).await?;
     Ok(done())
 }
 
@@ -39,6 +39,6 @@ pub(super) async fn unlink(
     Named(name): Named<String>,
     Parameters(identity): Parameters<ExternalIdentity>,
 ) -> Result<Response, Problem> {
-    registry::unlink(&service.pool, &registrar.who, &name, &identity, clock::now()).await?;
+    registry::unlink(&service.pool, registrar.acts(), &name, &identity, clock::now()).await?;
     Ok(done())
 }

@@ -19,7 +19,7 @@ use super::Service;
 
 /// Why an attempt is refused: the labels of [`Metrics::refused`], which are there from the start, so that the first one
 /// shows as a rise.
-const REFUSALS: [Code; 11] = [
+const REFUSALS: [Code; 25] = [
     Code::CertificateMissing,
     Code::CertificateInvalid,
     Code::HandshakeFailed,
@@ -31,6 +31,20 @@ const REFUSALS: [Code; 11] = [
     Code::LoginFailed,
     Code::LoginThrottled,
     Code::Forbidden,
+    Code::LastAdministrator,
+    Code::NotFound,
+    Code::MethodNotAllowed,
+    Code::MediaType,
+    Code::BodyTooLarge,
+    Code::BodyTimeout,
+    Code::JsonMalformed,
+    Code::FormInvalid,
+    Code::QueryInvalid,
+    Code::ElementUnknown,
+    Code::ElementMissing,
+    Code::ElementRepeated,
+    Code::ValueInvalid,
+    Code::Overloaded,
 ];
 
 /// The metrics of the process.

@@ -111,8 +111,7 @@ pub(super) async fn open(
 /// Signs out.
 #[utoipa::path(delete, path = "/sessions", responses((status = 204, description = "Signed out."), Errors))]
 pub(super) async fn close(State(service): State<Arc<Service>>, reader: Reader) -> Result<Response, Problem> {
-    let Reader { who, user, token } = reader;
-    session::close(&service.pool, &who, user, &token, clock::now()).await?;
+    session::close(&service.pool, reader.acts(), reader.user, &reader.token, clock::now()).await?;
     Ok(done())
 }
 
