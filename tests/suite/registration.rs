@@ -1,6 +1,6 @@
 //! The registration service: what staff does there, and everybody whom it refuses.
 
-use std::{fs, process::Command, time::Duration};
+use std::{collections::BTreeSet, fs, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use dermflow_local::{
@@ -13,11 +13,44 @@ use dermflow_tests::{
     lab::{Lab, Setup},
     wait::eventually,
 };
-use reqwest::Method;
+use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 
 /// How soon a refused attempt is in the trail, and the metric has risen.
 const SOON: Duration = Duration::from_secs(5);
+
+/// Whom a route wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rule {
+    /// Whoever has a certificate of staff.
+    Open,
+    /// With a session.
+    Reader,
+    /// With a session of an administrator.
+    Registrar,
+}
+
+use Rule::{Open, Reader, Registrar};
+
+const ROUTES: [(&str, &str, Rule); 17] = [
+    ("POST", "/sessions", Open),
+    ("DELETE", "/sessions", Reader),
+    ("GET", "/accounts", Reader),
+    ("POST", "/accounts", Registrar),
+    ("GET", "/accounts/{account}", Reader),
+    ("PATCH", "/accounts/{account}", Registrar),
+    ("DELETE", "/accounts/{account}", Registrar),
+    ("POST", "/accounts/{account}/password", Registrar),
+    ("POST", "/accounts/{account}/revoke", Registrar),
+    ("POST", "/accounts/{account}/credentials", Registrar),
+    ("POST", "/accounts/{account}/credentials/rotate", Registrar),
+    ("DELETE", "/accounts/{account}/credentials/{credential}", Registrar),
+    ("POST", "/accounts/{account}/identities", Registrar),
+    ("DELETE", "/accounts/{account}/identities", Registrar),
+    ("GET", "/openapi.json", Reader),
+    ("GET", "/livez", Open),
+    ("GET", "/metrics", Open),
+];
 
 async fn call(client: &Client, method: Method, path: &str, body: &Value) -> Result<Answer> {
     let request = client.request(method, path);
@@ -87,6 +120,22 @@ impl Office {
              AND code = '{code}' AND source = '127.0.0.1'"
         );
         self.lab.count(&query).await
+    }
+
+    /// Sends a request of the administrator that comes to nothing: it is one event in the trail, with its code.
+    async fn is_in_vain(&self, request: RequestBuilder, status: u16, code: &str) -> Result<()> {
+        let (id, case) = (uuid::Uuid::new_v4().to_string(), format!("{request:?} {code}"));
+        let answer = send(request.header("x-request-id", &id)).await?;
+        assert_eq!((answer.status, answer.code()), (status, code), "{case}");
+        assert!(answer.header("content-type").starts_with("application/problem+json"), "{case}");
+        let events = format!("SELECT count(*) FROM auth.audit WHERE request = '{id}'");
+        let right = format!(
+            "{events} AND outcome <> 'success' AND code = '{code}' \
+             AND actor = (SELECT id::text FROM auth.users WHERE username = 'root')"
+        );
+        let recorded = (self.lab.count(&events).await?, self.lab.count(&right).await?);
+        assert_eq!(recorded, (1, 1), "{case}");
+        Ok(())
     }
 
     /// Makes an attempt that must raise the metric, and the number of events in the trail, by one.
@@ -231,7 +280,8 @@ async fn identities(root: &Client, account: &str) -> Result<()> {
     Ok(())
 }
 
-// Pages, filters, and what is malformed: every answer is a 4xx with a code, and nothing has changed.
+// Pages, filters, and what is malformed: every answer is a 4xx with a code, each is one event in the trail, and nothing
+// has changed.
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_are_listed_in_pages_and_what_is_malformed_changes_nothing() -> Result<()> {
     let office = Office::open().await?;
@@ -291,6 +341,13 @@ async fn accounts_are_listed_in_pages_and_what_is_malformed_changes_nothing() ->
         (Method::PATCH, "/accounts/nobody", json!({"disabled": true}), 404, "not-found"),
         (Method::PATCH, "/accounts/a%00b", json!({"disabled": true}), 404, "not-found"),
         (Method::POST, "/accounts/page-4/credentials", json!({"label": "x"}), 409, "not-a-client"),
+        (
+            Method::POST,
+            "/accounts/page-1/credentials",
+            json!({"label": "x", "jwk": {}}),
+            422,
+            "value-invalid",
+        ),
         (Method::PATCH, "/accounts/root", json!({"role": "auditor"}), 409, "last-administrator"),
         (Method::DELETE, "/accounts/root", Value::Null, 409, "last-administrator"),
         (Method::GET, "/accounts?limit=0", Value::Null, 400, "query-invalid"),
@@ -301,17 +358,30 @@ async fn accounts_are_listed_in_pages_and_what_is_malformed_changes_nothing() ->
         (Method::GET, "/nothing", Value::Null, 404, "not-found"),
         (Method::PUT, one, json!({}), 405, "method-not-allowed"),
     ];
-    for (method, path, body, status, code) in cases {
-        let answer = call(&root, method.clone(), path, &body).await?;
-        assert_eq!((answer.status, answer.code()), (status, code), "{method} {path} {body}");
-        assert!(answer.header("content-type").starts_with("application/problem+json"), "{method} {path}");
+    let mut requests: Vec<_> = cases
+        .into_iter()
+        .map(|(method, path, body, status, code)| {
+            let request = root.request(method, path);
+            (if body.is_null() { request } else { request.json(&body) }, status, code)
+        })
+        .collect();
+    let raw = |kind: &str, body: String| {
+        root.request(Method::POST, "/accounts").header("content-type", kind).body(body)
+    };
+    let large = json!({"name": "x".repeat(70_000)}).to_string();
+    requests.extend([
+        (raw("application/json", large), 413, "body-too-large"),
+        (raw("application/json", "{".into()), 400, "json-malformed"),
+        (raw("text/plain", "{}".into()), 415, "media-type"),
+    ]);
+    for (request, status, code) in requests {
+        office.is_in_vain(request, status, code).await?;
     }
-    let large = json!({"name": "x".repeat(70_000)});
-    assert_eq!(post(&root, "/accounts", &large).await?.code(), "body-too-large");
-    let plain = root.request(Method::POST, "/accounts").header("content-type", "text/plain").body("{}");
-    assert_eq!(send(plain).await?.code(), "media-type");
     let after: String = office.lab.sql(accounts).await?[0].get(0);
     assert_eq!(before, after);
+    for (code, times) in [("last-administrator", 2), ("query-invalid", 4), ("method-not-allowed", 1)] {
+        assert_eq!(office.counted(code).await? as u32, times, "{code}");
+    }
     office.lab.stop().await
 }
 
@@ -336,9 +406,11 @@ async fn whoever_has_no_business_here_is_refused_counted_and_recorded() -> Resul
     let forged =
         Client::with_certificate(&lab.ca(), &url, &forged.cert, &forged.key)?.with_token(root.token());
     office.refuses("access", "certificate-invalid", async || shut(&forged, "/accounts").await).await?;
-    let servers = Pki::prepare(&rogue)?;
-    let server = Client::with_certificate(&lab.ca(), &url, &servers.cert, &servers.key)?;
-    office.refuses("access", "certificate-invalid", async || shut(&server, "/accounts").await).await?;
+    // A server's certificate is none of staff, not even that of ingress itself.
+    for Pki { cert, key, .. } in [&Pki::prepare(&rogue)?, lab.pki()] {
+        let server = Client::with_certificate(&lab.ca(), &url, cert, key)?.with_token(root.token());
+        office.refuses("access", "certificate-invalid", async || shut(&server, "/accounts").await).await?;
+    }
     fs::remove_dir_all(folder)?;
     let distrustful = reqwest::Client::builder().build()?;
     let attempt = async || {
@@ -383,20 +455,11 @@ async fn whoever_has_no_business_here_is_refused_counted_and_recorded() -> Resul
 
     let auditor = office.member("eyes", "auditor").await?;
     assert_eq!(auditor.get("/accounts").await?.status, 200);
-    for (method, path) in [
-        (Method::POST, "/accounts"),
-        (Method::PATCH, "/accounts/demo"),
-        (Method::DELETE, "/accounts/demo"),
-        (Method::POST, "/accounts/demo/password"),
-        (Method::POST, "/accounts/demo/revoke"),
-        (Method::POST, "/accounts/demo/credentials"),
-        (Method::POST, "/accounts/demo/credentials/rotate"),
-        (Method::DELETE, "/accounts/demo/credentials/00000000-0000-4000-8000-000000000000"),
-        (Method::POST, "/accounts/demo/identities"),
-        (Method::DELETE, "/accounts/demo/identities?issuer=x&subject=x"),
-    ] {
+    for (method, path, _) in ROUTES.into_iter().filter(|(.., rule)| *rule == Registrar) {
+        let method = Method::from_bytes(method.as_bytes())?;
+        let path = path.replace("{account}", "demo").replace("{credential}", &uuid::Uuid::nil().to_string());
         let attempt = async || {
-            let answer = call(&auditor, method.clone(), path, &json!({"name": "x", "label": "x"})).await?;
+            let answer = call(&auditor, method.clone(), &path, &json!({"name": "x", "label": "x"})).await?;
             ensure!((answer.status, answer.code()) == (403, "forbidden"), "{method} {path}: {}", answer.text);
             Ok(())
         };
@@ -416,6 +479,12 @@ async fn whoever_has_no_business_here_is_refused_counted_and_recorded() -> Resul
         };
         office.refuses("login", code, attempt).await?;
     }
+    let attempt = async || {
+        let answer = post(&without, "/sessions", &json!({"username": "root"})).await?;
+        ensure!((answer.status, answer.code()) == (422, "element-missing"), "{}", answer.text);
+        Ok(())
+    };
+    office.refuses("login", "element-missing", attempt).await?;
     let verified = lab.auth(&["audit", "verify"])?;
     assert!(verified.starts_with("intact"), "{verified}");
     office.lab.stop().await
@@ -501,24 +570,33 @@ async fn ingress_does_not_know_the_registration_service() -> Result<()> {
     office.lab.stop().await
 }
 
-// What is served is described, and what is described is served.
+// What is served is described, and what is described is served. A route without a row, or a row without a route, fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_service_describes_itself() -> Result<()> {
     let office = Office::open().await?;
     let root = office.administrator().await?;
     let api = root.get("/openapi.json").await?;
     assert_eq!(api.body["openapi"], "3.1.0");
-    let paths = api.body["paths"].as_object().context("no paths")?;
-    assert_eq!(paths.len(), 12, "{:?}", paths.keys().collect::<Vec<_>>());
-    let anonymous = office.lab.staff("anonymous")?;
-    for (path, item) in paths {
+    let mut described = BTreeSet::new();
+    for (path, item) in api.body["paths"].as_object().context("no paths")? {
         for (method, operation) in item.as_object().context("no operations")? {
-            let method = Method::from_bytes(method.to_uppercase().as_bytes())?;
-            let path = path.replace("{account}", "nobody").replace("{credential}", "nothing");
-            let answer = call(&anonymous, method.clone(), &path, &json!({})).await?;
-            let open = operation["security"] == json!([{}]);
-            assert_eq!(answer.status == 401, !open, "{method} {path}: {}", answer.status);
-            assert!(![404, 405, 500].contains(&answer.status), "{method} {path}: {}", answer.status);
+            let is_open = operation["security"] == json!([{}]);
+            described.insert((method.to_uppercase(), path.clone(), is_open));
+        }
+    }
+    let rows = ROUTES.map(|(method, path, rule)| (method.to_owned(), path.to_owned(), rule == Open));
+    assert_eq!(described, BTreeSet::from(rows));
+    let anonymous = office.lab.staff("anonymous")?;
+    let auditor = office.member("eyes", "auditor").await?;
+    for (method, path, rule) in ROUTES {
+        let sent = Method::from_bytes(method.as_bytes())?;
+        let path = path.replace("{account}", "demo").replace("{credential}", "nothing");
+        let answer = call(&anonymous, sent.clone(), &path, &json!({})).await?;
+        assert_eq!(answer.status == 401, rule != Open, "{method} {path}: {}", answer.status);
+        assert!(![404, 405, 500].contains(&answer.status), "{method} {path}: {}", answer.status);
+        // That one would sign it out.
+        if rule == Reader && path != "/sessions" {
+            assert_eq!(auditor.get(&path).await?.status, 200, "{method} {path}");
         }
     }
     assert_eq!(anonymous.get("/livez").await?.body["status"], "live");
