@@ -2,6 +2,15 @@
 //!
 //! Handlers say in their answer what they hand out, as [`Deeds`]; who called, from where, and what was refused is
 //! seen from here. What changes the record of jobs is recorded in the transaction that changes it, and not here.
+//!
+//! Recorded as reads are reports and the files of batches, which say something of a patient. How far jobs and batches
+//! are (`/jobs`, `/fhir/Task`, `/batches/{id}`, the manifest of `/fhir/_bulk`, and `/fhir/_async` before there is a
+//! report) is numbers, times, codes and the client's own names of lines: that is asked for up to 12,000 times a minute,
+//! and not recorded.
+//!
+//! A refusal is an answer that another caller, or the same one at another rate, would not have got: see [`refusal`].
+//! What is malformed (400, 413, 415, 422) or not there for this client (404) is none, and while the database is away
+//! nothing can be recorded.
 
 use std::{
     net::IpAddr,
@@ -108,7 +117,7 @@ impl Deeds {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Refused(pub(crate) Code);
 
-/// Records what is handed out, and every 401 and 403.
+/// Records what is handed out, and every refusal.
 pub(crate) async fn audited<G: Gate>(
     State(gate): State<Arc<G>>,
     mut request: Request,
@@ -137,7 +146,9 @@ pub(crate) async fn audited<G: Gate>(
         };
     }
     let refused = response.extensions_mut().remove().map(|Refused(code)| code);
-    if let Some(code) = refused.or_else(|| response.extensions().get::<Problem>().and_then(refusal)) {
+    let refused = refused
+        .or_else(|| response.extensions().get().map(Problem::code).filter(|code| refusal(*code, signs_in)));
+    if let Some(code) = refused {
         let account = origin.0.account.get().copied();
         let event = Event::new(refused_action, origin.who(), now);
         let event = event.client(account).object(account.map(Object::account));
@@ -146,9 +157,18 @@ pub(crate) async fn audited<G: Gate>(
     response
 }
 
-/// The code of an answer that shuts the caller out.
-fn refusal(problem: &Problem) -> Option<Code> {
-    [Code::Unauthenticated, Code::LoginFailed, Code::LoginThrottled, Code::Forbidden]
-        .into_iter()
-        .find(|code| problem.is(*code))
+/// Whether an answer with `code` shuts the caller out, for now or for good. [`Trail::refused`] bounds how many of a
+/// flood are written one by one.
+///
+/// [`Trail::refused`]: dermflow_auth::audit::trail::Trail::refused
+fn refusal(code: Code, signs_in: bool) -> bool {
+    // More passwords at once than can be hashed.
+    let is_crowded = signs_in && code == Code::Overloaded;
+    let is_refused =
+        matches!(code, Code::Unauthenticated | Code::LoginFailed | Code::LoginThrottled | Code::Forbidden);
+    let is_too_much = matches!(
+        code,
+        Code::RateExceeded | Code::PollTooFast | Code::QuotaExceeded | Code::ConcurrencyExceeded
+    );
+    is_refused || is_too_much || is_crowded
 }

@@ -567,6 +567,19 @@ async fn without_a_trail_there_is_no_success_and_a_flood_is_counted() -> Result<
     let (rows, seconds) = (events(&lab, refused).await?, begun.elapsed().as_secs() as i64 + 2);
     println!("{flood} refusals: {rows} events");
     ensure!(rows <= 6 * seconds, "{rows} events in {seconds} s");
+
+    // Logins likewise, with those for which there was no place.
+    let names: Vec<String> = (0..flood).map(|n| format!("nobody-{n}")).collect();
+    let logins = names.iter().map(|name| anonymous.try_login(name, "wrong"));
+    let logins = futures_util::future::try_join_all(logins).await?;
+    for code in ["login-failed", "login-throttled", "overloaded"] {
+        let given = logins.iter().filter(|answer| answer.code() == code).count() as i64;
+        let refused = format!("action = 'login' AND outcome = 'refused' AND code = '{code}'");
+        let all = format!("SELECT sum(coalesce((detail->>'times')::int, 1)) FROM auth.audit WHERE {refused}");
+        let counted = async || (lab.count(&all).await.ok()? == given).then_some(());
+        eventually(&format!("{given} logins are {code}"), Duration::from_secs(5), counted).await?;
+        ensure!(given > 0 || code != "overloaded", "every login found a place");
+    }
     assert_eq!(lab.metric("dermflow_audit_lost_total").await, Some(2.0));
     lab.stop().await
 }

@@ -56,6 +56,9 @@ async fn answers_say_how_the_client_stands() -> Result<()> {
         before = left;
     };
     assert_eq!((refused.code(), before), ("rate-exceeded", 0));
+    let recorded = "SELECT count(*) FROM auth.audit JOIN auth.users ON actor = users.id::text \
+                    WHERE username = 'demo' AND action = 'access' AND outcome = 'refused' AND code = 'rate-exceeded'";
+    assert_eq!(lab.count(recorded).await?, 1);
     let pause: u64 = refused.header("retry-after").parse()?;
     assert!((1..=20).contains(&pause), "{pause}");
     assert_eq!(lab.client().get(&format!("/fhir/_async/{job}")).await?.status, 202, "polls go on");

@@ -91,8 +91,13 @@ impl IntoResponse for Refusal {
             OAuth(status, error, description) => {
                 let mut response = answer::json(json!({ "error": error, "error_description": description }));
                 *response.status_mut() = status;
-                if matches!(error, "invalid_client" | "invalid_grant") {
-                    response.extensions_mut().insert(Refused(Code::LoginFailed));
+                let refused = match error {
+                    "invalid_client" | "invalid_grant" => Some(Code::LoginFailed),
+                    "invalid_scope" => Some(Code::Forbidden),
+                    _ => None,
+                };
+                if let Some(code) = refused {
+                    response.extensions_mut().insert(Refused(code));
                 }
                 if status == StatusCode::UNAUTHORIZED {
                     let challenge = HeaderValue::from_static("Basic realm=\"dermflow\"");
@@ -238,10 +243,10 @@ pub(crate) async fn granted(
     asked: Option<&str>,
 ) -> Result<Response, Refusal> {
     let now = clock::now();
-    let (asked, offline) = without_offline(asked);
-    let scope = scope::narrow(proof.user.role.scope(), asked.as_deref()).ok_or(INVALID_SCOPE)?;
     let Proof { user, credential, ends } = *proof;
     origin.is(user.client);
+    let (asked, offline) = without_offline(asked);
+    let scope = scope::narrow(user.role.scope(), asked.as_deref()).ok_or(INVALID_SCOPE)?;
     tracing::info!(client = %user.client, offline, "signed in");
     let login = Deeds::one(Action::Login, Some(Object::account(user.client)), json!({}));
     if !offline {
