@@ -28,8 +28,8 @@ enum Object {
 enum Rule {
     /// Everybody.
     Open,
-    /// Whoever proves itself in the form.
-    Form,
+    /// Whoever proves itself in the form; one that proves nothing is answered with this status.
+    Form(u16),
     /// A client whose scope has this letter (SMART App Launch 2.2).
     Client(char),
     Auditor,
@@ -40,10 +40,10 @@ use Object::{Batch, DeadLetter, Event, Job, Nothing};
 use Rule::{Auditor, Client as May, Form, Open, Operator};
 
 const ROUTES: [(&str, &str, Rule, Object); 32] = [
-    ("POST", "/login", Form, Nothing),
-    ("POST", "/oauth/token", Form, Nothing),
-    ("POST", "/oauth/revoke", Form, Nothing),
-    ("POST", "/oauth/introspect", Form, Nothing),
+    ("POST", "/login", Form(400), Nothing),
+    ("POST", "/oauth/token", Form(400), Nothing),
+    ("POST", "/oauth/revoke", Form(401), Nothing),
+    ("POST", "/oauth/introspect", Form(401), Nothing),
     ("GET", "/.well-known/jwks.json", Open, Nothing),
     ("GET", "/.well-known/oauth-authorization-server", Open, Nothing),
     ("GET", "/fhir/.well-known/smart-configuration", Open, Nothing),
@@ -174,6 +174,44 @@ async fn batch(client: &Client) -> Result<String> {
     Ok(first["batch"].as_str().context("no batch")?.to_owned())
 }
 
+/// Reached without a token, and with one that is none; those of the internal listener there only.
+async fn opens(lab: &Lab, client: &Client, path: &str) -> Result<()> {
+    let is_internal = !path.contains("/.well-known/");
+    let base = if is_internal { lab.internal_url(0) } else { lab.url(0) };
+    for token in ["", "nonsense"] {
+        let client = client.clone().with_token(token);
+        let answer = client.clone().at(&base).get(path).await?;
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text);
+        if is_internal {
+            assert_eq!(client.get(path).await?.status, 404, "{path} is not for clients");
+        }
+        if path == "/fhir/.well-known/smart-configuration" {
+            is_smart(&answer.body, &base)?;
+        }
+    }
+    Ok(())
+}
+
+/// What SMART App Launch 2.2 requires of the document ("Metadata"), and what its backend services go by.
+fn is_smart(document: &Value, base: &str) -> Result<()> {
+    let has = |member: &str, value: &str| {
+        let list = document[member].as_array().map(Vec::as_slice).unwrap_or_default();
+        ensure!(list.contains(&json!(value)), "{value} is not in {member}: {document}");
+        Ok(())
+    };
+    has("grant_types_supported", "client_credentials")?;
+    has("capabilities", "client-confidential-asymmetric")?;
+    has("capabilities", "permission-v2")?;
+    has("token_endpoint_auth_methods_supported", "private_key_jwt")?;
+    has("token_endpoint_auth_signing_alg_values_supported", "ES384")?;
+    has("token_endpoint_auth_signing_alg_values_supported", "RS384")?;
+    has("scopes_supported", "system/DiagnosticReport.crds")?;
+    ensure!(document["code_challenge_methods_supported"].is_array(), "{document}");
+    assert_eq!(document["token_endpoint"], format!("{base}/oauth/token"));
+    assert_eq!(document["jwks_uri"], format!("{base}/.well-known/jwks.json"));
+    Ok(())
+}
+
 // SRS-004, I5: each route with no token, with tokens that are none, with another role's, with a scope that lacks one
 // letter, and about what is another client's, which answers as what does not exist.
 #[tokio::test(flavor = "multi_thread")]
@@ -193,7 +231,21 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
         };
         let with = |id: &str| path.replace("{id}", id).replace("{sequence}", id);
         let (right, wrong) = match rule {
-            Open | Form => continue,
+            Open => {
+                opens(&lab, &callers.client, path).await?;
+                continue;
+            }
+            Form(status) => {
+                // Who holds a token has proved itself to those two: they miss the rest of the form.
+                let holder = if status == 401 { 400 } else { status };
+                for (token, status) in [("", status), ("nonsense", status), (callers.client.token(), holder)]
+                {
+                    let client = callers.client.clone().with_token(token);
+                    let answer = send(client.request(Method::POST, path).form(&[("a", "b")])).await?;
+                    assert_eq!(answer.status, status, "{path} {token}: {}", answer.text);
+                }
+                continue;
+            }
             May(letter) => (
                 callers.client.clone(),
                 vec![callers.without(letter).await?, callers.auditor.clone(), callers.operator.clone()],
