@@ -180,6 +180,16 @@ async fn what_is_revoked_is_refused_everywhere_within_a_second() -> Result<()> {
     assert_eq!(token(&demo, &own, "").await?.status, 401);
     assert_eq!(two.get("/jobs").await?.status, 200, "neither a stranger nor another secret's end revoked it");
 
+    lab.register("turner").await?;
+    let replaced = secret(&lab, "turner")?;
+    let held = fresh(&replaced).await?;
+    let refreshed = with(&demo, &token(&demo, &replaced, "offline_access").await?);
+    assert_eq!(refreshed.get("/jobs").await?.status, 200);
+    lab.auth(&["credential", "rotate", "turner", "--overlap-days", "0"])?;
+    refused("a token of a secret that was replaced without an overlap", &held).await?;
+    refused("a token of a family that was begun with it", &refreshed).await?;
+    assert_eq!(token(&demo, &replaced, "").await?.status, 401);
+
     lab.auth(&["user", "password", "demo"])?;
     refused("a token from before the new password", &two).await?;
     let after = fresh(&others).await?;
@@ -598,6 +608,75 @@ async fn an_assertion_proves_its_client_once() -> Result<()> {
     lab.stop().await
 }
 
+// A secret that is replaced is good until the overlap ends, then only the new one; what has expired, credential or
+// account, opens nothing, and no token outlives it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_outlives_its_credential_or_its_account() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let demo = lab.client();
+    let old = secret(&lab, "demo")?;
+    let given = token(demo, &old, "offline_access").await?;
+    let refresh = given.body["refresh_token"].as_str().context("no refresh token")?.to_owned();
+    let rotated: Value =
+        serde_json::from_str(&lab.auth(&["credential", "rotate", "demo", "--overlap-days", "1"])?)?;
+    let text = |name: &str| rotated[name].as_str().unwrap_or_default().to_owned();
+    let new = [text("client_id"), text("credential"), text("client_secret")];
+    for credential in [&old, &new] {
+        assert_eq!(token(demo, credential, "").await?.status, 200, "during the overlap");
+    }
+    let ends = async |moment: &str| {
+        let update = "UPDATE auth.credentials SET expires_at = date_trunc('second', now()) + interval";
+        let update = format!(
+            "{update} '{moment}' WHERE id = '{}' RETURNING extract(epoch FROM expires_at)::bigint",
+            old[1]
+        );
+        lab.count(&update).await
+    };
+    let spend = async |refresh: &str| {
+        let fields = [
+            ("grant_type", "refresh_token"),
+            ("refresh_token", refresh),
+            ("client_id", &new[0]),
+            ("client_secret", &new[2]),
+        ];
+        form(&demo.clone().with_token(""), "/oauth/token", &fields).await
+    };
+    let told = async |token: &str| {
+        Ok::<_, anyhow::Error>(form(demo, "/oauth/introspect", &[("token", token)]).await?.body)
+    };
+
+    // The family ends with the secret that it was begun with, whatever else the client proves itself with.
+    let end = ends("5 minutes").await?;
+    let refreshed = spend(&refresh).await?;
+    assert_eq!(refreshed.status, 200, "{}", refreshed.text);
+    let seconds = refreshed.body["expires_in"].as_i64().context("no lifetime")?;
+    assert!((200..=300).contains(&seconds), "{seconds}");
+    let next = refreshed.body["refresh_token"].as_str().context("no refresh token")?;
+    for token in [with(demo, &refreshed).token(), next] {
+        assert_eq!(told(token).await?["exp"], end);
+    }
+    ends("-1 second").await?;
+    assert_eq!(token(demo, &old, "").await?.body["error"], "invalid_client", "the overlap is over");
+    assert_eq!(token(demo, &new, "").await?.status, 200);
+    assert_eq!(told(next).await?, json!({"active": false}));
+    assert_eq!(spend(next).await?.body["error"], "invalid_grant");
+
+    let (password, held) = (lab.password("demo")?, with(demo, &token(demo, &new, "").await?));
+    let fields = [("username", "demo"), ("password", password.as_str()), ("scope", "offline_access")];
+    let login = form(&demo.clone().with_token(""), "/login", &fields).await?;
+    let by_password = login.body["refresh_token"].as_str().context("no refresh token")?;
+    assert_eq!(held.get("/jobs").await?.status, 200);
+    lab.sql("UPDATE auth.users SET expires_at = now() - interval '1 second' WHERE username = 'demo'").await?;
+    let ended = async || (held.get("/jobs").await.ok()?.status == 401).then_some(());
+    eventually("a token of an expired account is refused", SOON, ended).await?;
+    assert_eq!(demo.try_login("demo", &password).await?.code(), "login-failed");
+    assert_eq!(token(demo, &new, "").await?.body["error"], "invalid_client");
+    let fields = [("grant_type", "refresh_token"), ("refresh_token", by_password)];
+    let refused = form(&demo.clone().with_token(""), "/oauth/token", &fields).await?;
+    assert_eq!(refused.body["error"], "invalid_grant");
+    lab.stop().await
+}
+
 // The token endpoint's refusals have RFC 6749's form, and tell nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_token_endpoint_refuses_what_is_wrong() -> Result<()> {
@@ -631,6 +710,11 @@ async fn the_token_endpoint_refuses_what_is_wrong() -> Result<()> {
         assert_eq!((answer.status, answer.body["error"].as_str()), (status, Some(error)), "{fields:?}");
         assert_eq!(answer.header("www-authenticate").is_empty(), status != 401);
     }
+    let too_wide = format!(
+        "SELECT count(*) FROM auth.audit WHERE action = 'login' AND outcome = 'refused' AND code = 'forbidden' \
+         AND actor = '{id}'"
+    );
+    assert_eq!(lab.count(&too_wide).await?, 1, "who asks for more than it is granted is in the trail");
     let both = demo.request(Method::POST, "/oauth/token").basic_auth(&id, Some(&secret)).form(&good);
     assert_eq!(send(both).await?.body["error"], "invalid_request", "two ways at once");
     let anonymous = form(&demo, "/oauth/introspect", &[("token", "x")]).await?;
