@@ -108,7 +108,7 @@ enum UserCommand {
         /// The account's name or id.
         name: String,
     },
-    /// Changes an account. With another role its tokens are refused.
+    /// Changes an account. With another role its tokens are refused, and its credentials removed.
     Change {
         /// The account's name or id.
         name: String,
@@ -118,12 +118,17 @@ enum UserCommand {
         /// Whom to ask about it.
         #[arg(long)]
         contact: Option<String>,
+        /// Nobody is to be asked about it any more.
+        #[arg(long, conflicts_with = "contact")]
+        no_contact: bool,
         /// When it expires (RFC 3339).
         #[arg(long, value_parser = moment)]
         expires: Option<OffsetDateTime>,
         /// Never expires any more.
         #[arg(long, conflicts_with = "expires")]
         no_expiry: bool,
+        #[command(flatten)]
+        sure: Sure,
     },
     /// Shuts an account out within a second: no new token, and none of its tokens is taken any more.
     Disable {
@@ -202,6 +207,8 @@ enum CredentialCommand {
         /// For how many days; with 0 they end at once, and so do their tokens.
         #[arg(long, default_value_t = registry::OVERLAP.whole_days() as u16)]
         overlap_days: u16,
+        #[command(flatten)]
+        sure: Sure,
     },
     /// Removes a secret or key; every token that was given for it is refused within a second.
     Remove {
@@ -356,9 +363,13 @@ impl Console {
                 shown["external_identities"] = json!(registry::identities(pool, account.id).await?);
                 println!("{shown:#}");
             }
-            UserCommand::Change { name, role, contact, expires, no_expiry } => {
+            UserCommand::Change { name, role, contact, no_contact, expires, no_expiry, sure } => {
+                if role.is_some() {
+                    sure.check(&format!("removes the credentials of {name}"))?;
+                }
                 let expires_at = if no_expiry { Some(None) } else { expires.map(Some) };
-                let change = Change { role, contact: contact.map(Some), expires_at, ..Change::default() };
+                let contact = if no_contact { Some(None) } else { contact.map(Some) };
+                let change = Change { role, contact, expires_at, ..Change::default() };
                 registry::change(pool, actor, &name, &change, clock::now()).await.context("cannot change")?;
             }
             UserCommand::Disable { name } => {
@@ -441,7 +452,10 @@ impl Console {
                 let given = registry::add_key(pool, actor, &name, &label, &key, expires, clock::now()).await;
                 show(&given.context("cannot add the key")?)
             }
-            CredentialCommand::Rotate { name, overlap_days } => {
+            CredentialCommand::Rotate { name, overlap_days, sure } => {
+                if overlap_days == 0 {
+                    sure.check(&format!("ends the secrets of {name}"))?;
+                }
                 let overlap = Duration::days(overlap_days.into());
                 let given = registry::rotate(pool, actor, &name, overlap, clock::now()).await;
                 show(&given.context("cannot rotate")?)

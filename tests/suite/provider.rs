@@ -187,7 +187,7 @@ async fn a_providers_token_opens_a_linked_account() -> Result<()> {
     let reader = theirs(&provider.token("reader").await?);
     until_status("a role that only the provider grants", 3 * SOON, &reader, 403).await?;
     assert_eq!(reader.get("/fhir/AuditEvent").await?.status, 403);
-    lab.auth(&["user", "change", "third", "--role", "auditor"])?;
+    lab.auth(&["user", "change", "third", "--role", "auditor", "--yes"])?;
     // The tokens from before the change are refused; Authlib's and ours count whole seconds.
     let allowed = async || {
         let token = provider.token("reader").await.ok()?;

@@ -47,6 +47,9 @@ fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretStr
     String::deserialize(deserializer).map(SecretString::from)
 }
 
+/// What clients of the device API look for; standard ones use `/oauth/token`.
+const TOKEN_TYPE: &str = "Bearer token";
+
 /// The answer is that of `/oauth/token`.
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
@@ -69,7 +72,7 @@ pub(crate) async fn post(
         Problem::from(Code::LoginFailed).header(header::WWW_AUTHENTICATE, "Bearer")
     })?;
     let proof = Proof { user, credential: user.client.uuid(), ends: None };
-    oauth::granted(&app, &origin, &proof, scope.as_deref()).await
+    oauth::granted(&app, &origin, &proof, scope.as_deref(), TOKEN_TYPE).await
 }
 
 async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> {

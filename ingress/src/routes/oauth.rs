@@ -216,7 +216,7 @@ pub(crate) async fn token(
     match form.get("grant_type") {
         Some("client_credentials") => {
             let proof = proof.ok_or(INVALID_CLIENT)?;
-            granted(&app, &origin, &proof, form.get("scope")).await
+            granted(&app, &origin, &proof, form.get("scope"), BEARER).await
         }
         Some("refresh_token") => refreshed(&app, &origin, &form, proof).await,
         Some(_) => Err(OAuth(
@@ -235,12 +235,16 @@ fn without_offline(scope: Option<&str>) -> (Option<String>, bool) {
     (Some(others.join(" ")), !offline.is_empty())
 }
 
+/// The `token_type` of RFC 6750.
+const BEARER: &str = "Bearer";
+
 /// An access token for an account that has proved itself, and a refresh token if it asked for that.
 pub(crate) async fn granted(
     app: &App,
     origin: &Origin,
     proof: &Proof,
     asked: Option<&str>,
+    token_type: &str,
 ) -> Result<Response, Refusal> {
     let now = clock::now();
     let Proof { user, credential, ends } = *proof;
@@ -254,11 +258,11 @@ pub(crate) async fn granted(
         if !users::is_unchanged(&app.sign_ins, &user, now).await? {
             return Err(INVALID_CLIENT);
         }
-        return Ok(login.of(tokens(app, user.grant(credential, ends, scope), None, now)?));
+        return Ok(login.of(tokens(app, user.grant(credential, ends, scope), None, token_type, now)?));
     }
     let (family, until, refresh) = refresh::begin(&app.sign_ins, user, credential, &scope, now).await?;
     let ends = ends.map_or(until, |ends| ends.min(until));
-    Ok(login.of(tokens(app, user.grant(family, Some(ends), scope), Some(refresh), now)?))
+    Ok(login.of(tokens(app, user.grant(family, Some(ends), scope), Some(refresh), token_type, now)?))
 }
 
 async fn refreshed(
@@ -283,7 +287,7 @@ async fn refreshed(
     };
     origin.is(refreshed.user.client);
     let grant = refreshed.user.grant(refreshed.family, Some(refreshed.ends), refreshed.scope);
-    tokens(app, grant, Some(refreshed.next), now)
+    tokens(app, grant, Some(refreshed.next), BEARER, now)
 }
 
 /// RFC 6749 §5.1; `expires_in_minutes` is what clients of the device API read.
@@ -291,6 +295,7 @@ fn tokens(
     app: &App,
     grant: Grant,
     refresh: Option<SecretString>,
+    token_type: &str,
     now: OffsetDateTime,
 ) -> Result<Response, Refusal> {
     let scope = grant.scope.clone();
@@ -300,7 +305,7 @@ fn tokens(
     let token = app.tokens.issue(grant, now).map_err(|error| internal(&error))?;
     let mut body = json!({
         "access_token": token.expose_secret(),
-        "token_type": "Bearer",
+        "token_type": token_type,
         "expires_in": seconds,
         "expires_in_minutes": seconds / 60,
         "scope": scope,
