@@ -184,6 +184,9 @@ async fn search(lab: &Lab, auditor: &Client, demo: &str, ada: &str) -> Result<()
         ensure!(entries.len() <= 7);
         let id = |entry: &Value| entry["resource"]["id"].as_str()?.parse::<i64>().ok();
         seen.extend(entries.iter().filter_map(id));
+        for entry in entries {
+            ensure!(is_of_balp(&entry["resource"]), "{entry}");
+        }
         let links = page.body["link"].as_array().context("no links")?;
         let link = links.iter().find(|link| link["relation"] == "next");
         next = link.and_then(|link| link["url"].as_str()).map(str::to_owned);
@@ -232,6 +235,31 @@ async fn search(lab: &Lab, auditor: &Client, demo: &str, ada: &str) -> Result<()
     assert_eq!((one.status, one.body["id"].as_str()), (200, Some(&*seen[0].to_string())));
     documents.push(("one event".into(), one.body));
     validate(&documents).await
+}
+
+// What IHE BALP 1.1 demands beyond FHIR: who asked and who was asked in the words of DICOM, who observed it, and of a
+// REST interaction, which.
+fn is_of_balp(event: &Value) -> bool {
+    let role = |agent: &Value| agent["type"]["coding"][0]["code"].as_str().map(str::to_owned);
+    let roles: Vec<_> = event["agent"].as_array().into_iter().flatten().map(role).collect();
+    let requestors: Vec<bool> = event["agent"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|agent| agent["requestor"].as_bool())
+        .collect();
+    let is_rest = event["type"]["code"] == "rest";
+    let interaction = event["subtype"][0]["system"] == "http://hl7.org/fhir/restful-interaction";
+    let mut entities = event["entity"].as_array().into_iter().flatten();
+    roles == [Some("110153".to_owned()), Some("110152".to_owned())]
+        && requestors == [true, false]
+        && event["source"]["observer"].is_object()
+        && is_rest == interaction
+        && (!is_rest || event["agent"][0]["network"].is_null() || entities.any(is_of_request))
+}
+
+fn is_of_request(entity: &Value) -> bool {
+    entity["type"]["code"] == "XrequestId"
 }
 
 async fn export(lab: &Lab) -> Result<()> {
@@ -572,6 +600,10 @@ async fn without_a_trail_there_is_no_success_and_a_flood_is_counted() -> Result<
     let names: Vec<String> = (0..flood).map(|n| format!("nobody-{n}")).collect();
     let logins = names.iter().map(|name| anonymous.try_login(name, "wrong"));
     let logins = futures_util::future::try_join_all(logins).await?;
+    for answer in logins.iter().filter(|answer| answer.code() == "overloaded") {
+        let pause: u64 = answer.header("retry-after").parse()?;
+        ensure!(answer.status == 503 && (1..=10).contains(&pause), "{} {pause}", answer.status);
+    }
     for code in ["login-failed", "login-throttled", "overloaded"] {
         let given = logins.iter().filter(|answer| answer.code() == code).count() as i64;
         let refused = format!("action = 'login' AND outcome = 'refused' AND code = '{code}'");

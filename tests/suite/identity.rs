@@ -1,6 +1,12 @@
 //! How clients prove who they are, and how soon they stop being believed.
 
-use std::{fs, path::PathBuf, process::Stdio, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    process::Stdio,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use aws_lc_rs::{
@@ -16,15 +22,16 @@ use dermflow_auth::token::{Grant, Tokens};
 use dermflow_local::{servers::python_packages, stack::repo};
 use dermflow_schemas::clock;
 use dermflow_tests::{
+    chaos::Mode,
     client::{Answer, Client, send},
-    lab::{Lab, Setup},
+    lab::{Lab, Link, Setup},
     wait::eventually,
 };
 use jsonwebtoken::{Algorithm, EncodingKey, jwk::Jwk};
 use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
-use tokio::{io::AsyncWriteExt, process::Command};
+use tokio::{io::AsyncWriteExt, process::Command, sync::Mutex};
 use uuid::Uuid;
 
 /// What is revoked on one replica is refused on the others within this time (I6).
@@ -185,7 +192,7 @@ async fn what_is_revoked_is_refused_everywhere_within_a_second() -> Result<()> {
     let held = fresh(&replaced).await?;
     let refreshed = with(&demo, &token(&demo, &replaced, "offline_access").await?);
     assert_eq!(refreshed.get("/jobs").await?.status, 200);
-    lab.auth(&["credential", "rotate", "turner", "--overlap-days", "0"])?;
+    lab.auth(&["credential", "rotate", "turner", "--overlap-days", "0", "--yes"])?;
     refused("a token of a secret that was replaced without an overlap", &held).await?;
     refused("a token of a family that was begun with it", &refreshed).await?;
     assert_eq!(token(&demo, &replaced, "").await?.status, 401);
@@ -200,7 +207,7 @@ async fn what_is_revoked_is_refused_everywhere_within_a_second() -> Result<()> {
     lab.register("mover").await?;
     let moved = secret(&lab, "mover")?;
     let before = fresh(&moved).await?;
-    lab.auth(&["user", "change", "mover", "--role", "auditor"])?;
+    lab.auth(&["user", "change", "mover", "--role", "auditor", "--yes"])?;
     refused("a token of another role", &before).await?;
     assert_eq!(token(&demo, &moved, "").await?.status, 401);
 
@@ -749,24 +756,74 @@ async fn signing_keys_rotate_without_a_false_refusal() -> Result<()> {
     };
     let keys = eventually("both keys are published", Duration::from_secs(8), published).await?;
     assert_eq!(keys.header("cache-control"), "public, max-age=300");
-    let (mut held, mut requests) = (vec![first], 0);
+    let held = Mutex::new(vec![first]);
+    let stop = AtomicBool::new(false);
+    // Every token, at the replica that did not issue it too.
+    let caller = async |_| {
+        let mut requests = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let tokens = held.lock().await.clone();
+            for token in &tokens {
+                for replica in 0..2 {
+                    let answer = with(&demo, token).at(&lab.url(replica)).get("/jobs").await?;
+                    ensure!(answer.status == 200, "after {requests} requests: {}", answer.text);
+                    requests += 1;
+                }
+            }
+        }
+        Ok(requests)
+    };
     let rotated = async || {
         let new = token(&demo, &credential, "").await.ok()?;
         let changed = kid(&new) != before;
-        held.push(new);
-        // Every token, at the replica that did not issue it too.
-        for token in &held {
-            for replica in 0..2 {
-                let answer = with(&demo, token).at(&lab.url(replica)).get("/jobs").await.ok()?;
-                assert_eq!(answer.status, 200, "after {requests} requests: {}", answer.text);
-                requests += 1;
-            }
-        }
+        let mut held = held.lock().await;
         held.truncate(8);
+        held.push(new);
         changed.then_some(())
     };
-    eventually("the new key signs", Duration::from_secs(20), rotated).await?;
-    println!("{requests} requests, none refused");
+    let rotation = async {
+        eventually("the new key signs", Duration::from_secs(20), rotated).await?;
+        // What it signed is taken, too, and what the old one signed.
+        let (old, new) = (&held.lock().await[0].clone(), token(&demo, &credential, "").await?);
+        for token in [old, &new] {
+            for replica in 0..2 {
+                ensure!(with(&demo, token).at(&lab.url(replica)).get("/jobs").await?.status == 200);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        Ok(0)
+    };
+    let callers = futures_util::future::try_join_all((0..8).map(caller));
+    let (requests, _): (Vec<usize>, usize) = tokio::try_join!(callers, rotation)?;
+    println!(
+        "{} requests of {} callers at once, none refused",
+        requests.iter().sum::<usize>(),
+        requests.len()
+    );
+    lab.stop().await
+}
+
+// A replica that hears of no revocations lets nobody in from five seconds on, though it could check every token; then it
+// does again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_hears_nothing_lets_nobody_in() -> Result<()> {
+    let lab = Lab::start(Setup { proxies: true, ..Setup::without_workers() }).await?;
+    // What is refused for its form needs no database.
+    let refused = async || {
+        let request = lab.client().request(Method::POST, "/fhir/DiagnosticReport/$analyze");
+        Some(send(request.header("content-type", "text/plain").body("")).await.ok()?.status)
+    };
+    assert_eq!(refused().await, Some(415));
+    let database = lab.link(Link::IngressDatabase);
+    database.set(Mode::Blackhole);
+    let begun = Instant::now();
+    let shut = async || (refused().await? == 503).then_some(());
+    eventually("nobody is let in", Duration::from_secs(8), shut).await?;
+    println!("shut after {:?}", begun.elapsed());
+    ensure!(begun.elapsed() > Duration::from_secs(3), "{:?}: the view was not too old yet", begun.elapsed());
+    database.set(Mode::Pass);
+    let open = async || (refused().await? == 415).then_some(());
+    eventually("everybody is let in again", Duration::from_secs(20), open).await?;
     lab.stop().await
 }
 
