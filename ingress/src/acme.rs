@@ -21,15 +21,15 @@ use clap::{Args, ValueEnum};
 use dermflow_http::certificate::ServerCertificate;
 use dermflow_schemas::{
     clock,
-    limits::{ACME_DEADLINE, ACME_LOOK, ACME_RETRY, ACME_RETRY_MOST},
+    limits::{ACME_DEADLINE, ACME_LEASE, ACME_LOOK, ACME_RETRY, ACME_RETRY_MOST},
     process::read_secret,
-    seal::{Content, SealError},
+    seal::Content,
 };
 use instant_acme::ExternalAccountKey;
 use prometheus::{IntGauge, IntGaugeVec, Opts, Registry};
 use rcgen::{CertificateParams, CustomExtension, KeyPair};
 use rustls::{
-    crypto::aws_lc_rs::sign::any_supported_type,
+    crypto::aws_lc_rs::{default_provider, sign::any_supported_type},
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     sign::CertifiedKey,
 };
@@ -37,7 +37,7 @@ use secrecy::ExposeSecret;
 use time::OffsetDateTime;
 use tokio::{
     task::JoinHandle,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -64,7 +64,7 @@ pub enum ChallengeKind {
 #[derive(Debug, Clone, Args)]
 pub struct AcmeOptions {
     /// Obtain the public listener's certificate from the ACME server with this directory, an HTTPS URL.
-    #[arg(long, env = "DERMFLOW_ACME_DIRECTORY", value_name = "URL", requires = "acme_agree_to_terms")]
+    #[arg(long, env = "DERMFLOW_ACME_DIRECTORY", value_name = "URL")]
     pub acme_directory: Option<String>,
     /// You agree to that server's terms of service.
     #[arg(long, env = "DERMFLOW_ACME_AGREE_TO_TERMS")]
@@ -121,6 +121,7 @@ impl Acme {
     ) -> anyhow::Result<Option<Self>> {
         let Some(directory) = options.acme_directory.clone() else { return Ok(None) };
         ensure!(directory.starts_with("https://"), "--acme-directory: not an HTTPS URL");
+        ensure!(options.acme_agree_to_terms, "--acme-directory: --acme-agree-to-terms is needed");
         let mut names = options.acme_names.clone();
         if names.is_empty() {
             names.push(public_url.host().to_owned());
@@ -177,28 +178,10 @@ impl Acme {
     }
 }
 
-/// Looks every [`ACME_LOOK`] until `stop`.
-pub(crate) async fn run(app: Arc<App>, acme: Arc<Acme>, stop: CancellationToken) {
-    let mut look = interval(ACME_LOOK);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut replica = Replica::default();
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => break,
-            _ = look.tick() => {}
-        }
-        if let Err(error) = replica.round(&app, &acme).await {
-            tracing::warn!(%error, "ACME");
-        }
-    }
-    if let Some(renewal) = replica.renewal {
-        renewal.abort();
-    }
-}
-
-/// What this replica has made of what is in the database.
-#[derive(Default)]
-struct Replica {
+/// What a replica has made of what is in the database.
+pub(crate) struct Replica {
+    app: Arc<App>,
+    acme: Arc<Acme>,
     issued_at: Option<OffsetDateTime>,
     failed_at: Option<OffsetDateTime>,
     challenges: Vec<Challenge>,
@@ -206,31 +189,62 @@ struct Replica {
 }
 
 impl Replica {
-    async fn round(&mut self, app: &Arc<App>, acme: &Arc<Acme>) -> anyhow::Result<()> {
+    /// Serves the certificate that is there already.
+    pub(crate) async fn start(app: Arc<App>, acme: Acme) -> Self {
+        let (acme, challenges) = (Arc::new(acme), Vec::new());
+        let mut replica = Self { app, acme, issued_at: None, failed_at: None, challenges, renewal: None };
+        replica.look().await;
+        replica
+    }
+
+    /// Looks every [`ACME_LOOK`] until `stop`.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut look = interval(ACME_LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = look.tick() => self.look().await,
+            }
+        }
+        if let Some(renewal) = self.renewal {
+            renewal.abort();
+        }
+    }
+
+    async fn look(&mut self) {
+        if let Err(error) = self.round().await {
+            tracing::warn!(%error, "ACME");
+        }
+    }
+
+    async fn round(&mut self) -> anyhow::Result<()> {
+        let (app, acme) = (&self.app, &self.acme);
         let standing = app.store.acme_standing(&acme.key, clock::now()).await?;
-        self.note(&standing, acme);
-        if standing.challenges != self.challenges {
-            show(acme, &standing.challenges)?;
-            self.challenges = standing.challenges;
+        // First: what is stored may be no good.
+        if standing.is_due && self.renewal.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.renewal = Some(tokio::spawn(renew(app.clone(), acme.clone())));
         }
         if standing.issued_at != self.issued_at {
             serve(app, acme).await?;
             self.issued_at = standing.issued_at;
         }
-        if standing.is_due && self.renewal.as_ref().is_none_or(JoinHandle::is_finished) {
-            self.renewal = Some(tokio::spawn(renew(app.clone(), acme.clone())));
+        self.note(&standing);
+        if standing.challenges != self.challenges {
+            self.challenges = standing.challenges;
+            show(&self.acme, &self.challenges)?;
         }
         Ok(())
     }
 
-    fn note(&mut self, standing: &Standing, acme: &Acme) {
+    fn note(&mut self, standing: &Standing) {
         let Some((at, kind)) = standing.failed.as_ref().filter(|(at, _)| Some(*at) != self.failed_at) else {
             return;
         };
         self.failed_at = Some(*at);
-        acme.failed.set(at.unix_timestamp());
-        acme.error.reset();
-        acme.error.with_label_values(&[kind]).set(1);
+        self.acme.failed.set(at.unix_timestamp());
+        self.acme.error.reset();
+        self.acme.error.with_label_values(&[kind]).set(1);
     }
 }
 
@@ -253,49 +267,64 @@ fn show(acme: &Acme, challenges: &[Challenge]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves the certificate that is in the database. One whose key does not open is renewed at once.
+/// Serves the certificate that is in the database. One that cannot be served is due at once.
 async fn serve(app: &App, acme: &Acme) -> anyhow::Result<()> {
-    let Some((chain, key)) = app.store.acme_certificate(&acme.key).await? else { return Ok(()) };
-    let key = match app.keyring.open(Content::CertificateKey(&acme.key), &key) {
-        Ok(key) => PrivateKeyDer::Pkcs8(key.into()),
-        Err(error @ (SealError::UnknownKey(_) | SealError::Broken)) => {
-            tracing::error!(%error, "the certificate's key is lost: another certificate is obtained");
-            acme.served.refuse();
-            return Ok(app.store.acme_renew(&acme.key).await?);
+    let Some((chain, key, issued_at)) = app.store.acme_certificate(&acme.key).await? else { return Ok(()) };
+    let opened = app.keyring.open(Content::CertificateKey(&acme.key), &key).map_err(anyhow::Error::from);
+    match opened.and_then(|key| certified(&chain, PrivateKeyDer::Pkcs8(key.into()))) {
+        Ok(certified) => {
+            acme.served.serve(certified);
+            tracing::info!(names = acme.key, "the certificate is served");
         }
-        Err(error) => return Err(error.into()),
-    };
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain.as_bytes()).collect();
-    acme.served.serve(chain?, key).inspect_err(|_| acme.served.refuse())?;
-    tracing::info!(names = acme.key, "the certificate is served");
+        Err(error) => {
+            acme.served.refuse();
+            tracing::error!(%error, "the certificate that is stored cannot be served: another one is needed");
+            app.store.acme_renew(&acme.key, issued_at).await?;
+        }
+    }
     Ok(())
+}
+
+/// A chain (PEM) with its key.
+fn certified(chain: &str, key: PrivateKeyDer<'static>) -> anyhow::Result<CertifiedKey> {
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain.as_bytes()).collect();
+    Ok(CertifiedKey::from_der(chain?, key, &default_provider())?)
 }
 
 /// Obtains a certificate, if no other replica does.
 async fn renew(app: Arc<App>, acme: Arc<Acme>) {
-    let holder = Uuid::now_v7();
+    let (holder, leased_until) = (Uuid::now_v7(), Instant::now() + ACME_LEASE);
     let failures = match app.store.acme_claim(&acme.key, holder, clock::now()).await {
         Ok(Some(failures)) => failures,
         Ok(None) => return,
         Err(error) => return tracing::warn!(%error, "the renewal cannot be taken"),
     };
-    let outcome = timeout(ACME_DEADLINE, order::obtain(&app, &acme)).await.unwrap_or(Err(Failure::TimedOut));
-    let now = clock::now();
-    let noted = match outcome {
-        Ok(issued) => {
-            tracing::info!(names = acme.key, not_after = %issued.not_after, "a certificate was issued");
-            app.store.acme_issued(&acme.key, holder, &issued).await
+    let outcome = order::obtain(&app, &acme, holder);
+    let outcome = timeout(ACME_DEADLINE, outcome).await.unwrap_or(Err(Failure::TimedOut));
+    let pause = pause(failures);
+    match &outcome {
+        Ok(obtained) => {
+            tracing::info!(names = acme.key, not_after = %obtained.not_after, "a certificate was issued");
         }
         Err(failure) => {
-            let pause = pause(failures);
             tracing::error!(names = acme.key, error = %failure, again_in = ?pause, "no certificate was issued");
-            app.store.acme_failed(&acme.key, holder, failure.kind(), now, now + pause).await
         }
-    };
-    if let Err(error) = noted {
-        tracing::error!(%error, "what came of the renewal is not recorded");
     }
-    if let Err(error) = app.store.acme_challenges(&acme.key, &[]).await {
+    // The database may be away for a moment, and a certificate is dear.
+    loop {
+        let now = clock::now();
+        let noted = match &outcome {
+            Ok(obtained) => app.store.acme_issued(&acme.key, holder, obtained).await,
+            Err(failure) => app.store.acme_failed(&acme.key, holder, failure.kind(), now, now + pause).await,
+        };
+        let Err(error) = noted else { break };
+        tracing::error!(%error, "what came of the renewal is not recorded yet");
+        if Instant::now() > leased_until {
+            return;
+        }
+        sleep(ACME_LOOK).await;
+    }
+    if let Err(error) = app.store.acme_challenges(&acme.key, holder, &[]).await {
         tracing::warn!(%error, "challenges stay");
     }
 }

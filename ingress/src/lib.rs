@@ -157,7 +157,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let challenge =
         move |path: &str| answers.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
     if let Some(acme) = acme {
-        followers.push(tokio::spawn(acme::run(app.clone(), acme.into(), stop_recording.clone())));
+        let replica = acme::Replica::start(app.clone(), acme).await;
+        followers.push(tokio::spawn(replica.run(stop_recording.clone())));
     }
     let in_clear = app.clone();
     let seen = move |request, source| clear::seen(in_clear.clone(), request, source);

@@ -119,9 +119,10 @@ pub const ACME_SPREAD: Duration = Duration::from_secs(3);
 pub const ACME_DEADLINE: Duration = Duration::from_secs(100);
 /// How long the replica that tries keeps others from it.
 pub const ACME_LEASE: Duration = Duration::from_mins(2);
-/// The pause after a first failure, doubled after each further one.
-pub const ACME_RETRY: Duration = Duration::from_mins(1);
-/// Its most. Let's Encrypt lets five failures an hour pass.
+/// The pause after a first failure, doubled after each further one, and up to half of it less: Let's Encrypt lets five
+/// failures an hour pass.
+pub const ACME_RETRY: Duration = Duration::from_mins(10);
+/// Its most, and the least between two certificates.
 pub const ACME_RETRY_MOST: Duration = Duration::from_hours(6);
 /// From the handshake to the end of the first request's header.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);

@@ -96,6 +96,11 @@ impl Keyring {
         if keys.is_empty() { Err(SealError::Line(1)) } else { Ok(Self(keys)) }
     }
 
+    /// Whether it is sealed with the key that seals at present.
+    pub fn is_current(&self, sealed: &Sealed) -> bool {
+        self.0[0].0 == sealed.key_id
+    }
+
     /// Seals `plain`, reusing its memory.
     ///
     /// # Errors
@@ -169,6 +174,7 @@ pub(crate) mod tests {
         let old = Keyring::parse(TEST_KEYS.lines().nth(1).unwrap()).unwrap();
         let sealed = old.seal(Content::Report(job()), b"report".to_vec()).unwrap();
         assert_eq!(sealed.key_id, "k1");
+        assert!(old.is_current(&sealed) && !ring().is_current(&sealed));
         assert_eq!(ring().open(Content::Report(job()), &sealed).unwrap(), b"report");
         let newer = ring().seal(Content::Report(job()), b"report".to_vec()).unwrap();
         assert!(

@@ -110,6 +110,7 @@ impl Attempts {
             Ok(decoded) => decoded,
             Err(error) => {
                 tracing::error!(%error, "not a job envelope");
+                drop(turn);
                 return self.give_up_unread(message).await.then_some(AckKind::Term);
             }
         };

@@ -17,6 +17,7 @@ use std::{
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    task::coop::unconstrained,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -92,7 +93,8 @@ impl Executors {
     /// Queues for an executor now, not when the turn is first waited for.
     pub fn turn(&self) -> Turn {
         let executors = self.clone();
-        let mut turn: Turn = Box::pin(async move { executors.slot().await });
+        // What this task has done before must not keep it from queueing.
+        let mut turn: Turn = Box::pin(unconstrained(async move { executors.slot().await }));
         match turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(slot) => Box::pin(ready(slot)),
             Poll::Pending => turn,

@@ -71,18 +71,10 @@ impl ServerCertificate {
     }
 
     /// Serves another one from the next handshake on.
-    ///
-    /// # Errors
-    /// When the key is not the certificate's. What was served stays.
-    pub fn serve(
-        &self,
-        chain: Vec<CertificateDer<'static>>,
-        key: PrivateKeyDer<'static>,
-    ) -> Result<(), TlsError> {
+    pub fn serve(&self, certified: CertifiedKey) {
         // Of a certificate that only this parser does not understand, the end is unknown.
-        let not_after =
-            chain.first().and_then(validity).map_or(0, |(_, not_after)| not_after.unix_timestamp());
-        let certified = CertifiedKey::from_der(chain, key, &provider())?;
+        let validity = certified.cert.first().and_then(validity);
+        let not_after = validity.map_or(0, |(_, not_after)| not_after.unix_timestamp());
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(certified.into());
         let now = clock::now().unix_timestamp();
         self.not_after.set(not_after);
@@ -90,7 +82,6 @@ impl ServerCertificate {
         if (1..=now).contains(&not_after) {
             tracing::error!("the certificate has ended");
         }
-        Ok(())
     }
 
     /// Shows these certificates, by name, to an ACME server that asks for them (RFC 8737), and no others.
@@ -184,7 +175,8 @@ impl CertificateFiles {
     fn read(&self) -> Result<(), TlsError> {
         let chain = chain(&self.certificate)?;
         let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|error| pem(&self.key, &error))?;
-        self.served.serve(chain, key)
+        self.served.serve(CertifiedKey::from_der(chain, key, &provider())?);
+        Ok(())
     }
 }
 

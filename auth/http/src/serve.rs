@@ -65,6 +65,8 @@ const MAX_HEADER_BYTES: u32 = 32 * 1024;
 const H2_PING: Duration = Duration::from_secs(20);
 /// What a peer that never got as far as a request is given to read why it has to go.
 const HANG_UP_TIMEOUT: Duration = Duration::from_secs(1);
+/// What is in flight on a connection that takes no further request has to end: a batch of 50,000 lines, sent or read.
+const LAST_ANSWERS: Duration = Duration::from_hours(1);
 /// The pause after an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -228,7 +230,7 @@ async fn converse<C: GracefulConnection>(
     connection.as_mut().graceful_shutdown();
     // Who has never sent a request may not even read that.
     if timeout(HANG_UP_TIMEOUT, connection.as_mut()).await.is_err() && *spoke.borrow() {
-        let _ = connection.await;
+        let _ = timeout(LAST_ANSWERS, connection).await;
     }
 }
 

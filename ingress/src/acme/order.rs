@@ -15,11 +15,12 @@ use instant_acme::{
     NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
 };
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::pki_types::PrivateKeyDer;
 use time::OffsetDateTime;
 use tokio::time::sleep;
+use uuid::Uuid;
 
-use super::{Acme, ChallengeKind};
+use super::{Acme, ChallengeKind, certified};
 use crate::{
     app::App,
     store::acme::{Challenge, Obtained},
@@ -75,7 +76,7 @@ impl Failure {
 }
 
 /// Orders a certificate and sees it through.
-pub(super) async fn obtain(app: &App, acme: &Acme) -> Result<Obtained, Failure> {
+pub(super) async fn obtain(app: &App, acme: &Acme, holder: Uuid) -> Result<Obtained, Failure> {
     let identifiers: Vec<Identifier> = acme.names.iter().cloned().map(Identifier::Dns).collect();
     let order = NewOrder::new(&identifiers);
     let mut order = match account(app, acme).await?.new_order(&order).await.map_err(Failure::from) {
@@ -86,7 +87,7 @@ pub(super) async fn obtain(app: &App, acme: &Acme) -> Result<Obtained, Failure> 
         }
         order => order?,
     };
-    authorise(app, acme, &mut order).await?;
+    authorise(app, acme, holder, &mut order).await?;
     match order.poll_ready(&RetryPolicy::default()).await? {
         OrderStatus::Ready => {}
         status => return Err(Failure::NotReady(status)),
@@ -96,8 +97,10 @@ pub(super) async fn obtain(app: &App, acme: &Acme) -> Result<Obtained, Failure> 
     request.distinguished_name = DistinguishedName::new();
     order.finalize_csr(request.serialize_request(&key)?.der()).await?;
     let chain = order.poll_certificate(&RetryPolicy::default()).await?;
-    let first = CertificateDer::from_pem_slice(chain.as_bytes()).map_err(|_| Failure::NoCertificate)?;
-    let (not_before, not_after) = validity(&first).ok_or(Failure::NoCertificate)?;
+    let certified = certified(&chain, PrivateKeyDer::Pkcs8(key.serialize_der().into()));
+    let certified = certified.map_err(|_| Failure::NoCertificate)?;
+    let validity = certified.cert.first().and_then(validity);
+    let (not_before, not_after) = validity.ok_or(Failure::NoCertificate)?;
     let key = app.keyring.seal(Content::CertificateKey(&acme.key), key.serialize_der())?;
     let renew_at = renew_at(not_before, not_after);
     Ok(Obtained { chain, key, issued_at: clock::now(), not_after, renew_at })
@@ -110,7 +113,13 @@ async fn account(app: &App, acme: &Acme) -> Result<Account, Failure> {
     if let Some(sealed) = app.store.acme_account(&acme.directory).await? {
         match app.keyring.open(content, &sealed) {
             Ok(credentials) => {
-                return Ok(http().from_credentials(serde_json::from_slice(&credentials)?).await?);
+                let account = http().from_credentials(serde_json::from_slice(&credentials)?).await?;
+                // It may outlive the key that it is sealed with.
+                if !app.keyring.is_current(&sealed) {
+                    let sealed = app.keyring.seal(content, credentials)?;
+                    app.store.acme_set_account(&acme.directory, Some(&sealed), clock::now()).await?;
+                }
+                return Ok(account);
             }
             Err(error) => tracing::error!(%error, "the account's key is lost: another one is made"),
         }
@@ -128,7 +137,7 @@ async fn account(app: &App, acme: &Acme) -> Result<Account, Failure> {
 }
 
 /// Shows the server that every name is ours.
-async fn authorise(app: &App, acme: &Acme, order: &mut Order) -> Result<(), Failure> {
+async fn authorise(app: &App, acme: &Acme, holder: Uuid, order: &mut Order) -> Result<(), Failure> {
     let kind = match acme.challenge {
         ChallengeKind::Http01 => ChallengeType::Http01,
         ChallengeKind::TlsAlpn01 => ChallengeType::TlsAlpn01,
@@ -150,7 +159,7 @@ async fn authorise(app: &App, acme: &Acme, order: &mut Order) -> Result<(), Fail
     if challenges.is_empty() {
         return Ok(());
     }
-    app.store.acme_challenges(&acme.key, &challenges).await?;
+    app.store.acme_challenges(&acme.key, holder, &challenges).await?;
     // The server may ask any replica.
     sleep(ACME_SPREAD).await;
     let mut authorizations = order.authorizations();

@@ -2,7 +2,10 @@
 
 use bytes::Bytes;
 use dermflow_auth::db::within;
-use dermflow_schemas::{limits::ACME_LEASE, seal::Sealed};
+use dermflow_schemas::{
+    limits::{ACME_LEASE, ACME_RETRY_MOST},
+    seal::Sealed,
+};
 use time::OffsetDateTime;
 use tokio_postgres::Row;
 use uuid::Uuid;
@@ -76,14 +79,17 @@ impl Store {
         .await
     }
 
-    /// The chain (PEM) of the certificate and its key.
-    pub(crate) async fn acme_certificate(&self, names: &str) -> Result<Option<(String, Sealed)>> {
+    /// The chain (PEM) of the certificate, its key, and when it was issued.
+    pub(crate) async fn acme_certificate(
+        &self,
+        names: &str,
+    ) -> Result<Option<(String, Sealed, OffsetDateTime)>> {
         within(async {
             let connection = self.pool.get().await?;
-            let select = "SELECT chain, sealing_key, private_key FROM acme_certificates \
+            let select = "SELECT chain, sealing_key, private_key, issued_at FROM acme_certificates \
                           WHERE names = $1 AND chain IS NOT NULL";
             let row = connection.query_opt(select, &[&names]).await?;
-            Ok(row.map(|row| (row.get(0), sealed(&row, 1, 2))))
+            Ok(row.map(|row| (row.get(0), sealed(&row, 1, 2), row.get(3))))
         })
         .await
     }
@@ -108,22 +114,32 @@ impl Store {
         .await
     }
 
-    /// The certificate is due at once: what is stored of it is of no use.
-    pub(crate) async fn acme_renew(&self, names: &str) -> Result<()> {
+    /// The certificate that was issued then is due: what is stored of it is of no use.
+    pub(crate) async fn acme_renew(&self, names: &str, issued_at: OffsetDateTime) -> Result<()> {
         within(async {
             let connection = self.pool.get().await?;
-            let renew = "UPDATE acme_certificates SET renew_at = NULL WHERE names = $1";
-            connection.execute(renew, &[&names]).await?;
+            let renew = "UPDATE acme_certificates SET renew_at = NULL WHERE names = $1 AND issued_at = $2";
+            connection.execute(renew, &[&names, &issued_at]).await?;
             Ok(())
         })
         .await
     }
 
-    /// Shows these challenges, and no earlier ones, on every replica.
-    pub(crate) async fn acme_challenges(&self, names: &str, challenges: &[Challenge]) -> Result<()> {
+    /// Shows these challenges of `holder`'s, and no earlier ones, on every replica. Nothing happens when its lease went
+    /// to another.
+    pub(crate) async fn acme_challenges(
+        &self,
+        names: &str,
+        holder: Uuid,
+        challenges: &[Challenge],
+    ) -> Result<()> {
         within(async {
             let mut connection = self.pool.get().await?;
             let transaction = connection.transaction().await?;
+            let holds = "SELECT FROM acme_certificates WHERE names = $1 AND holder = $2 FOR UPDATE";
+            if transaction.query_opt(holds, &[&names, &holder]).await?.is_none() {
+                return Ok(());
+            }
             transaction.execute("DELETE FROM acme_challenges WHERE names = $1", &[&names]).await?;
             for Challenge { name, token, key_authorization } in challenges {
                 let insert = "INSERT INTO acme_challenges (names, name, token, key_authorization) \
@@ -135,19 +151,21 @@ impl Store {
         .await
     }
 
-    /// Stores what was issued to `holder`. Nothing happens when its lease went to another.
+    /// Stores what was issued to `holder`. Nothing happens when its lease went to another. However it stands, there is
+    /// no other before [`ACME_RETRY_MOST`]: replicas that cannot open each other's keys would order without end.
     pub(crate) async fn acme_issued(&self, names: &str, holder: Uuid, issued: &Obtained) -> Result<()> {
         within(async {
             let connection = self.pool.get().await?;
             let Obtained { chain, key, issued_at, not_after, renew_at } = issued;
             let update = "UPDATE acme_certificates SET chain = $3, sealing_key = $4, private_key = $5, \
                           issued_at = $6, not_after = $7, renew_at = $8, held_until = NULL, failures = 0, \
-                          retry_at = NULL WHERE names = $1 AND holder = $2";
+                          retry_at = $9 WHERE names = $1 AND holder = $2";
             let Sealed { key_id, bytes } = key;
+            let (bytes, not_before) = (bytes.as_ref(), *issued_at + ACME_RETRY_MOST);
             connection
                 .execute(
                     update,
-                    &[&names, &holder, chain, key_id, &bytes.as_ref(), issued_at, not_after, renew_at],
+                    &[&names, &holder, chain, key_id, &bytes, issued_at, not_after, renew_at, &not_before],
                 )
                 .await?;
             Ok(())
