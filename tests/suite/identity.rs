@@ -738,6 +738,7 @@ async fn the_token_endpoint_refuses_what_is_wrong() -> Result<()> {
 async fn signing_keys_rotate_without_a_false_refusal() -> Result<()> {
     let lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
     let demo = lab.client().clone();
+    lab.auth(&["user", "quota", "demo", "--requests", "1000000"])?;
     let credential = secret(&lab, "demo")?;
     let folder = lab.signing_keys();
     let added = lab.auth(&["signing-key", "add", &folder.to_string_lossy()])?;
