@@ -131,8 +131,7 @@ async fn fifty_jobs_do_not_wait_behind_a_backlog() -> Result<()> {
     lab.stop().await
 }
 
-// While workers have bulk to do, callers who wait are served within a few jobs, each of them: an executor is never kept for
-// a job that may come while one that came waits for it.
+// While workers have bulk to do, callers who wait are served within a few jobs, each of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_caller_waits_beside_a_backlog() -> Result<()> {
     const BACKLOG: usize = 1_000;
