@@ -3,12 +3,14 @@
 //! One algorithm, one issuer, one audience, every claim required: RFC 8725 §3 leaves nothing to choose.
 
 use std::{
+    borrow::Cow,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use dermflow_schemas::id::ClientId;
 use jsonwebtoken::{Algorithm, Header, Validation};
 use quick_cache::sync::Cache;
@@ -108,9 +110,24 @@ pub struct Tokens {
     folder: PathBuf,
     keys: RwLock<Arc<Keys>>,
     validation: Validation,
-    /// By SHA-256 of the token. Revocation goes by what is in the token, never by its bytes: there may be several
-    /// encodings of one.
-    believed: Cache<[u8; 32], Arc<Caller>>,
+    /// By `jti`, as all have one `iss`: one a token. Revocation goes by what is in the token, never by its bytes: there
+    /// may be several encodings of one.
+    believed: Cache<Uuid, Arc<Believed>>,
+}
+
+/// A token whose signature is good.
+struct Believed {
+    /// Of the whole token: another one that claims the same id proves itself.
+    sha256: [u8; 32],
+    caller: Caller,
+}
+
+/// What a token says of itself, before anything of it is believed.
+#[derive(Deserialize)]
+struct Name<'a> {
+    #[serde(borrow)]
+    iss: Cow<'a, str>,
+    jti: Uuid,
 }
 
 impl std::fmt::Debug for Tokens {
@@ -202,25 +219,34 @@ impl Tokens {
     ///
     /// # Errors
     /// [`TokenError::Refused`] with a reason for the log, not for the caller.
-    pub fn verify(&self, token: &str, now: OffsetDateTime) -> Result<Arc<Caller>, TokenError> {
+    pub fn verify(&self, token: &str, now: OffsetDateTime) -> Result<Caller, TokenError> {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(TokenError::Refused("too long"));
         }
-        let mut fingerprint = [0; 32];
-        fingerprint.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
-        let caller = if let Some(caller) = self.believed.get(&fingerprint) {
-            caller
+        let jti = self.jti(token).ok_or(TokenError::Refused("claims"))?;
+        let mut sha256 = [0; 32];
+        sha256.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+        let known = self.believed.get(&jti).filter(|known| known.sha256 == sha256);
+        let caller = if let Some(known) = known {
+            known.caller.clone()
         } else {
-            let caller = Arc::new(self.prove(token, now)?);
-            self.believed.insert(fingerprint, caller.clone());
+            let caller = self.prove(token, now)?;
+            self.believed.insert(jti, Arc::new(Believed { sha256, caller: caller.clone() }));
             caller
         };
         let leeway = Duration::from_secs(LEEWAY as u64);
         if caller.expires_at + leeway < now || caller.issued_at - leeway > now {
-            self.believed.remove(&fingerprint);
+            self.believed.remove(&jti);
             return Err(TokenError::Refused("times"));
         }
         Ok(caller)
+    }
+
+    /// The id that a token of ours claims to have.
+    fn jti(&self, token: &str) -> Option<Uuid> {
+        let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
+        let name: Name<'_> = serde_json::from_slice(&claims).ok()?;
+        (name.iss == self.issuer).then_some(name.jti)
     }
 
     /// Everything but what changes with time.
@@ -271,7 +297,6 @@ impl Tokens {
 mod tests {
     mod attacks;
 
-    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
     use dermflow_schemas::clock;
     use secrecy::ExposeSecret;
     use serde_json::{Value, json};
@@ -324,5 +349,35 @@ mod tests {
         }
         assert!(tokens.verify(&"a".repeat(64_000), now).is_err());
         assert!(tokens.verify("", now).is_err());
+    }
+    /// What is remembered is bounded, and forgetting costs a proof and nothing else.
+    #[test]
+    fn no_number_of_tokens_is_remembered_without_bound() {
+        let (tokens, now) = (tokens("bound"), clock::now());
+        let issue = || tokens.issue(grant(client()), now).unwrap();
+        let first = issue();
+        tokens.verify(first.expose_secret(), now).unwrap();
+        for _ in 0..REMEMBERED + REMEMBERED / 8 {
+            tokens.verify(issue().expose_secret(), now).unwrap();
+        }
+        assert!((REMEMBERED / 2..=REMEMBERED).contains(&tokens.believed.len()), "{}", tokens.believed.len());
+        tokens.verify(first.expose_secret(), now).unwrap();
+    }
+
+    /// Of two tokens with one id each is judged by itself.
+    #[test]
+    fn the_id_of_a_believed_token_opens_nothing() {
+        let (tokens, now) = (tokens("id"), clock::now());
+        let token = tokens.issue(grant(client()), now).unwrap();
+        let good = token.expose_secret();
+        tokens.verify(good, now).unwrap();
+        let parts: Vec<&str> = good.split('.').collect();
+        let mut claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(parts[1]).unwrap()).unwrap();
+        claims["scope"] = json!("dermflow/operate");
+        let forged = format!("{}.{}.{}", parts[0], URL_SAFE_NO_PAD.encode(claims.to_string()), parts[2]);
+        assert_eq!(tokens.jti(&forged), tokens.jti(good));
+        assert!(tokens.verify(&forged, now).is_err());
+        tokens.verify(good, now).unwrap();
+        assert_eq!(tokens.believed.len(), 1);
     }
 }

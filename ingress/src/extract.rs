@@ -53,7 +53,7 @@ macro_rules! needs {
     };
 }
 
-needs! { Submit Read Search Delete Operate ReadTrail }
+needs! { Submit Read Search Delete Operate ReadTrail SearchTrail }
 
 /// A caller with a valid access token that permits `P`. A handler that takes one is closed to everybody else: its
 /// signature is its access rule.
