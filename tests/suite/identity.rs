@@ -4,20 +4,11 @@ use std::{
     fs,
     path::PathBuf,
     process::Stdio,
-    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
-use aws_lc_rs::{
-    encoding::{AsDer, PublicKeyX509Der},
-    rand::SystemRandom,
-    signature::{ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, KeyPair},
-};
-use base64::{
-    Engine,
-    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
-};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use dermflow_auth::token::{Grant, Tokens};
 use dermflow_local::{servers::python_packages, stack::repo};
 use dermflow_schemas::clock;
@@ -27,32 +18,28 @@ use dermflow_tests::{
     lab::{Lab, Link, Setup},
     wait::eventually,
 };
-use jsonwebtoken::{Algorithm, EncodingKey, jwk::Jwk};
 use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
-use tokio::{io::AsyncWriteExt, process::Command, sync::Mutex};
-use uuid::Uuid;
+use tokio::{io::AsyncWriteExt, process::Command};
 
 /// What is revoked on one replica is refused on the others within this time (I6).
 const SOON: Duration = Duration::from_secs(1);
-/// The type of an assertion (RFC 7523 §2.2).
-const ASSERTION: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
 /// All that is said of a token that is none (RFC 7662 §2.2).
 const INACTIVE: &str = r#"{"active":false}"#;
 
-async fn form(client: &Client, path: &str, fields: &[(&str, &str)]) -> Result<Answer> {
+pub(crate) async fn form(client: &Client, path: &str, fields: &[(&str, &str)]) -> Result<Answer> {
     send(client.request(Method::POST, path).form(fields)).await
 }
 
 /// A secret of `name`: client id, credential id, secret.
-fn secret(lab: &Lab, name: &str) -> Result<[String; 3]> {
+pub(crate) fn secret(lab: &Lab, name: &str) -> Result<[String; 3]> {
     let added: Value = serde_json::from_str(&lab.auth(&["credential", "add", name, "--label", "test"])?)?;
     let text = |name: &str| added[name].as_str().unwrap_or_default().to_owned();
     Ok([text("client_id"), text("credential"), text("client_secret")])
 }
 
-async fn token(client: &Client, [id, _, secret]: &[String; 3], scope: &str) -> Result<Answer> {
+pub(crate) async fn token(client: &Client, [id, _, secret]: &[String; 3], scope: &str) -> Result<Answer> {
     let fields = [
         ("grant_type", "client_credentials"),
         ("client_id", id.as_str()),
@@ -79,11 +66,11 @@ fn proves<'a>(id: &'a str, secret: &'a str) -> [(&'static str, &'a str); 2] {
     [("client_id", id), ("client_secret", secret)]
 }
 
-fn text<'a>(answer: &'a Answer, name: &str) -> &'a str {
+pub(crate) fn text<'a>(answer: &'a Answer, name: &str) -> &'a str {
     answer.body[name].as_str().unwrap_or_default()
 }
 
-fn with(client: &Client, answer: &Answer) -> Client {
+pub(crate) fn with(client: &Client, answer: &Answer) -> Client {
     client.clone().with_token(answer.body["access_token"].as_str().unwrap_or_default())
 }
 
@@ -143,7 +130,7 @@ async fn authlib_signs_in_in_every_way() -> Result<()> {
     lab.stop().await
 }
 
-fn tempfolder() -> Result<PathBuf> {
+pub(crate) fn tempfolder() -> Result<PathBuf> {
     let folder = std::env::temp_dir().join(format!("dermflow-oauth-{}", uuid::Uuid::new_v4().simple()));
     fs::create_dir_all(&folder)?;
     Ok(folder)
@@ -455,166 +442,6 @@ fn claims(token: &str) -> Result<Value> {
     Ok(serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part)?)?)
 }
 
-/// A client's key for ES384, with what the public half looks like.
-struct Key {
-    private: EncodingKey,
-    der: Vec<u8>,
-    jwk: Value,
-}
-
-impl Key {
-    fn new(id: &str) -> Result<Self> {
-        let pkcs8 = EcdsaKeyPair::generate_pkcs8(&ECDSA_P384_SHA384_FIXED_SIGNING, &SystemRandom::new())?;
-        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P384_SHA384_FIXED_SIGNING, pkcs8.as_ref())?;
-        let der = AsDer::<PublicKeyX509Der<'_>>::as_der(pair.public_key())?.as_ref().to_vec();
-        let private = EncodingKey::from_ec_der(pkcs8.as_ref());
-        let mut jwk = json!(Jwk::from_encoding_key(&private, Algorithm::ES384)?);
-        jwk["kid"] = json!(id);
-        Ok(Self { private, der, jwk })
-    }
-
-    /// Gives an account the public half; returns the client's id.
-    fn add(&self, lab: &Lab, name: &str) -> Result<String> {
-        let folder = tempfolder()?;
-        let path = folder.join("public.jwk");
-        fs::write(&path, self.jwk.to_string())?;
-        let added =
-            lab.auth(&["credential", "add", name, "--label", "key", "--key", &path.to_string_lossy()])?;
-        fs::remove_dir_all(folder)?;
-        let added: Value = serde_json::from_str(&added)?;
-        Ok(added["client_id"].as_str().context("no client_id")?.to_owned())
-    }
-
-    /// The public half in every form in which somebody may have it.
-    fn forms(&self) -> [Vec<u8>; 3] {
-        let pem =
-            format!("-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n", STANDARD.encode(&self.der));
-        [self.der.clone(), pem.into_bytes(), self.jwk.to_string().into_bytes()]
-    }
-}
-
-/// A JWT by hand: most of those that are needed here a library would refuse to make.
-fn jwt(header: &Value, claims: &Value, signs: Option<(&EncodingKey, Algorithm)>) -> Result<String> {
-    let coded = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-    let input = format!("{}.{}", coded(header), coded(claims));
-    let signed = signs.map(|(key, algorithm)| jsonwebtoken::crypto::sign(input.as_bytes(), key, algorithm));
-    Ok(format!("{input}.{}", signed.transpose()?.unwrap_or_default()))
-}
-
-/// An object with some members changed, or left out for null.
-fn changed(object: &Value, changes: &Value) -> Value {
-    let members = |value: &Value| value.as_object().cloned().unwrap_or_default();
-    let all = members(object).into_iter().chain(members(changes));
-    let mut all: serde_json::Map<_, _> = all.collect();
-    all.retain(|_, value| !value.is_null());
-    Value::Object(all)
-}
-
-// RFC 7523 section 3: an assertion is one client's, signed with a key of that client, for us, for five minutes at most, and
-// good once, whichever replica it is shown to.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_assertion_proves_its_client_once() -> Result<()> {
-    let lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
-    lab.register("other").await?;
-    let [own, same_id, named, nobodys] =
-        [Key::new("1")?, Key::new("1")?, Key::new("theirs")?, Key::new("1")?];
-    let (id, other) = (own.add(&lab, "demo")?, same_id.add(&lab, "other")?);
-    named.add(&lab, "other")?;
-    let [by_own, by_same_id, by_named, by_nobodys] =
-        [&own, &same_id, &named, &nobodys].map(|key| Some((&key.private, Algorithm::ES384)));
-    let anonymous = lab.client().clone().with_token("");
-    let sign_in = async |replica: usize, assertion: &str| {
-        let fields = [
-            ("grant_type", "client_credentials"),
-            ("client_assertion_type", ASSERTION),
-            ("client_assertion", assertion),
-        ];
-        form(&anonymous.clone().at(&lab.url(replica)), "/oauth/token", &fields).await
-    };
-    let refused = |what: &str, answer: &Answer| {
-        let found = (answer.status, text(answer, "error"), text(answer, "access_token"));
-        assert_eq!(found, (401, "invalid_client", ""), "{what}");
-    };
-    let audience = format!("{}/oauth/token", lab.url(0));
-    let header = json!({"alg": "ES384", "kid": "1", "typ": "JWT"});
-    let claims = |id: &str| {
-        let exp = clock::now().unix_timestamp() + 240;
-        json!({"iss": id, "sub": id, "aud": audience, "exp": exp, "jti": Uuid::new_v4()})
-    };
-
-    for replica in 0..2 {
-        let claims = claims(&id);
-        let (assertion, again) = (jwt(&header, &claims, by_own)?, jwt(&header, &claims, by_own)?);
-        assert_ne!(assertion, again, "ECDSA signs nothing twice in the same way");
-        let first = sign_in(replica, &assertion).await?;
-        assert_eq!(first.status, 200, "{}", first.text);
-        for replica in 0..2 {
-            refused("a second time", &sign_in(replica, &assertion).await?);
-            refused("signed a second time", &sign_in(replica, &again).await?);
-        }
-        let theirs = changed(&claims, &json!({"iss": other, "sub": other}));
-        let theirs = sign_in(replica, &jwt(&header, &theirs, by_same_id)?).await?;
-        assert_eq!(theirs.status, 200, "the id is another client's too: {}", theirs.text);
-    }
-    let assertion = jwt(&header, &claims(&id), by_own)?;
-    let both = tokio::try_join!(sign_in(0, &assertion), sign_in(1, &assertion))?;
-    let good = [&both.0, &both.1].into_iter().filter(|answer| answer.status == 200).count();
-    assert_eq!(good, 1, "at both replicas at once");
-
-    let now = clock::now().unix_timestamp();
-    let secrets = own.forms().map(|form| EncodingKey::from_secret(&form));
-    let mut cases = vec![
-        ("for another server", json!({}), json!({"aud": "https://other.example/oauth/token"}), by_own),
-        ("for another endpoint", json!({}), json!({"aud": format!("{audience}/")}), by_own),
-        ("for nobody", json!({}), json!({"aud": null}), by_own),
-        ("for more than five minutes", json!({}), json!({"exp": now + 400}), by_own),
-        ("for ever", json!({}), json!({"exp": i64::MAX}), by_own),
-        ("without an end", json!({}), json!({"exp": null}), by_own),
-        ("expired", json!({}), json!({"exp": now - 60}), by_own),
-        ("not yet good", json!({}), json!({"nbf": now + 200}), by_own),
-        ("made later", json!({}), json!({"iat": now + 200}), by_own),
-        ("by another client", json!({}), json!({"iss": other}), by_own),
-        ("by nobody", json!({}), json!({"iss": null}), by_own),
-        ("about another client", json!({}), json!({"sub": other}), by_own),
-        ("by and about another client", json!({}), json!({"iss": other, "sub": other}), by_own),
-        ("without an id", json!({}), json!({"jti": null}), by_own),
-        ("with an empty id", json!({}), json!({"jti": ""}), by_own),
-        ("with a long id", json!({}), json!({"jti": "x".repeat(256)}), by_own),
-        ("with nobody's key", json!({}), json!({}), by_nobodys),
-        ("with another client's key", json!({}), json!({}), by_same_id),
-        ("with another client's key and its id", json!({"kid": "theirs"}), json!({}), by_named),
-        ("with an unknown key", json!({"kid": "2"}), json!({}), by_own),
-        ("with no key's id", json!({"kid": null}), json!({}), by_own),
-        ("with a condition", json!({"crit": ["x"], "x": 1}), json!({}), by_own),
-        ("with a condition that is met", json!({"crit": ["exp"]}), json!({}), by_own),
-        ("with another algorithm", json!({"alg": "ES256"}), json!({}), by_own),
-        ("with another kind of algorithm", json!({"alg": "RS384"}), json!({}), by_own),
-        ("with no algorithm", json!({"alg": "none"}), json!({}), None),
-        ("with no algorithm, and signed", json!({"alg": "none"}), json!({}), by_own),
-        ("without a signature", json!({}), json!({}), None),
-    ];
-    for secret in &secrets {
-        let signs = Some((secret, Algorithm::HS256));
-        cases.push(("with the public key as a secret", json!({"alg": "HS256"}), json!({}), signs));
-        cases.push(("the same under its own name", json!({}), json!({}), signs));
-    }
-    let logins = "SELECT count(*) FROM auth.audit WHERE action = 'login' AND outcome = 'success'";
-    let before = lab.count(logins).await?;
-    for (what, of_header, of_claims, signs) in cases {
-        let assertion = jwt(&changed(&header, &of_header), &changed(&claims(&id), &of_claims), signs)?;
-        for replica in 0..2 {
-            refused(what, &sign_in(replica, &assertion).await?);
-        }
-    }
-    assert_eq!(lab.count(logins).await?, before);
-    for replica in 0..2 {
-        let answer = sign_in(replica, &jwt(&header, &claims(&id), by_own)?).await?;
-        assert_eq!(answer.status, 200, "{}", answer.text);
-        assert_eq!(with(lab.client(), &answer).get("/jobs").await?.status, 200);
-    }
-    lab.stop().await
-}
-
 // A secret that is replaced is good until the overlap ends, then only the new one; what has expired, credential or
 // account, opens nothing, and no token outlives it.
 #[tokio::test(flavor = "multi_thread")]
@@ -730,77 +557,6 @@ async fn the_token_endpoint_refuses_what_is_wrong() -> Result<()> {
     assert_eq!(inactive.text, INACTIVE);
     lab.auth(&["user", "disable", "demo"])?;
     assert_eq!(form(&demo, "/oauth/token", &good).await?.body["error"], "invalid_client");
-    lab.stop().await
-}
-
-// Keys change under load: the new one is published before it signs, the old one believed while its tokens live.
-#[tokio::test(flavor = "multi_thread")]
-async fn signing_keys_rotate_without_a_false_refusal() -> Result<()> {
-    let lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
-    let demo = lab.client().clone();
-    lab.auth(&["user", "quota", "demo", "--requests", "1000000"])?;
-    let credential = secret(&lab, "demo")?;
-    let folder = lab.signing_keys();
-    let added = lab.auth(&["signing-key", "add", &folder.to_string_lossy()])?;
-    // Ten minutes are brought forward to ten seconds: still more than a replica takes to look.
-    let soon = Command::new("date").args(["-u", "-d", "+10 seconds", "+%Y%m%dT%H%M%SZ.pem"]).output().await?;
-    let soon = String::from_utf8(soon.stdout)?;
-    fs::rename(added.trim(), folder.join(soon.trim()))?;
-    let kid = |answer: &Answer| {
-        answer.body["access_token"].as_str().and_then(|token| token.split('.').next()).map(str::to_owned)
-    };
-    let first = token(&demo, &credential, "").await?;
-    let before = kid(&first);
-    let published = async || {
-        let here = demo.get("/.well-known/jwks.json").await.ok()?;
-        (here.body["keys"].as_array()?.len() == 2).then_some(here)
-    };
-    let keys = eventually("both keys are published", Duration::from_secs(8), published).await?;
-    assert_eq!(keys.header("cache-control"), "public, max-age=300");
-    let held = Mutex::new(vec![first]);
-    let stop = AtomicBool::new(false);
-    // Every token, at the replica that did not issue it too.
-    let caller = async |_| {
-        let mut requests = 0;
-        while !stop.load(Ordering::Relaxed) {
-            let tokens = held.lock().await.clone();
-            for token in &tokens {
-                for replica in 0..2 {
-                    let answer = with(&demo, token).at(&lab.url(replica)).get("/jobs").await?;
-                    ensure!(answer.status == 200, "after {requests} requests: {}", answer.text);
-                    requests += 1;
-                }
-            }
-        }
-        Ok(requests)
-    };
-    let rotated = async || {
-        let new = token(&demo, &credential, "").await.ok()?;
-        let changed = kid(&new) != before;
-        let mut held = held.lock().await;
-        held.truncate(8);
-        held.push(new);
-        changed.then_some(())
-    };
-    let rotation = async {
-        eventually("the new key signs", Duration::from_secs(20), rotated).await?;
-        // What it signed is taken, too, and what the old one signed.
-        let (old, new) = (&held.lock().await[0].clone(), token(&demo, &credential, "").await?);
-        for token in [old, &new] {
-            for replica in 0..2 {
-                ensure!(with(&demo, token).at(&lab.url(replica)).get("/jobs").await?.status == 200);
-            }
-        }
-        stop.store(true, Ordering::Relaxed);
-        Ok(0)
-    };
-    let callers = futures_util::future::try_join_all((0..8).map(caller));
-    let (requests, _): (Vec<usize>, usize) = tokio::try_join!(callers, rotation)?;
-    println!(
-        "{} requests of {} callers at once, none refused",
-        requests.iter().sum::<usize>(),
-        requests.len()
-    );
     lab.stop().await
 }
 
