@@ -13,8 +13,10 @@ pub enum Permission {
     Search,
     /// The operators' API.
     Operate,
-    /// Reading the audit trail.
+    /// Reading an event of the audit trail.
     ReadTrail,
+    /// Searching the audit trail.
+    SearchTrail,
     /// The registration service.
     Administer,
 }
@@ -29,6 +31,7 @@ impl Permission {
             Self::Search => ("system/DiagnosticReport", Some('s')),
             Self::Operate => ("dermflow/operate", None),
             Self::ReadTrail => ("system/AuditEvent", Some('r')),
+            Self::SearchTrail => ("system/AuditEvent", Some('s')),
             Self::Administer => ("dermflow/register", None),
         }
     }

@@ -99,7 +99,7 @@ pub(crate) async fn bearer<G: Gate>(
     let token = value.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token);
     let (token, now) = (token.unwrap_or_default(), clock::now());
     let (caller, proof) = match gate.tokens().verify(token, now) {
-        Ok(caller) => (caller, None),
+        Ok(caller) => (Arc::new(caller), None),
         Err(error) => match external(gate, token, now).await {
             Ok((caller, proof)) => (Arc::new(caller), Some(proof)),
             Err(Foreign::Refused(why)) => {

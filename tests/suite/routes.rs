@@ -32,7 +32,8 @@ enum Rule {
     Form(u16),
     /// A client whose scope has this letter (SMART App Launch 2.2).
     Client(char),
-    Auditor,
+    /// An auditor whose scope has this letter.
+    Auditor(char),
     Operator,
 }
 
@@ -54,8 +55,8 @@ const ROUTES: [(&str, &str, Rule, Object); 32] = [
     ("POST", "/fhir", May('c'), Nothing),
     ("GET", "/fhir/Task", May('s'), Nothing),
     ("GET", "/fhir/Task/{id}", May('r'), Job),
-    ("GET", "/fhir/AuditEvent", Auditor, Nothing),
-    ("GET", "/fhir/AuditEvent/{id}", Auditor, Event),
+    ("GET", "/fhir/AuditEvent", Auditor('s'), Nothing),
+    ("GET", "/fhir/AuditEvent/{id}", Auditor('r'), Event),
     ("GET", "/fhir/_bulk/{id}", May('r'), Batch),
     ("POST", "/batches", May('c'), Nothing),
     ("GET", "/batches/{id}", May('r'), Batch),
@@ -115,6 +116,8 @@ struct Callers {
     stranger: Client,
     auditor: Client,
     operator: Client,
+    /// The auditor's.
+    password: String,
     operate: String,
     secret: [String; 2],
 }
@@ -131,6 +134,7 @@ impl Callers {
             client: lab.client().clone(),
             stranger: lab.register("stranger").await?,
             auditor,
+            password,
             operator,
             operate: lab.operate_url()?,
             secret: [text("client_id"), text("client_secret")],
@@ -151,6 +155,16 @@ impl Callers {
             send(self.client.clone().with_token("").request(Method::POST, "/oauth/token").form(&form))
                 .await?;
         Ok(self.client.clone().with_token(token.body["access_token"].as_str().context("no token")?))
+    }
+
+    /// The auditor with everything but this letter in its scope.
+    async fn auditor_without(&self, letter: char) -> Result<Client> {
+        let letters: String = "rs".chars().filter(|other| *other != letter).collect();
+        let scope = format!("system/AuditEvent.{letters}");
+        let form = [("username", "ada"), ("password", &self.password), ("scope", &scope)];
+        let anonymous = self.auditor.clone().with_token("");
+        let token = send(anonymous.request(Method::POST, "/login").form(&form)).await?;
+        Ok(self.auditor.clone().with_token(token.body["access_token"].as_str().context("no token")?))
     }
 }
 
@@ -250,7 +264,14 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
                 callers.client.clone(),
                 vec![callers.without(letter).await?, callers.auditor.clone(), callers.operator.clone()],
             ),
-            Auditor => (callers.auditor.clone(), vec![callers.client.clone(), callers.operator.clone()]),
+            Auditor(letter) => (
+                callers.auditor.clone(),
+                vec![
+                    callers.auditor_without(letter).await?,
+                    callers.client.clone(),
+                    callers.operator.clone(),
+                ],
+            ),
             Operator => (callers.operator.clone(), vec![callers.client.clone(), callers.auditor.clone()]),
         };
         let base = if rule == Operator { callers.operate.clone() } else { lab.url(0) };

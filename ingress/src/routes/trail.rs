@@ -28,7 +28,7 @@ use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
     audited::Deeds,
-    extract::{Allowed, ReadTrail},
+    extract::{Allowed, ReadTrail, SearchTrail},
 };
 
 /// One event.
@@ -55,7 +55,7 @@ pub(crate) async fn get(
 /// was done), `entity` (the id of what it was done to), `_count`; the latest first. Any other parameter is refused.
 pub(crate) async fn search(
     State(app): State<Arc<App>>,
-    _: Allowed<ReadTrail>,
+    _: Allowed<SearchTrail>,
     parameters: Result<Query<Vec<(String, String)>>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
