@@ -66,8 +66,12 @@ actions! {
     Access "access" "E" Alert,
     /// Jobs were accepted. A failed one: the queue would not have them after all.
     Submit "submit" "E" Operation,
+    /// A request asked for what cannot be done: it is malformed, too large, or about what is not there for its client.
+    Request "request" "E" Operation,
     /// A report was handed out.
     Read "read" "R" Read,
+    /// A client asked how far its own jobs or batches are.
+    StatusRead "status-read" "R" Read,
     /// The reports, or the errors, of a batch were handed out.
     BatchRead "batch-read" "R" Read,
     /// A client withdrew its job, or removed the result.

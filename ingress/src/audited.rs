@@ -3,14 +3,16 @@
 //! Handlers say in their answer what they hand out, as [`Deeds`]; who called, from where, and what was refused is
 //! seen from here. What changes the record of jobs is recorded in the transaction that changes it, and not here.
 //!
-//! Recorded as reads are reports and the files of batches, which say something of a patient. How far jobs and batches
+//! Recorded one by one are reports and the files of batches, which say something of a patient. How far jobs and batches
 //! are (`/jobs`, `/fhir/Task`, `/batches/{id}`, the manifest of `/fhir/_bulk`, and `/fhir/_async` before there is a
-//! report) is numbers, times, codes and the client's own names of lines: that is asked for up to 12,000 times a minute,
-//! and not recorded.
+//! report) is numbers, times, codes and the client's own names of lines, and is asked for up to 12,000 times a minute:
+//! [`Trail::repeated`] bounds how many of these are written one by one, and [`Trail::refused`] how many refusals.
 //!
-//! A refusal is an answer that another caller, or the same one at another rate, would not have got: see [`refusal`].
-//! What is malformed (400, 413, 415, 422) or not there for this client (404) is none, and while the database is away
-//! nothing can be recorded.
+//! A refusal is every answer that grants nothing, unless the server is what fails: see [`refusal`]. While the database
+//! is away nothing can be recorded.
+//!
+//! [`Trail::repeated`]: dermflow_auth::audit::trail::Trail::repeated
+//! [`Trail::refused`]: dermflow_auth::audit::trail::Trail::refused
 
 use std::{
     net::IpAddr,
@@ -31,6 +33,7 @@ use dermflow_schemas::{
     id::{ClientId, JobId},
 };
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{access::Gate, answer::Problem};
@@ -84,26 +87,30 @@ impl<S: Send + Sync> FromRequestParts<S> for Origin {
 
 /// Something that an answer hands out.
 #[derive(Debug, Clone)]
-struct Deed {
+pub(crate) struct Deed {
     action: Action,
     object: Option<Object>,
     detail: Value,
 }
 
 /// What an answer hands out. It leaves only when that is in the trail.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Deeds(Vec<Deed>);
+#[derive(Debug, Clone)]
+pub(crate) enum Deeds {
+    Each(Vec<Deed>),
+    /// How far something is: a job, a batch, or all of a client's.
+    Status(Option<Object>),
+}
 
 impl Deeds {
     /// The reports of these jobs.
     pub(crate) fn reports(jobs: impl IntoIterator<Item = JobId>) -> Self {
         let read = |job| Deed { action: Action::Read, object: Some(Object::report(job)), detail: json!({}) };
-        Self(jobs.into_iter().map(read).collect())
+        Self::Each(jobs.into_iter().map(read).collect())
     }
 
     /// Something else.
     pub(crate) fn one(action: Action, object: Option<Object>, detail: Value) -> Self {
-        Self(vec![Deed { action, object, detail }])
+        Self::Each(vec![Deed { action, object, detail }])
     }
 
     /// Attached to an answer.
@@ -127,20 +134,10 @@ pub(crate) async fn audited<G: Gate>(
     request.extensions_mut().insert(origin.clone());
     let path = request.uri().path();
     let signs_in = path == "/login" || path.starts_with("/oauth/");
-    let refused_action = if signs_in { Action::Login } else { Action::Access };
     let mut response = next.run(request).await;
     let now = clock::now();
-    if let Some(Deeds(deeds)) = response.extensions_mut().remove()
-        && !deeds.is_empty()
-    {
-        let who = origin.who();
-        let event = |Deed { action, object, detail }| {
-            // The trail is nobody's own, and dead letters are not the operator's.
-            let is_own = !matches!(action, Action::TrailRead | Action::DeadRead);
-            let client = origin.0.user.get().copied().filter(|_| is_own);
-            Event::new(action, who, now).client(client).object(object).detail(detail)
-        };
-        return match gate.trail().record(deeds.into_iter().map(event).collect()).await {
+    if let Some(deeds) = response.extensions_mut().remove() {
+        return match hand_out(gate.as_ref(), &origin, deeds, now).await {
             Ok(()) => response,
             Err(code) => Problem::from(code).into_response(),
         };
@@ -150,25 +147,59 @@ pub(crate) async fn audited<G: Gate>(
         .or_else(|| response.extensions().get().map(Problem::code).filter(|code| refusal(*code, signs_in)));
     if let Some(code) = refused {
         let account = origin.0.account.get().copied();
-        let event = Event::new(refused_action, origin.who(), now);
+        let action = match code {
+            _ if signs_in => Action::Login,
+            code if shuts_out(code) => Action::Access,
+            _ => Action::Request,
+        };
+        let event = Event::new(action, origin.who(), now);
         let event = event.client(account).object(account.map(Object::account));
         gate.trail().refused(event, code).await;
     }
     response
 }
 
-/// Whether an answer with `code` shuts the caller out, for now or for good. [`Trail::refused`] bounds how many of a
-/// flood are written one by one.
-///
-/// [`Trail::refused`]: dermflow_auth::audit::trail::Trail::refused
+async fn hand_out<G: Gate>(gate: &G, origin: &Origin, deeds: Deeds, now: OffsetDateTime) -> Result<(), Code> {
+    let event = |Deed { action, object, detail }| {
+        // The trail is nobody's own, and dead letters are not the operator's.
+        let is_own = !matches!(action, Action::TrailRead | Action::DeadRead);
+        let client = origin.0.user.get().copied().filter(|_| is_own);
+        Event::new(action, origin.who(), now).client(client).object(object).detail(detail)
+    };
+    match deeds {
+        Deeds::Each(deeds) if deeds.is_empty() => Ok(()),
+        Deeds::Each(deeds) => gate.trail().record(deeds.into_iter().map(event).collect()).await,
+        Deeds::Status(object) => {
+            let deed = Deed { action: Action::StatusRead, object, detail: json!({}) };
+            gate.trail().repeated(event(deed)).await
+        }
+    }
+}
+
+/// Whether `code` refuses something to a caller: all but what the server fails at, and that too when somebody cannot
+/// sign in because too many try.
 fn refusal(code: Code, signs_in: bool) -> bool {
-    // More passwords at once than can be hashed.
-    let is_crowded = signs_in && code == Code::Overloaded;
-    let is_refused =
-        matches!(code, Code::Unauthenticated | Code::LoginFailed | Code::LoginThrottled | Code::Forbidden);
-    let is_too_much = matches!(
-        code,
-        Code::RateExceeded | Code::PollTooFast | Code::QuotaExceeded | Code::ConcurrencyExceeded
-    );
-    is_refused || is_too_much || is_crowded
+    code.kind().status < 500 || (signs_in && code == Code::Overloaded)
+}
+
+/// Whether another caller, or the same one at another rate, would have got what was asked for.
+fn shuts_out(code: Code) -> bool {
+    matches!(code.kind().status, 401 | 403 | 429)
+}
+
+/// Records the refusal of a part of a request: of an entry of a Bundle, or of a line of an upload.
+pub(crate) async fn refused_part<G: Gate>(
+    gate: &G,
+    who: Who,
+    client: ClientId,
+    batch: Option<Uuid>,
+    number: usize,
+    code: Code,
+) {
+    if refusal(code, false) {
+        let action = if shuts_out(code) { Action::Access } else { Action::Request };
+        let event = Event::new(action, who, clock::now()).client(Some(client));
+        let event = event.object(batch.map(Object::batch)).detail(json!({ "number": number }));
+        gate.trail().refused(event, code).await;
+    }
 }

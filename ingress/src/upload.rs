@@ -38,6 +38,7 @@ use crate::{
     access::Verdict,
     answer::{Problem, error_json},
     app::{App, Place},
+    audited::refused_part,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::claim::Member,
@@ -213,6 +214,8 @@ impl Uploading {
             }
             Err(problem) => {
                 self.counts.refused += 1;
+                let Upload { client, batch, who, .. } = *self.upload;
+                refused_part(self.app.as_ref(), who, client, Some(batch), number, problem.code()).await;
                 goes_on = problem.retry() == Retry::Never;
                 json!({"line": number, "custom_id": custom_id, "error": problem.to_json()})
             }

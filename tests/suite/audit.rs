@@ -553,6 +553,83 @@ async fn what_was_answered_is_recorded_whatever_happens() -> Result<()> {
     lab.stop().await
 }
 
+// Whoever asks how far something is, and whoever is refused anything, is in the trail: the first ones of a second each by
+// itself, then with their number.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_question_and_no_refusal_is_left_out() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (client, stranger) = (lab.client(), lab.register("stranger").await?);
+    let (demo, other) = (id_of(&lab, "demo").await?, id_of(&lab, "stranger").await?);
+    let times = async |condition: &str, expected: i64| -> Result<()> {
+        let all =
+            format!("SELECT sum(coalesce((detail->>'times')::int, 1)) FROM auth.audit WHERE {condition}");
+        let counted = async || (lab.count(&all).await.ok()? == expected).then_some(());
+        eventually(&format!("{expected} times {condition}"), Duration::from_secs(5), counted).await
+    };
+    let (job, batch) = (client.submit(&sample("ham10000-nv.jpg")).await?, upload(client, &["a"]).await?);
+    let looks =
+        format!("action = 'status-read' AND actor = '{demo}' AND client = '{demo}' AND outcome = 'success'");
+    let mut asked = 0;
+    for (path, object) in [
+        (format!("/jobs/{job}"), format!("object_kind = 'job' AND object = '{job}'")),
+        (format!("/fhir/_async/{job}"), format!("object_kind = 'job' AND object = '{job}'")),
+        (format!("/fhir/Task/{job}"), format!("object_kind = 'job' AND object = '{job}'")),
+        (format!("/batches/{batch}"), format!("object_kind = 'batch' AND object = '{batch}'")),
+        (format!("/fhir/_bulk/{batch}"), format!("object_kind = 'batch' AND object = '{batch}'")),
+        ("/jobs".into(), "object IS NULL".into()),
+        ("/fhir/Task".into(), "object IS NULL".into()),
+    ] {
+        // By its request: one of many in a second may be counted only.
+        let recorded = async || {
+            let request = Uuid::new_v4();
+            let answer = with_id(client, &path, request).await.ok()?;
+            asked += 1;
+            assert!([200, 202].contains(&answer.status), "{path}: {}", answer.status);
+            let found = format!("{looks} AND {object} AND request = '{request}'");
+            (events(&lab, &found).await.ok()? == 1).then_some(())
+        };
+        eventually(&path, LONG, recorded).await?;
+    }
+    let begun = std::time::Instant::now();
+    let rows = events(&lab, &looks).await?;
+    let flood = futures_util::future::try_join_all((0..200).map(|_| client.get("/jobs"))).await?;
+    asked += flood.len() as i64;
+    times(&looks, asked).await?;
+    let (rows, seconds) = (events(&lab, &looks).await? - rows, begun.elapsed().as_secs() as i64 + 2);
+    ensure!(rows <= 6 * seconds, "{rows} events in {seconds} s");
+
+    let of = |who: &str, code: &str| {
+        format!("action = 'request' AND outcome = 'refused' AND code = '{code}' AND actor {who}")
+    };
+    let own = format!("= '{demo}'");
+    assert_eq!(stranger.get(&format!("/jobs/{job}")).await?.status, 404);
+    times(&of(&format!("= '{other}'"), "not-found"), 1).await?;
+    assert_eq!(client.clone().with_token("").get("/nothing").await?.status, 404);
+    times(&of("IS NULL", "not-found"), 1).await?;
+    let post = |path: &str, kind: &str| client.request(Method::POST, path).header("content-type", kind);
+    let fhir = "application/fhir+json";
+    assert_eq!(send(post("/fhir/DiagnosticReport/$analyze", fhir).body("{")).await?.status, 400);
+    times(&of(&own, "json-malformed"), 1).await?;
+    assert_eq!(send(post("/fhir/DiagnosticReport/$analyze", "text/plain").body("{}")).await?.status, 415);
+    times(&of(&own, "media-type"), 1).await?;
+    let parameters = json!({"resourceType": "Parameters", "parameter": []});
+    let entry =
+        json!({"resource": parameters, "request": {"method": "POST", "url": "DiagnosticReport/$analyze"}});
+    let bundle = json!({"resourceType": "Bundle", "type": "batch", "entry": [entry]});
+    let bundle = send(post("/fhir", fhir).header("prefer", "respond-async").body(bundle.to_string())).await?;
+    assert_eq!((bundle.status, &bundle.body["entry"][0]["response"]["status"]), (200, &json!("422")));
+    times(&format!("{} AND detail->>'number' = '1'", of(&own, "image-count")), 1).await?;
+    let lines = "{\"custom_id\": \"a\", \"images\": []}\nnonsense\n";
+    let uploaded = send(post("/batches", "application/x-ndjson").body(lines)).await?;
+    let batch: Value = serde_json::from_str(uploaded.text.lines().next().unwrap_or_default())?;
+    let batch = batch["batch"].as_str().context("no batch")?;
+    for (number, code) in [(1, "image-count"), (2, "json-malformed")] {
+        let line = format!("object = '{batch}' AND detail->>'number' = '{number}'");
+        times(&format!("{} AND {line}", of(&own, code)), 1).await?;
+    }
+    lab.stop().await
+}
+
 // When the trail cannot be written, nothing is handed out, signed in, submitted or removed; who is refused stays
 // refused, and that this is missing is counted. A flood of refusals is not a flood of events.
 #[tokio::test(flavor = "multi_thread")]

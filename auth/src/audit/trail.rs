@@ -3,9 +3,11 @@
 //! Events of concurrent requests go to the database in one statement, and nobody
 //! waits for a group to fill. An answer that hands something out leaves when its event is on disk; when the event
 //! cannot be written, the answer is an error instead. A refusal stays a refusal: that it is missing in the trail is
-//! counted, and logged. A flood of refusals must not become a flood of events: of each kind and address
-//! [`AUDIT_REFUSALS`] a second are written before their answer leaves; the rest are counted, and written as one
-//! event within about a second after.
+//! counted, and logged.
+//!
+//! What callers do without number must not become a flood of events: refusals, and questions how far a job is. Of each
+//! kind, caller and address [`AUDIT_SINGLES`] a second are written before their answer leaves; the rest are counted,
+//! and written as one event within about a second after.
 
 use std::{
     collections::HashMap,
@@ -20,7 +22,8 @@ use dermflow_http::metrics::add;
 use dermflow_schemas::{
     clock,
     error::Code,
-    limits::{AUDIT_GROUP, AUDIT_QUEUE, AUDIT_REFUSALS, AUDIT_SOURCES, AUDIT_WRITERS},
+    id::ClientId,
+    limits::{AUDIT_GROUP, AUDIT_QUEUE, AUDIT_SINGLES, AUDIT_SOURCES, AUDIT_WRITERS},
 };
 use prometheus::{IntCounter, Registry};
 use serde_json::json;
@@ -35,12 +38,21 @@ use super::{Action, Actor, Event, Outcome, Who};
 /// An answer's events, written together or not at all.
 type Entry = (Vec<Event>, oneshot::Sender<bool>);
 
-/// What a refusal is counted by.
+/// What is counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
     source: Option<IpAddr>,
+    user: Option<ClientId>,
     action: Action,
-    code: Code,
+    /// With which code it was refused, if it was.
+    code: Option<Code>,
+}
+
+impl Kind {
+    fn of(event: &Event, code: Option<Code>) -> Self {
+        let user = if let Actor::User(user) = event.who.actor { Some(user) } else { None };
+        Self { source: event.who.source, user, action: event.action, code }
+    }
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -50,12 +62,18 @@ struct Count {
     more: u64,
 }
 
-/// Counts, for [`Trail::start`], refusals that could not be written: an alarm.
+/// Counts, for [`Trail::start`], refusals that could not be written, and repetitions: an alarm.
 ///
 /// # Errors
 /// When the registry has one already.
 pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
-    add(registry, IntCounter::new("dermflow_audit_lost_total", "Refusals that are not in the audit trail.")?)
+    add(
+        registry,
+        IntCounter::new(
+            "dermflow_audit_lost_total",
+            "Refusals and repetitions that are not in the audit trail.",
+        )?,
+    )
 }
 
 /// The way in. Cheap to clone.
@@ -63,16 +81,16 @@ pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
 pub struct Trail {
     entries: mpsc::Sender<Entry>,
     /// Since the last look of [`count`].
-    refusals: Arc<Mutex<HashMap<Kind, Count>>>,
+    counts: Arc<Mutex<HashMap<Kind, Count>>>,
     lost: IntCounter,
 }
 
 impl Trail {
-    /// The way in; its other end runs until every clone is gone. `lost` counts refusals that could not be written.
+    /// The way in; its other end runs until every clone is gone. `lost` counts what is missing.
     pub fn start(pool: Pool, lost: IntCounter) -> Self {
         let (entries, received) = mpsc::channel(AUDIT_QUEUE);
         tokio::spawn(write(pool, received));
-        Self { entries, refusals: Arc::default(), lost }
+        Self { entries, counts: Arc::default(), lost }
     }
 
     /// Returns when the events are on disk.
@@ -85,9 +103,17 @@ impl Trail {
         if written.await.unwrap_or(false) { Ok(()) } else { Err(Code::DatabaseUnavailable) }
     }
 
+    /// Records something that is done again and again, or counts it.
+    ///
+    /// # Errors
+    /// See [`Trail::record`].
+    pub async fn repeated(&self, event: Event) -> Result<(), Code> {
+        if self.admits(Kind::of(&event, None)) { self.record(vec![event]).await } else { Ok(()) }
+    }
+
     /// Records that `event` was refused with `code`, or counts it.
     pub async fn refused(&self, event: Event, code: Code) {
-        if !self.admits(Kind { source: event.who.source, action: event.action, code }) {
+        if !self.admits(Kind::of(&event, Some(code))) {
             return;
         }
         if self.record(vec![event.outcome(Outcome::Refused, code)]).await.is_err() {
@@ -95,16 +121,17 @@ impl Trail {
         }
     }
 
-    fn lose(&self, refusals: u64) {
-        self.lost.inc_by(refusals);
-        tracing::error!(refusals, "not in the audit trail");
+    fn lose(&self, events: u64) {
+        self.lost.inc_by(events);
+        tracing::error!(events, "not in the audit trail");
     }
 
     fn admits(&self, kind: Kind) -> bool {
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_known = refusals.contains_key(&kind) || refusals.len() < AUDIT_SOURCES;
-        let count = refusals.entry(if is_known { kind } else { Kind { source: None, ..kind } }).or_default();
-        if count.written < AUDIT_REFUSALS {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = counts.contains_key(&kind) || counts.len() < AUDIT_SOURCES;
+        let kind = if is_known { kind } else { Kind { source: None, user: None, ..kind } };
+        let count = counts.entry(kind).or_default();
+        if count.written < AUDIT_SINGLES {
             count.written += 1;
             true
         } else {
@@ -115,12 +142,16 @@ impl Trail {
 
     /// Writes what was only counted.
     async fn write_counts(&self) {
-        let counts = mem::take(&mut *self.refusals.lock().unwrap_or_else(PoisonError::into_inner));
+        let counts = mem::take(&mut *self.counts.lock().unwrap_or_else(PoisonError::into_inner));
         let now = clock::now();
-        for (Kind { source, action, code }, Count { more, .. }) in counts {
+        for (Kind { source, user, action, code }, Count { more, .. }) in counts {
             if more > 0 {
-                let who = Who { actor: Actor::Unknown, source, request: None };
-                let event = Event::new(action, who, now).outcome(Outcome::Refused, code);
+                let who = Who { actor: user.map_or(Actor::Unknown, Actor::User), source, request: None };
+                let event = Event::new(action, who, now);
+                let event = match code {
+                    Some(code) => event.outcome(Outcome::Refused, code),
+                    None => event.client(user),
+                };
                 if self.record(vec![event.detail(json!({ "times": more }))]).await.is_err() {
                     self.lose(more);
                 }
@@ -173,26 +204,30 @@ async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
 
     fn trail() -> Trail {
         let lost = IntCounter::new("lost", "Lost.").unwrap();
-        Trail { entries: mpsc::channel(1).0, refusals: Arc::default(), lost }
+        Trail { entries: mpsc::channel(1).0, counts: Arc::default(), lost }
     }
 
     fn kind(n: u32) -> Kind {
-        Kind { source: Some(IpAddr::from(n.to_be_bytes())), action: Action::Access, code: Code::Forbidden }
+        let source = Some(IpAddr::from(n.to_be_bytes()));
+        Kind { source, user: None, action: Action::Access, code: Some(Code::Forbidden) }
     }
 
     #[test]
     fn a_flood_is_counted_by_source_and_kind() {
         let trail = trail();
         let written = (0..100).filter(|_| trail.admits(kind(1))).count();
-        assert_eq!(written, AUDIT_REFUSALS as usize);
+        assert_eq!(written, AUDIT_SINGLES as usize);
         assert!(trail.admits(kind(2)), "another address");
-        assert!(trail.admits(Kind { code: Code::Unauthenticated, ..kind(1) }), "another code");
-        let counts = trail.refusals.lock().unwrap();
-        assert_eq!(counts[&kind(1)].more, 100 - u64::from(AUDIT_REFUSALS));
+        assert!(trail.admits(Kind { code: Some(Code::Unauthenticated), ..kind(1) }), "another code");
+        assert!(trail.admits(Kind { user: Some(Uuid::nil().into()), ..kind(1) }), "another caller");
+        let counts = trail.counts.lock().unwrap();
+        assert_eq!(counts[&kind(1)].more, 100 - u64::from(AUDIT_SINGLES));
     }
 
     #[test]
@@ -200,8 +235,8 @@ mod tests {
         let trail = trail();
         let addresses = 2 * AUDIT_SOURCES as u32;
         let written = (0..addresses).filter(|n| trail.admits(kind(*n))).count();
-        assert_eq!(written, AUDIT_SOURCES + AUDIT_REFUSALS as usize);
-        let counts = trail.refusals.lock().unwrap();
+        assert_eq!(written, AUDIT_SOURCES + AUDIT_SINGLES as usize);
+        let counts = trail.counts.lock().unwrap();
         assert_eq!(counts.len(), AUDIT_SOURCES + 1);
         let counted: u64 = counts.values().map(|count| u64::from(count.written) + count.more).sum();
         assert_eq!(counted, u64::from(addresses), "none is forgotten");

@@ -64,7 +64,7 @@ pub(crate) async fn post(
     };
     match ended {
         Some(ended) => {
-            let mut response = finished(&app, ended)?;
+            let mut response = finished(&app, ended);
             if let Some(wait) = prefer.wait {
                 applied(&mut response, &format!("wait={}", wait.as_secs()));
             }

@@ -100,7 +100,7 @@ pub(crate) async fn get(
     let batch = app.store.find_batch(id, client).await?.ok_or(Code::NotFound)?;
     let now = clock::now();
     let progress = Progress::new(batch, app.store.tally(id, now - DRAIN_WINDOW).await?, now);
-    Ok(answer::json(progress.to_json(&app)))
+    Ok(Deeds::Status(Some(Object::batch(id))).of(answer::json(progress.to_json(&app))))
 }
 
 /// How far a batch is.
@@ -191,19 +191,20 @@ pub(crate) async fn manifest(
         let headers = response.headers_mut();
         headers.extend(HeaderValue::from_str(&text).ok().map(|text| (super::status::PROGRESS.clone(), text)));
         headers.insert(header::RETRY_AFTER, HeaderValue::from(POLL_INTERVAL.as_secs()));
-        return Ok(response);
+        return Ok(Deeds::Status(Some(Object::batch(id))).of(response));
     }
     let url = batch_url(&app.public_url, id);
     let failed = progress.tally.of(JobState::Failed) + progress.tally.of(JobState::Cancelled);
     let file = |kind: &str, name: &str, count: i64| json!([{"type": kind, "url": format!("{url}/{name}?_format=application/fhir%2Bndjson"), "count": count}]);
     let ended = progress.tally.last_finished.or(batch.closed_at).unwrap_or(now);
-    Ok(answer::json(json!({
+    let manifest = answer::json(json!({
         "transactionTime": instant(ended),
         "request": url,
         "requiresAccessToken": true,
         "output": file("DiagnosticReport", "results", progress.tally.of(JobState::Succeeded)),
         "error": file("OperationOutcome", "errors", failed + progress.tally.refused),
-    })))
+    }));
+    Ok(Deeds::Status(Some(Object::batch(id))).of(manifest))
 }
 
 /// How much of a file a caller wants.

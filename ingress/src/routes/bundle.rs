@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
-    audited::Deeds,
+    audited::{Deeds, refused_part},
     element::{Faults, Node},
     extract::{Allowed, Body, Held, Submit},
     json::Json,
@@ -83,6 +83,11 @@ pub(crate) async fn post(
         }
     });
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
+    for (n, outcome) in submitted.iter().enumerate() {
+        if let Err(problem) = outcome {
+            refused_part(app.as_ref(), who, client, None, n + 1, problem.code()).await;
+        }
+    }
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
     let entries = join_all(answers).await;
     let reports = entries.iter().filter_map(|entry| entry["resource"]["id"].as_str()?.parse().ok());

@@ -7,6 +7,7 @@ use axum::{
     http::Uri,
     response::Response,
 };
+use dermflow_auth::audit::Object;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -23,6 +24,7 @@ use uuid::Uuid;
 use crate::{
     answer::{self, Problem},
     app::App,
+    audited::Deeds,
     drain::{Place, place},
     extract::{Allowed, JobPath, Read, Search},
     store::{Record, batches::Filter},
@@ -38,7 +40,8 @@ pub(crate) async fn get(
 ) -> Result<Response, Problem> {
     let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
     let place = place(&app, client, &record).await;
-    Ok(answer::json(shown(&app.public_url, &record, place)))
+    let response = answer::json(shown(&app.public_url, &record, place));
+    Ok(Deeds::Status(Some(Object::job(id))).of(response))
 }
 
 /// What a list is asked for.
@@ -83,7 +86,7 @@ pub(crate) async fn list(
     records.truncate(limit);
     let next = records.last().filter(|_| more).map(|last| next_page(&app, &uri.0, last.id));
     let jobs: Vec<_> = records.iter().map(|record| shown(&app.public_url, record, None)).collect();
-    Ok(answer::json(json!({"jobs": jobs, "next": next})))
+    Ok(Deeds::Status(None).of(answer::json(json!({"jobs": jobs, "next": next}))))
 }
 
 /// The same request with another cursor.

@@ -50,7 +50,8 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/batches/{id}/results", get(batches::results))
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
-        .route("/jobs/{id}", get(jobs::get))
+        .route("/jobs/{id}", get(jobs::get));
+    let routes = bounded(routes)
         .layer(from_fn_with_state(app.clone(), rates::tell))
         .layer(from_fn_with_state(app.clone(), audited));
     measured(routes, app)
@@ -62,7 +63,7 @@ pub(crate) fn internal(app: Arc<App>) -> Router {
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics));
-    measured(routes, app)
+    measured(bounded(routes), app)
 }
 
 /// What operators reach in a process of its own, on the loopback interface only, with a token for it.
@@ -70,14 +71,15 @@ pub(crate) fn operators(operators: Arc<Operators>) -> Router {
     let routes = Router::new()
         .route("/dead", get(dead::list))
         .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
-        .route("/dead/{sequence}/requeue", post(dead::requeue))
+        .route("/dead/{sequence}/requeue", post(dead::requeue));
+    let routes = bounded(routes)
         .layer(from_fn_with_state(operators.clone(), rates::tell))
         .layer(from_fn_with_state(operators.clone(), audited));
-    dressed(bounded(routes), operators)
+    dressed(routes, operators)
 }
 
 fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
-    dressed(bounded(routes).layer(from_fn_with_state(app.clone(), measure)), app)
+    dressed(routes.layer(from_fn_with_state(app.clone(), measure)), app)
 }
 
 async fn measure(

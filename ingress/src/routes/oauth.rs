@@ -92,13 +92,11 @@ impl IntoResponse for Refusal {
                 let mut response = answer::json(json!({ "error": error, "error_description": description }));
                 *response.status_mut() = status;
                 let refused = match error {
-                    "invalid_client" | "invalid_grant" => Some(Code::LoginFailed),
-                    "invalid_scope" => Some(Code::Forbidden),
-                    _ => None,
+                    "invalid_client" | "invalid_grant" => Code::LoginFailed,
+                    "invalid_scope" => Code::Forbidden,
+                    _ => Code::FormInvalid,
                 };
-                if let Some(code) = refused {
-                    response.extensions_mut().insert(Refused(code));
-                }
+                response.extensions_mut().insert(Refused(refused));
                 if status == StatusCode::UNAUTHORIZED {
                     let challenge = HeaderValue::from_static("Basic realm=\"dermflow\"");
                     response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);

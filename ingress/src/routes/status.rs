@@ -5,8 +5,9 @@ use std::sync::Arc;
 use axum::{
     extract::State,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
-    response::Response,
+    response::{IntoResponse, Response},
 };
+use dermflow_auth::audit::Object;
 use dermflow_schemas::{
     clock,
     envelope::Failure,
@@ -46,10 +47,10 @@ pub(crate) async fn get(
         let mut response = accepted(&app, id);
         let place = place(&app, client, &record).await;
         insert(response.headers_mut(), &PROGRESS, &progress(&record, place));
-        return Ok(response);
+        return Ok(Deeds::Status(Some(Object::job(id))).of(response));
     }
     let ended = ended(&app, id, client).await?.ok_or(Code::NotFound)?;
-    finished(&app, ended)
+    Ok(finished(&app, ended))
 }
 
 /// The report alone; there is none while the job goes on, or when it failed.
@@ -63,7 +64,7 @@ pub(crate) async fn report(
         return Err(Code::NotAcceptable.into());
     }
     let ended = ended(&app, id, client).await?;
-    finished(&app, ended.filter(|ended| ended.report.is_some()).ok_or(Code::NotFound)?)
+    Ok(finished(&app, ended.filter(|ended| ended.report.is_some()).ok_or(Code::NotFound)?))
 }
 
 /// Cancels a job that goes on; removes the result of one that has ended.
@@ -103,8 +104,13 @@ pub(super) fn finished_record(ended: Ended) -> Result<(Record, Vec<u8>), Problem
 }
 
 /// What a job that has ended answers: its report with 200, or its error.
-pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
-    let (record, report) = finished_record(ended)?;
+pub(crate) fn finished(app: &App, ended: Ended) -> Response {
+    let job = ended.record.id;
+    let (record, report) = match finished_record(ended) {
+        Ok(finished) => finished,
+        // That the job failed is what is asked for.
+        Err(failed) => return Deeds::Status(Some(Object::job(job))).of(failed.into_response()),
+    };
     let mut response = answer::fhir(StatusCode::OK, report);
     let headers = response.headers_mut();
     let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);
@@ -115,7 +121,7 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Result<Response, Problem> {
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
     }
     insert(headers, &SERVER_TIMING, &server_timing(&record));
-    Ok(Deeds::reports([record.id]).of(response))
+    Deeds::reports([record.id]).of(response)
 }
 
 /// What a failed job answers.

@@ -7,6 +7,7 @@ use axum::{
     http::StatusCode,
     response::Response,
 };
+use dermflow_auth::audit::Object;
 use dermflow_schemas::{
     error::{ApiError, Code},
     fhir::{CANONICAL, instant},
@@ -20,6 +21,7 @@ use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339, macros
 use crate::{
     answer::{self, Problem},
     app::App,
+    audited::Deeds,
     extract::{Allowed, JobPath, Read, Search},
     store::{Record, batches::Filter},
 };
@@ -31,7 +33,8 @@ pub(crate) async fn get(
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
     let record = app.store.find(id, client).await?.ok_or(Code::NotFound)?;
-    Ok(answer::fhir(StatusCode::OK, task(&record).to_string().into_bytes()))
+    let response = answer::fhir(StatusCode::OK, task(&record).to_string().into_bytes());
+    Ok(Deeds::Status(Some(Object::job(id))).of(response))
 }
 
 /// `status`, `authored-on` (`gt`, `ge`, `sa`, `lt`, `le`, `eb`), `_sort=-authored-on`, `_count`; the latest first. A
@@ -81,7 +84,7 @@ pub(crate) async fn search(
     if !records.is_empty() {
         bundle["entry"] = records.iter().map(entry).collect();
     }
-    Ok(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes()))
+    Ok(Deeds::Status(None).of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
 }
 
 fn search_url(app: &App, parameters: &[(String, String)], cursor: Option<JobId>) -> String {
