@@ -20,6 +20,7 @@ use dermflow_auth::{
     token::{Caller, Tokens},
     users::{self, Quota, Standing},
 };
+use dermflow_http::rates::Rates;
 use dermflow_schemas::{
     clock,
     id::ClientId,
@@ -30,7 +31,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{providers::Providers, rates::Rates};
+use crate::providers::Providers;
 
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {

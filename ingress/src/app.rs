@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use deadpool_postgres::Pool;
 use dermflow_auth::{audit::trail::Trail, token::Tokens, users::Doorkeeper};
-use dermflow_http::shares::{Share, Shares};
+use dermflow_http::{
+    rates::Rates,
+    shares::{Share, Shares},
+};
 use dermflow_schemas::{error::Code, id::ClientId, limits, queue::Publisher, seal::Keyring};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -16,7 +19,6 @@ use crate::{
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
-    rates::Rates,
     store::Store,
 };
 

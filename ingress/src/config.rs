@@ -4,6 +4,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Parser;
 use dermflow_auth::{db::DatabaseOptions, password::PepperOptions};
+use dermflow_http::serve::Loopback;
 use dermflow_schemas::{limits, queue::NatsOptions};
 
 pub use crate::acme::{AcmeOptions, ChallengeKind};
@@ -110,25 +111,6 @@ fn replicas(text: &str) -> Result<usize, String> {
     }
 }
 
-/// A socket address that only this machine reaches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Loopback(SocketAddr);
-
-impl From<Loopback> for SocketAddr {
-    fn from(address: Loopback) -> Self {
-        address.0
-    }
-}
-
-impl FromStr for Loopback {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let address: SocketAddr = text.parse().map_err(|_| "not an address with a port".to_owned())?;
-        if address.ip().is_loopback() { Ok(Self(address)) } else { Err("not a loopback address".into()) }
-    }
-}
-
 /// An HTTPS origin without a slash at the end (RFC 6454 §6.2).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin(String);
@@ -171,14 +153,6 @@ impl FromStr for Origin {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_internal_listener_stays_on_this_machine() {
-        assert!("127.0.0.1:9443".parse::<Loopback>().is_ok());
-        assert!("[::1]:9443".parse::<Loopback>().is_ok());
-        assert!("0.0.0.0:9443".parse::<Loopback>().is_err());
-        assert!("10.0.0.1:9443".parse::<Loopback>().is_err());
-    }
 
     #[test]
     fn the_public_url_is_an_https_origin() {

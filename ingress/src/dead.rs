@@ -16,6 +16,7 @@ use dermflow_auth::{
     audit::{Who, trail::Trail},
     token::Tokens,
 };
+use dermflow_http::rates::Rates;
 use dermflow_schemas::{
     clock,
     envelope::{JobHeader, job_of},
@@ -33,7 +34,6 @@ use crate::{
     access::{Access, Gate},
     answer::Problem,
     providers::Providers,
-    rates::Rates,
     store::{Requeue, Store},
 };
 

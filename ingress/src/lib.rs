@@ -25,7 +25,6 @@ mod keeper;
 mod lanes;
 mod lines;
 mod lost;
-mod meter;
 mod metrics;
 mod ndjson;
 mod parameters;
@@ -59,6 +58,7 @@ use dermflow_auth::{
 use dermflow_http::{
     certificate::CertificateFiles,
     crowd::Crowd,
+    rates::Rates,
     serve::{self, tls_config},
 };
 use dermflow_schemas::{
@@ -79,7 +79,6 @@ use crate::{
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
-    rates::Rates,
     store::Store,
 };
 
@@ -145,7 +144,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
         tokio::spawn(keeper::run(app.clone(), options.ack_wait(), options.replicas, stop_recording.clone())),
         tokio::spawn(access::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(rates::exchange(app.clone(), stop_recording.clone())),
+        tokio::spawn(rates::exchange(app.clone(), app.nats.clone(), stop_recording.clone())),
         tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
         tokio::spawn(timekeeper::run(app.store.clone(), stop_recording.clone())),
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
@@ -215,7 +214,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
         providers,
         trail,
         rates: Rates::default(),
-        publisher: Publisher::new(queue::context(nats)),
+        publisher: Publisher::new(queue::context(nats.clone())),
     });
     operators.access.refresh(operators.store.pool()).await;
     let address = options.listen.into();
@@ -225,6 +224,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let followers = operators.providers.start(&stop_following);
     let tasks = [
         tokio::spawn(access::run(operators.clone(), stop_following.clone())),
+        tokio::spawn(rates::exchange(operators.clone(), nats, stop_following.clone())),
         tokio::spawn(timekeeper::run(operators.store.clone(), stop_following.clone())),
         tokio::spawn(trail::count(operators.trail.clone(), stop_following.clone())),
         tokio::spawn(files.follow(stop_following.clone())),

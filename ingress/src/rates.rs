@@ -1,83 +1,40 @@
-//! How often a client may call, on all replicas together, and what every answer says about it.
+//! How often a client may call, on all replicas together, and a network whose callers do not show who they are.
 //!
-//! The counting is in [`Meter`]; here are the limits, the headers `RateLimit-Policy` and `RateLimit`
-//! (draft-ietf-httpapi-ratelimit-headers-10), and the exchange between the replicas over the broker.
+//! The counting and the headers are in [`Rates`]; here are the limits, and the exchange between the replicas over the
+//! broker.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    net::{IpAddr, Ipv4Addr},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use axum::{
     extract::{MatchedPath, Request, State},
-    http::{Extensions, HeaderName, HeaderValue, Method, request::Parts},
+    http::{Extensions, Method, header, request::Parts},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse, Response},
 };
 use dermflow_auth::users::Quota;
+use dermflow_http::{
+    meter::{Kind, Policy, Subject},
+    rates::{self, Rates},
+    serve::Peer,
+};
 use dermflow_schemas::{
-    clock,
     error::{ApiError, Code},
     id::ClientId,
-    limits::{
-        COUNT_INTERVAL, COUNTED_CLIENTS, IMAGE_WINDOW, POLL_INTERVAL, POLLS_PER_MINUTE, REQUEST_WINDOW,
-    },
+    limits::{ANONYMOUS_REQUESTS_PER_MINUTE, COUNT_INTERVAL, POLL_INTERVAL, POLLS_PER_MINUTE},
     queue,
 };
 use futures_util::StreamExt;
-use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
-use crate::{
-    access::Gate,
-    answer::Problem,
-    app::App,
-    meter::{Kind, Left, Line, Meter, Policy},
-};
-
-static RATELIMIT: HeaderName = HeaderName::from_static("ratelimit");
-static RATELIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+use crate::{access::Gate, answer::Problem, app::App};
 
 /// What clients ask again and again until a job or a batch has ended; it has a rate of its own.
 const POLLED: [&str; 3] = ["/fhir/_async/{id}", "/batches/{id}", "/fhir/_bulk/{id}"];
-
-/// The rates of all clients.
-#[derive(Debug)]
-pub(crate) struct Rates {
-    replica: Uuid,
-    meter: Mutex<Meter>,
-}
-
-impl Default for Rates {
-    fn default() -> Self {
-        let replica = Uuid::new_v4();
-        Self { replica, meter: Mutex::new(Meter::new(replica)) }
-    }
-}
-
-impl Rates {
-    fn meter(&self) -> MutexGuard<'_, Meter> {
-        self.meter.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(&self, client: ClientId, kind: Kind, quota: Quota, amount: u64) -> Result<(), Duration> {
-        self.meter().take(client, kind, policy(kind, quota), amount, millis())
-    }
-}
-
-/// The shared clock, in milliseconds.
-fn millis() -> u64 {
-    (clock::now().unix_timestamp_nanos() / 1_000_000) as u64
-}
-
-fn window(kind: Kind) -> Duration {
-    match kind {
-        Kind::Requests | Kind::Polls => REQUEST_WINDOW,
-        Kind::Images => IMAGE_WINDOW,
-    }
-}
 
 fn policy(kind: Kind, quota: Quota) -> Policy {
     let a_minute = match kind {
@@ -85,8 +42,7 @@ fn policy(kind: Kind, quota: Quota) -> Policy {
         Kind::Polls => POLLS_PER_MINUTE,
         Kind::Images => quota.images,
     };
-    let window = window(kind);
-    Policy { quota: (a_minute.unsigned_abs() * window.as_secs() / 60).max(1), window }
+    rates::policy(kind, a_minute)
 }
 
 /// Who a request turned out to come from.
@@ -113,7 +69,8 @@ fn charge<G: Gate>(gate: &G, client: ClientId, counted: Option<&Counted>, kind: 
         let _ = counted.set(client);
     }
     let code = if kind == Kind::Polls { Code::PollTooFast } else { Code::RateExceeded };
-    let taken = gate.rates().take(client, kind, gate.access().quota(client), 1);
+    let policy = policy(kind, gate.access().quota(client));
+    let taken = gate.rates().take(Subject::Client(client), kind, policy, 1);
     taken.map_err(|wait| ApiError::from(code).after(wait).into())
 }
 
@@ -126,7 +83,8 @@ pub(crate) async fn images(
 ) -> Result<(), Problem> {
     let end = Instant::now() + patience;
     loop {
-        let taken = app.rates.take(client, Kind::Images, app.access.quota(client), images as u64);
+        let policy = policy(Kind::Images, app.access.quota(client));
+        let taken = app.rates.take(Subject::Client(client), Kind::Images, policy, images as u64);
         let Err(wait) = taken else { return Ok(()) };
         let pause = wait.min(POLL_INTERVAL).min(end.saturating_duration_since(Instant::now()));
         if pause.is_zero() || app.draining.is_cancelled() {
@@ -136,58 +94,43 @@ pub(crate) async fn images(
     }
 }
 
-/// Tells every client that has shown who it is how it stands.
+/// Tells every caller how it stands. A request counts for the network it comes from unless it shows who sends it:
+/// before it is looked at, or when what it shows turns out to be nothing.
 pub(crate) async fn tell<G: Gate>(State(gate): State<Arc<G>>, mut request: Request, next: Next) -> Response {
     let (counted, kind) = (Counted::default(), kind(request.method(), request.extensions()));
+    let peer = request.extensions().get().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |Peer(peer)| *peer);
+    let (network, anonymous) =
+        (Subject::network(peer), rates::policy(Kind::Requests, ANONYMOUS_REQUESTS_PER_MINUTE));
+    let take = || gate.rates().take(network, Kind::Requests, anonymous, 1).map_err(too_many);
+    let shows_nothing = !request.headers().contains_key(header::AUTHORIZATION);
     request.extensions_mut().insert(counted.clone());
-    let mut response = next.run(request).await;
-    let Some(client) = counted.0.get() else { return response };
-    let (policies, left) = headers(gate.rates(), *client, gate.access().quota(*client), kind);
-    for (name, value) in [(&RATELIMIT_POLICY, policies), (&RATELIMIT, left)] {
-        if let Ok(value) = HeaderValue::from_str(&value) {
-            response.headers_mut().insert(name.clone(), value);
-        }
+    let mut response = match if shows_nothing { take() } else { Ok(()) } {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
+    };
+    if let Some(client) = counted.0.get() {
+        let quota = gate.access().quota(*client);
+        let policies = [Kind::Requests, Kind::Polls, Kind::Images].map(|kind| (kind, policy(kind, quota)));
+        gate.rates().tell(&mut response, Subject::Client(*client), &policies, &[kind, Kind::Images]);
+        return response;
     }
+    if !shows_nothing && let Err(problem) = take() {
+        response = problem.into_response();
+    }
+    gate.rates().tell(&mut response, network, &[(Kind::Requests, anonymous)], &[Kind::Requests]);
     response
 }
 
-/// `RateLimit-Policy` with every policy, and `RateLimit` with those that the request counts for.
-fn headers(rates: &Rates, client: ClientId, quota: Quota, kind: Kind) -> (String, String) {
-    let policies = [Kind::Requests, Kind::Polls, Kind::Images].map(|kind| {
-        let Policy { quota, window } = policy(kind, quota);
-        // The unit is `requests` when none is named.
-        let unit = if kind == Kind::Images { ";qu=\"images\"" } else { "" };
-        format!("\"{}\";q={quota};w={}{unit}", name(kind), window.as_secs())
-    });
-    let (meter, now) = (rates.meter(), millis());
-    let left = [kind, Kind::Images].map(|kind| {
-        let Left { amount, reset } = meter.left(client, kind, policy(kind, quota), now);
-        format!("\"{}\";r={amount};t={}", name(kind), reset.as_millis().div_ceil(1_000))
-    });
-    (policies.join(", "), left.join(", "))
-}
-
-fn name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Requests => "requests",
-        Kind::Polls => "polls",
-        Kind::Images => "images",
-    }
-}
-
-/// What replicas tell each other.
-#[derive(Debug, Serialize, Deserialize)]
-struct Message {
-    replica: Uuid,
-    lines: Vec<Line>,
+fn too_many(wait: Duration) -> Problem {
+    ApiError::from(Code::RateExceeded).after(wait).into()
 }
 
 /// Tells the other replicas what this one has counted, and hears what they have, until `stop`.
-pub(crate) async fn exchange(app: Arc<App>, stop: CancellationToken) {
+pub(crate) async fn exchange<G: Gate>(gate: Arc<G>, nats: async_nats::Client, stop: CancellationToken) {
     let mut tick = interval(COUNT_INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let subscribe = timeout(COUNT_INTERVAL, app.nats.subscribe(queue::COUNTS));
+        let subscribe = timeout(COUNT_INTERVAL, nats.subscribe(queue::COUNTS));
         let mut messages = tokio::select! {
             () = stop.cancelled() => return,
             Ok(Ok(messages)) = subscribe => messages,
@@ -196,9 +139,9 @@ pub(crate) async fn exchange(app: Arc<App>, stop: CancellationToken) {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                _ = tick.tick() => publish(&app).await,
+                _ = tick.tick() => publish(gate.rates(), &nats).await,
                 message = messages.next() => match message {
-                    Some(message) => hear(&app.rates, &message.payload),
+                    Some(message) => gate.rates().hear(&message.payload),
                     None => break,
                 },
             }
@@ -207,59 +150,13 @@ pub(crate) async fn exchange(app: Arc<App>, stop: CancellationToken) {
 }
 
 /// What cannot be sent at once is not sent: the next message says it too.
-async fn publish(app: &App) {
-    let lines = app.rates.meter().round(millis());
-    // The first one goes out even when it says nothing but that we are there.
-    let mut chunks: Vec<Vec<Line>> = lines.chunks(COUNTED_CLIENTS).map(<[Line]>::to_vec).collect();
-    if chunks.is_empty() {
-        chunks.push(Vec::new());
-    }
+async fn publish(rates: &Rates, nats: &async_nats::Client) {
     let send = async {
-        for lines in chunks {
-            let message = Message { replica: app.rates.replica, lines };
-            let Ok(bytes) = serde_json::to_vec(&message) else { return };
-            if let Err(error) = app.nats.publish(queue::COUNTS, bytes.into()).await {
+        for message in rates.round() {
+            if let Err(error) = nats.publish(queue::COUNTS, message.into()).await {
                 tracing::debug!(%error, "counts not sent");
             }
         }
     };
     let _ = timeout(COUNT_INTERVAL, send).await;
-}
-
-fn hear(rates: &Rates, payload: &[u8]) {
-    // A newer build may say more than we understand.
-    if let Ok(Message { replica, lines }) = serde_json::from_slice(payload) {
-        rates.meter().hear(replica, &lines, window, millis());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn headers_are_structured_fields() {
-        let (rates, client) = (Rates::default(), ClientId::from(Uuid::from_u128(7)));
-        let quota = Quota { requests: 120, images: 90, ..Quota::default() };
-        rates.take(client, Kind::Requests, quota, 1).unwrap();
-        let (policies, left) = headers(&rates, client, quota, Kind::Requests);
-        let polls = POLLS_PER_MINUTE / 6;
-        let expected =
-            format!("\"requests\";q=20;w=10, \"polls\";q={polls};w=10, \"images\";q=90;w=60;qu=\"images\"");
-        assert_eq!(policies, expected);
-        let (requests, images) = left.split_once(", ").unwrap();
-        assert!(requests.starts_with("\"requests\";r=19;t="), "{left}");
-        assert!(images.starts_with("\"images\";r=90;t="), "{left}");
-        let reset: u64 = requests.rsplit('=').next().unwrap().parse().unwrap();
-        assert!((1..=11).contains(&reset), "{left}");
-    }
-
-    #[test]
-    fn a_message_survives_the_way() {
-        let line: Line = (ClientId::from(Uuid::from_u128(7)), Kind::Images, crate::meter::Counts::default());
-        let bytes = serde_json::to_vec(&Message { replica: Uuid::nil(), lines: vec![line] }).unwrap();
-        let message: Message = serde_json::from_slice(&bytes).unwrap();
-        assert_eq!(message.lines, [line]);
-        assert!(bytes.len() < 180, "a line grew: {}", bytes.len());
-    }
 }

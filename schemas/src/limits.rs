@@ -99,6 +99,10 @@ pub const IMAGE_WINDOW: Duration = Duration::from_mins(1);
 pub const REQUESTS_PER_MINUTE: i64 = 60_000;
 /// Images of one client a minute, unless staff gave it another rate.
 pub const IMAGES_PER_MINUTE: i64 = 60_000;
+/// Requests a minute from one IPv4 address, or one IPv6 /64, that do not show who sends them.
+pub const ANONYMOUS_REQUESTS_PER_MINUTE: i64 = 60_000;
+/// Requests a minute from one address of staff.
+pub const STAFF_REQUESTS_PER_MINUTE: i64 = 6_000;
 /// Status polls of one client a minute.
 pub const POLLS_PER_MINUTE: i64 = 12_000;
 /// Between two messages in which a replica tells the others what it has counted.
@@ -106,8 +110,10 @@ pub const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 /// A replica that was silent for this long is gone; when that is all of them, ourselves included, it is the broker
 /// that is away.
 pub const COUNT_SILENCE: Duration = Duration::from_secs(2);
-/// Clients in one such message: 60 kB.
-pub const COUNTED_CLIENTS: usize = 1_000;
+/// Lines in one such message: 100 kB.
+pub const COUNT_LINES: usize = 1_000;
+/// Counts of clients and networks beyond which further networks are counted together: 6 MB.
+pub const COUNTED_SUBJECTS: usize = 16_384;
 
 /// A TLS handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -345,7 +351,7 @@ pub const AUDIT_GROUP: usize = 256;
 /// Such statements at once, per ingress process.
 pub const AUDIT_WRITERS: usize = 2;
 /// Refusals of one kind and one network address that are recorded each second; the rest are counted in one event.
-pub const AUDIT_REFUSALS: u32 = 5;
+pub const AUDIT_SINGLES: u32 = 5;
 /// Kinds of refusal by network address that are told apart at once; beyond it the address is left out.
 pub const AUDIT_SOURCES: usize = 4_096;
 /// Between two looks for events that are not in the hash chain yet.

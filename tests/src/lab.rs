@@ -380,7 +380,7 @@ impl Lab {
     /// # Errors
     /// When it does not become ready.
     pub async fn start_registration(&mut self) -> Result<()> {
-        let registration = self.stack.add_registration(ports::free()?)?;
+        let registration = self.stack.add_registration(ports::free()?, ports::free()?)?;
         registration.process.set_env("RUST_LOG", self.log);
         registration.process.spawn_ready(READY_WITHIN).await
     }
@@ -400,6 +400,14 @@ impl Lab {
     /// When it was never started.
     pub fn registration_url(&self) -> Result<String> {
         Ok(self.stack.registration.as_ref().context("no registration service")?.url())
+    }
+
+    /// The origin of its health and metrics.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub fn registration_internal_url(&self) -> Result<String> {
+        Ok(self.stack.registration.as_ref().context("no registration service")?.internal_url())
     }
 
     /// The password of a registered client.

@@ -5,18 +5,19 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use dermflow_auth::{
     password::Peppers,
     throttle::{Admission, FREE_FAILURES, Guess, LONGEST_DELAY, Outcome, Throttle},
 };
 use dermflow_schemas::clock;
 use dermflow_tests::{
-    client::{Answer, Client, sample},
+    client::{Answer, Client, sample, send},
     lab::{Lab, Setup},
     wait::eventually,
 };
 use futures_util::future::try_join_all;
+use reqwest::Method;
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -26,7 +27,7 @@ fn item(field: &str, name: &str, key: &str) -> Option<u64> {
     item.split(';').find_map(|part| part.strip_prefix(&format!("{key}=")))?.parse().ok()
 }
 
-// Every answer to a client that has shown who it is says how it stands; the first one beyond the limit is a 429 that
+// Every answer to a client says how it stands; the first one beyond the limit is a 429 that
 // says when to come back, and then the client is served. Polls and images have rates of their own.
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_say_how_the_client_stands() -> Result<()> {
@@ -80,8 +81,82 @@ async fn answers_say_how_the_client_stands() -> Result<()> {
             answer.text
         );
     }
-    let stranger = lab.client().clone().with_token("");
-    assert_eq!(stranger.get("/jobs").await?.header("ratelimit"), "", "nobody's limits are nobody's business");
+    lab.stop().await
+}
+
+// Who does not show who it is counts for the network that it comes from, and is told so with every answer: sign-ins,
+// public documents, what is refused, what is not there. What is left is nobody's business but that network's.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_say_how_a_network_stands() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    lab.start_registration().await?;
+    let operator = lab.start_operate("olga").await?;
+    let policy = "\"requests\";q=10000;w=10";
+    let anonymous = lab.client().clone().with_token("");
+    let forged = lab.client().clone().with_token("nonsense");
+    let password = lab.password("demo")?;
+    let form = async |path: &str| {
+        send(anonymous.request(Method::POST, path).form(&[("grant_type", "client_credentials")])).await
+    };
+    let answers = [
+        (401, anonymous.get("/jobs").await?),
+        (401, forged.get("/jobs").await?),
+        (401, forged.at(&lab.operate_url()?).get("/dead").await?),
+        (404, anonymous.get("/nothing").await?),
+        (405, send(anonymous.request(Method::PUT, "/jobs")).await?),
+        (200, anonymous.get("/.well-known/jwks.json").await?),
+        (200, anonymous.try_login("demo", &password).await?),
+        (401, anonymous.try_login("demo", "wrong").await?),
+        (401, form("/oauth/token").await?),
+        (400, form("/login").await?),
+    ];
+    let mut before = 10_001;
+    for (n, (status, answer)) in answers.iter().enumerate() {
+        assert_eq!((answer.status, answer.header("ratelimit-policy")), (*status, policy), "answer {n}");
+        let left = item(answer.header("ratelimit"), "requests", "r").context("no RateLimit")?;
+        assert!(left < before || n == 3, "answer {n}: {left} after {before}");
+        before = left;
+    }
+    let staff = lab.staff("root")?.get("/accounts").await?;
+    assert_eq!((staff.status, staff.header("ratelimit-policy")), (401, "\"requests\";q=1000;w=10"));
+    ensure!(item(staff.header("ratelimit"), "requests", "r").is_some());
+    // The operators' process and ingress count together.
+    let calls = 40;
+    let ingress = operator.clone().at(&lab.url(0));
+    for _ in 0..calls {
+        assert_eq!(ingress.get("/jobs").await?.status, 403);
+    }
+    let heard = async || {
+        let answer = operator.get("/dead").await.ok()?;
+        (item(answer.header("ratelimit"), "requests", "r")? <= 10_000 - calls).then_some(())
+    };
+    eventually("the operators' process has heard of them", LONG, heard).await?;
+    lab.stop().await
+}
+
+// A flood of which nobody knows who sends it is refused, and who is known is served though it comes from the same
+// network.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_nobodys_requests_keeps_no_client_out() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let anonymous = lab.client().clone().with_token("");
+    let begun = tokio::time::Instant::now();
+    let (mut served, mut refused) = (0, None);
+    while refused.is_none() && begun.elapsed() < LONG {
+        let answers = try_join_all((0..64).map(|_| anonymous.get("/.well-known/jwks.json"))).await?;
+        served += answers.iter().filter(|answer| answer.status == 200).count();
+        refused = answers.into_iter().find(|answer| answer.status == 429);
+    }
+    println!("{served} served in {:?}", begun.elapsed());
+    let refused = refused.context("nothing was refused")?;
+    assert_eq!(refused.code(), "rate-exceeded");
+    assert_eq!(item(refused.header("ratelimit"), "requests", "r"), Some(0));
+    let pause: u64 = refused.header("retry-after").parse()?;
+    ensure!((1..=11).contains(&pause), "{pause}");
+    assert!(served >= 10_000, "{served}");
+    let password = lab.password("demo")?;
+    assert_eq!(anonymous.try_login("demo", &password).await?.status, 429);
+    assert_eq!(lab.client().get("/jobs").await?.status, 200);
     lab.stop().await
 }
 

@@ -32,7 +32,7 @@ enum Rule {
 
 use Rule::{Open, Reader, Registrar};
 
-const ROUTES: [(&str, &str, Rule); 17] = [
+const ROUTES: [(&str, &str, Rule); 15] = [
     ("POST", "/sessions", Open),
     ("DELETE", "/sessions", Reader),
     ("GET", "/accounts", Reader),
@@ -48,8 +48,6 @@ const ROUTES: [(&str, &str, Rule); 17] = [
     ("POST", "/accounts/{account}/identities", Registrar),
     ("DELETE", "/accounts/{account}/identities", Registrar),
     ("GET", "/openapi.json", Reader),
-    ("GET", "/livez", Open),
-    ("GET", "/metrics", Open),
 ];
 
 async fn call(client: &Client, method: Method, path: &str, body: &Value) -> Result<Answer> {
@@ -104,9 +102,14 @@ impl Office {
         sign_in(self.lab.staff(name)?, name, &password).await
     }
 
+    /// A client of health and metrics.
+    fn health(&self) -> Result<Client> {
+        Client::new(&self.lab.ca(), &self.lab.registration_internal_url()?)
+    }
+
     /// Refused attempts that were counted for this reason.
     async fn counted(&self, code: &str) -> Result<f64> {
-        let text = self.lab.staff("watch")?.get("/metrics").await?.text;
+        let text = self.health()?.get("/metrics").await?.text;
         let name = format!("dermflow_staff_refused_total{{reason=\"{code}\"}}");
         text.lines()
             .find_map(|line| line.strip_prefix(&name)?.trim().parse().ok())
@@ -599,8 +602,14 @@ async fn the_service_describes_itself() -> Result<()> {
             assert_eq!(auditor.get(&path).await?.status, 200, "{method} {path}");
         }
     }
-    assert_eq!(anonymous.get("/livez").await?.body["status"], "live");
-    let requests = anonymous.get("/metrics").await?.text;
+    // What is for who runs the service is on a listener of its own, and nothing else is there.
+    let health = office.health()?;
+    assert_eq!(health.get("/livez").await?.body["status"], "live");
+    for (client, path) in [(&anonymous, "/livez"), (&anonymous, "/metrics")] {
+        assert_eq!(client.get(path).await?.status, 401, "{path}");
+    }
+    assert_eq!(health.get("/accounts").await?.status, 404);
+    let requests = health.get("/metrics").await?.text;
     let counted = r#"dermflow_http_requests_total{method="GET",route="/accounts/{account}",status="401"} 1"#;
     assert!(requests.contains(counted), "{requests}");
     office.lab.stop().await

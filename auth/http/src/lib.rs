@@ -1,5 +1,6 @@
 //! What every HTTPS listener of ours does the same way: the accept loop with its time-outs, TLS, the id of a request,
-//! the headers and errors of an answer.
+//! the
+//! headers and errors of an answer, and how often callers may call.
 //!
 //! This crate knows neither routes nor callers: `ingress` serves clients with it, `auth` serves staff.
 
@@ -8,6 +9,8 @@ pub mod certificate;
 pub mod crowd;
 pub mod dress;
 mod linger;
+pub mod meter;
 pub mod metrics;
+pub mod rates;
 pub mod serve;
 pub mod shares;

@@ -8,6 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     pin::{Pin, pin},
+    str::FromStr,
     sync::Arc,
 };
 
@@ -360,6 +361,25 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
     }
 }
 
+/// A socket address that only this machine reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loopback(SocketAddr);
+
+impl From<Loopback> for SocketAddr {
+    fn from(address: Loopback) -> Self {
+        address.0
+    }
+}
+
+impl FromStr for Loopback {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address: SocketAddr = text.parse().map_err(|_| "not an address with a port".to_owned())?;
+        if address.ip().is_loopback() { Ok(Self(address)) } else { Err("not a loopback address".into()) }
+    }
+}
+
 /// Binds a listener.
 ///
 /// # Errors
@@ -368,4 +388,17 @@ pub async fn bind(option: &str, address: SocketAddr) -> io::Result<TcpListener> 
     TcpListener::bind(address)
         .await
         .map_err(|error| io::Error::new(error.kind(), format!("--{option} {address}: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_internal_listener_stays_on_this_machine() {
+        assert!("127.0.0.1:9443".parse::<Loopback>().is_ok());
+        assert!("[::1]:9443".parse::<Loopback>().is_ok());
+        assert!("0.0.0.0:9443".parse::<Loopback>().is_err());
+        assert!("10.0.0.1:9443".parse::<Loopback>().is_err());
+    }
 }

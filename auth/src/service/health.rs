@@ -1,26 +1,34 @@
-//! `/livez` and `/metrics`: for whom the certificate alone is enough.
+//! `/livez` and `/metrics`, for who runs the service: on a listener of this machine only, apart from staff's.
 
 use std::sync::Arc;
 
 use axum::{
+    Router,
     extract::State,
     http::header,
     response::{IntoResponse, Response},
+    routing::get,
 };
-use dermflow_http::answer;
+use dermflow_http::{
+    answer,
+    dress::{bounded, dressed},
+};
 use serde_json::json;
 
 use super::Service;
 
+/// What the listener serves.
+pub(super) fn router(service: Arc<Service>) -> Router {
+    let routes = Router::new().route("/livez", get(live)).route("/metrics", get(metrics));
+    dressed(bounded(routes), service)
+}
+
 /// The process answers.
-#[utoipa::path(get, path = "/livez", security(()), responses((status = 200, description = "The process answers.")))]
-pub(super) async fn live() -> Response {
+async fn live() -> Response {
     answer::json(json!({"status": "live"}))
 }
 
 /// The Prometheus exposition.
-#[utoipa::path(get, path = "/metrics", security(()),
-    responses((status = 200, description = "Prometheus text format.", body = String, content_type = "text/plain")))]
-pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Response {
+async fn metrics(State(service): State<Arc<Service>>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], service.metrics.render()).into_response()
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::ensure;
+use dermflow_http::serve::Loopback;
 
 /// The options of the registration service.
 #[derive(Debug, clap::Args)]
@@ -13,6 +14,9 @@ pub(crate) struct ServeOptions {
     /// Where staff connects: HTTPS, on this machine or the internal network.
     #[arg(long, env = "DERMFLOW_STAFF_LISTEN", default_value = "127.0.0.1:9445")]
     listen: SocketAddr,
+    /// Health and metrics, HTTPS; a loopback address.
+    #[arg(long, env = "DERMFLOW_STAFF_INTERNAL_LISTEN", default_value = "127.0.0.1:9446")]
+    pub(crate) internal_listen: Loopback,
     /// Certificate chain (PEM).
     #[arg(long, env = "DERMFLOW_TLS_CERT")]
     pub(crate) tls_cert: PathBuf,
@@ -66,6 +70,7 @@ mod tests {
         let listen = listen.parse().unwrap();
         ServeOptions {
             listen,
+            internal_listen: "127.0.0.1:1".parse().unwrap(),
             tls_cert: file.clone(),
             tls_key: file.clone(),
             staff_ca: file,

@@ -19,7 +19,7 @@ use super::Service;
 
 /// Why an attempt is refused: the labels of [`Metrics::refused`], which are there from the start, so that the first one
 /// shows as a rise.
-const REFUSALS: [Code; 25] = [
+const REFUSALS: [Code; 26] = [
     Code::CertificateMissing,
     Code::CertificateInvalid,
     Code::HandshakeFailed,
@@ -30,6 +30,7 @@ const REFUSALS: [Code; 25] = [
     Code::TokenNoSession,
     Code::LoginFailed,
     Code::LoginThrottled,
+    Code::RateExceeded,
     Code::Forbidden,
     Code::LastAdministrator,
     Code::NotFound,

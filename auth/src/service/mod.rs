@@ -15,6 +15,7 @@ mod input;
 mod listen;
 mod metrics;
 mod openapi;
+mod rates;
 mod sessions;
 
 use std::sync::Arc;
@@ -34,7 +35,8 @@ use dermflow_http::{
     certificate::CertificateFiles,
     crowd::Crowd,
     dress::dressed,
-    serve::{bind, https_or, mutual_tls_config},
+    rates::Rates,
+    serve::{bind, https, https_or, mutual_tls_config, tls_config},
 };
 use dermflow_schemas::{
     error::Code,
@@ -56,6 +58,7 @@ struct Service {
     peppers: Peppers,
     doorkeeper: Doorkeeper,
     trail: Trail,
+    rates: Rates,
     metrics: Metrics,
     /// The document that describes the API.
     api: String,
@@ -74,6 +77,7 @@ pub(crate) async fn run(
     let address = options.address()?;
     let files = CertificateFiles::open(&options.tls_cert, &options.tls_key)?;
     let tls = mutual_tls_config(files.served(), &options.staff_ca)?;
+    let internal_tls = tls_config(files.served())?;
     let pool = database.pool("auth", STAFF_CONNECTIONS)?;
     users::migrate(&pool).await?;
     db::follow_clock(&pool).await?;
@@ -88,11 +92,14 @@ pub(crate) async fn run(
         },
         pool,
         peppers,
+        rates: Rates::default(),
         metrics,
         api: api.to_json().context("the OpenAPI document")?,
     });
     let listener = bind("listen", address).await?;
-    let crowd = Crowd::new(NETWORK_CONNECTIONS, service.metrics.turned_away.clone());
+    let internal = bind("internal-listen", options.internal_listen.into()).await?;
+    let crowd = || Crowd::new(NETWORK_CONNECTIONS, service.metrics.turned_away.clone());
+    let (crowd, internal_crowd) = (crowd(), crowd());
     let stop = CancellationToken::new();
     let handshakes = service.clone();
     let refused = move |source, error| {
@@ -103,7 +110,9 @@ pub(crate) async fn run(
     let counting = CancellationToken::new();
     let counter = tokio::spawn(trail::count(service.trail.clone(), counting.clone()));
     let follower = tokio::spawn(files.follow(stop.clone()));
-    let timekeeper = tokio::spawn(keep_time(service.pool.clone(), stop.clone()));
+    let timekeeper = tokio::spawn(keep_time(service.clone(), stop.clone()));
+    let health = health::router(service.clone());
+    let health = tokio::spawn(https(internal, internal_tls, health, internal_crowd, stop.clone()));
     let server = tokio::spawn(https_or(listener, tls, router(routes, service), refused, crowd, stop.clone()));
     tracing::info!(listen = %address, "ready for staff");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -111,14 +120,16 @@ pub(crate) async fn run(
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
     server.await?;
+    health.await?;
     counting.cancel();
     timekeeper.await?;
     follower.await?;
     Ok(counter.await?)
 }
 
-/// Goes by the database's clock, as ingress does, which judges by what is written here.
-async fn keep_time(pool: Pool, stop: CancellationToken) {
+/// Goes by the database's clock, as ingress does, which judges by what is written here; and forgets who has not called
+/// for long.
+async fn keep_time(service: Arc<Service>, stop: CancellationToken) {
     let mut tick = interval(CLOCK_INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -126,7 +137,9 @@ async fn keep_time(pool: Pool, stop: CancellationToken) {
             () = stop.cancelled() => return,
             _ = tick.tick() => {}
         }
-        if let Err(error) = db::follow_clock(&pool).await {
+        // There is nobody to exchange counts with.
+        let _ = service.rates.round();
+        if let Err(error) = db::follow_clock(&service.pool).await {
             tracing::debug!(%error, "the last correction of the clock holds");
         }
     }
@@ -145,8 +158,6 @@ fn routes() -> OpenApiRouter<Arc<Service>> {
         .routes(routes!(credentials::remove))
         .routes(routes!(identities::link, identities::unlink))
         .routes(routes!(openapi::describe))
-        .routes(routes!(health::live))
-        .routes(routes!(health::metrics))
 }
 
 fn router(routes: Router<Arc<Service>>, service: Arc<Service>) -> Router {
@@ -154,6 +165,7 @@ fn router(routes: Router<Arc<Service>>, service: Arc<Service>) -> Router {
     let routes = routes
         .fallback(async |_: Reader| Problem::from(Code::NotFound))
         .method_not_allowed_fallback(async |_: Reader| Problem::from(Code::MethodNotAllowed))
+        .layer(from_fn_with_state(service.clone(), rates::tell))
         .layer(from_fn_with_state(service.clone(), audited::audited))
         .layer(from_fn_with_state(service.clone(), metrics::measure));
     dressed(routes, service)

@@ -38,7 +38,8 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// HTTPS port; plain HTTP listens on this less 363, health and metrics on this plus 1000, the operators' API
-    /// on this plus 1001, the registration service on this plus 1002.
+    /// on this plus 1001, the registration service on this plus 1002, with its health
+    /// and metrics on this plus 1003.
     #[arg(long, value_name = "P", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1_387..=64_533))]
     port: u16,
     /// Erase this state first: keys, users, jobs and reports.
@@ -138,7 +139,7 @@ async fn work(stack: &mut Stack, args: &Args) -> Result<()> {
     say("starting ingress");
     stack.add_ingress(Ports::around(args.port), &[])?.process.spawn_ready(READY_WITHIN).await?;
     stack.add_operate(args.port + 1_001)?.process.spawn_ready(READY_WITHIN).await?;
-    stack.add_registration(args.port + 1_002)?.process.spawn_ready(READY_WITHIN).await?;
+    stack.add_registration(args.port + 1_002, args.port + 1_003)?.process.spawn_ready(READY_WITHIN).await?;
     say(&format!("starting {} workers", args.workers));
     for _ in 0..args.workers {
         stack.add_worker(&[])?.spawn_ready(READY_WITHIN).await?;

@@ -102,12 +102,12 @@ pub const WORKER: Permissions = Permissions {
     subscribe: &["wake.bulk.*", "cancel.*", "_INBOX_worker.>"],
 };
 
-/// The operators' API reads and removes dead letters, and puts them back into the queue. It can read nothing
-/// else, and it creates nothing.
+/// The operators' API reads and removes dead letters, puts them back into the queue, and counts its callers with
+/// ingress. It can read nothing else, and it creates nothing.
 pub const OPERATOR: Permissions = Permissions {
     user: "operator",
-    publish: &["jobs.>", "$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.STREAM.MSG.DELETE.DEAD"],
-    subscribe: &["_INBOX_operator.>"],
+    publish: &["jobs.>", "counts", "$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.STREAM.MSG.DELETE.DEAD"],
+    subscribe: &["counts", "_INBOX_operator.>"],
 };
 
 /// The user of who runs the broker, who may do everything.

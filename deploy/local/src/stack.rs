@@ -113,19 +113,42 @@ pub struct Detours {
     pub database: Option<String>,
 }
 
-/// A process for staff: `ingress operate` of operators, or `auth serve`.
+/// The operators' process, `ingress operate`.
 #[derive(Debug)]
-pub struct Internal {
+pub struct Operate {
     /// Its process; start it with [`Process::spawn_ready`].
     pub process: Process,
     /// Where it listens, on 127.0.0.1.
     pub port: u16,
 }
 
-impl Internal {
+impl Operate {
     /// Its origin.
     pub fn url(&self) -> String {
         format!("https://localhost:{}", self.port)
+    }
+}
+
+/// The registration service, `auth serve`.
+#[derive(Debug)]
+pub struct Registration {
+    /// Its process; start it with [`Process::spawn_ready`].
+    pub process: Process,
+    /// Where it listens for staff, on 127.0.0.1.
+    pub port: u16,
+    /// Health and metrics.
+    pub internal: u16,
+}
+
+impl Registration {
+    /// Its origin for staff.
+    pub fn url(&self) -> String {
+        format!("https://localhost:{}", self.port)
+    }
+
+    /// Its origin for health and metrics.
+    pub fn internal_url(&self) -> String {
+        format!("https://localhost:{}", self.internal)
     }
 }
 
@@ -137,9 +160,9 @@ pub struct Stack {
     /// Ingress processes, in the order in which they were added.
     pub ingress: Vec<Ingress>,
     /// The operators' process, if one was added.
-    pub operate: Option<Internal>,
+    pub operate: Option<Operate>,
     /// The registration service, if it was added.
-    pub registration: Option<Internal>,
+    pub registration: Option<Registration>,
     /// Worker processes, in the order in which they were added.
     pub workers: Vec<Process>,
     /// The broker.
@@ -224,7 +247,7 @@ impl Stack {
     ///
     /// # Errors
     /// When a path cannot be made, or there is no `ingress`.
-    pub fn add_operate(&mut self, port: u16) -> Result<&mut Internal> {
+    pub fn add_operate(&mut self, port: u16) -> Result<&mut Operate> {
         let public = self.ingress.first().context("operators sign in at an ingress")?.url();
         let path = self.options.programs.join("ingress");
         let process = Process::new("operate", path, self.state.log("operate")?)
@@ -241,14 +264,14 @@ impl Stack {
             .arg("--database-password-file")
             .arg(self.postgres.password_file("dermflow_ingress")?);
         let process = self.with_broker(process, nats::OPERATOR.user, None)?;
-        Ok(self.operate.insert(Internal { process, port }))
+        Ok(self.operate.insert(Operate { process, port }))
     }
 
     /// Adds the registration service; it is not started yet.
     ///
     /// # Errors
     /// When a path cannot be made.
-    pub fn add_registration(&mut self, port: u16) -> Result<&mut Internal> {
+    pub fn add_registration(&mut self, port: u16, internal: u16) -> Result<&mut Registration> {
         let path = self.options.programs.join("auth");
         let process = Process::new("registration", path, self.state.log("registration")?)
             .arg("--database")
@@ -258,14 +281,14 @@ impl Stack {
             .arg("--password-pepper")
             .arg(&self.pki.peppers)
             .arg("serve")
-            .args(["--listen".into(), address(port)])
+            .args(["--listen".into(), address(port), "--internal-listen".into(), address(internal)])
             .arg("--tls-cert")
             .arg(&self.pki.cert)
             .arg("--tls-key")
             .arg(&self.pki.key)
             .arg("--staff-ca")
             .arg(&self.pki.staff_ca);
-        Ok(self.registration.insert(Internal { process, port }))
+        Ok(self.registration.insert(Registration { process, port, internal }))
     }
 
     /// Adds a `worker` with further flags; it is not started yet.

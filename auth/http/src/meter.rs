@@ -1,5 +1,5 @@
-//! How much each client has done lately, on all replicas together. Pure: the time and what others tell come in as
-//! arguments.
+//! How much each client has done lately, on all replicas together, and each network whose callers have not shown who
+//! they are. Pure: the time and what others tell come in as arguments.
 //!
 //! Every replica counts what it lets through, by client, kind and slot of time, and tells the others a few times a
 //! second. Counts only grow within a slot, so that a message which is lost, late or doubled does no harm. What a client
@@ -9,11 +9,16 @@
 //!
 //! When the exchange is away, each replica grants its share of the limit, by the last number of replicas that it knew.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, net::IpAddr, time::Duration};
 
-use dermflow_schemas::{id::ClientId, limits::COUNT_SILENCE};
+use dermflow_schemas::{
+    id::ClientId,
+    limits::{COUNT_SILENCE, COUNTED_SUBJECTS},
+};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::crowd::network;
 
 /// Rounds of the exchange for which an entry is told after its last change, in case messages were lost.
 const REPEATS: u32 = 10;
@@ -21,23 +26,49 @@ const REPEATS: u32 = 10;
 /// Slots of a window.
 const SLOTS: usize = 10;
 
+/// Who is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Subject {
+    /// A client that has shown who it is.
+    #[serde(rename = "c")]
+    Client(ClientId),
+    /// Everybody else from an IPv4 address, or from an IPv6 /64, by its 64 bits.
+    #[serde(rename = "n")]
+    Network(u64),
+}
+
+impl Subject {
+    /// Networks for which there is no count of their own are counted together. No address is in this one.
+    const OTHERS: Self = Self::Network(0);
+
+    /// The network of an address.
+    pub fn network(address: IpAddr) -> Self {
+        let octets = network(address);
+        Self::Network(octets.into_iter().fold(0, |bits, octet| bits << 8 | u64::from(octet)))
+    }
+}
+
 /// What is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub(crate) enum Kind {
+pub enum Kind {
+    /// Requests of HTTP.
     #[serde(rename = "r")]
     Requests,
+    /// Those that ask how far something is.
     #[serde(rename = "p")]
     Polls,
+    /// Images that are submitted.
     #[serde(rename = "i")]
     Images,
 }
 
 /// How much of it is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Policy {
-    pub(crate) quota: u64,
+pub struct Policy {
+    /// So much.
+    pub quota: u64,
     /// In any time as long as this.
-    pub(crate) window: Duration,
+    pub window: Duration,
 }
 
 impl Policy {
@@ -54,15 +85,16 @@ impl Policy {
 
 /// What is left of a policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Left {
-    pub(crate) amount: u64,
+pub struct Left {
+    /// So much.
+    pub amount: u64,
     /// Until nothing of what was used counts any more.
-    pub(crate) reset: Duration,
+    pub reset: Duration,
 }
 
 /// What one replica let through, the latest slot first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Counts {
+pub struct Counts {
     slot: u64,
     amounts: [u64; SLOTS + 1],
 }
@@ -97,7 +129,7 @@ impl Counts {
 }
 
 /// One line of what replicas tell each other.
-pub(crate) type Line = (ClientId, Kind, Counts);
+pub type Line = (Subject, Kind, Counts);
 
 #[derive(Debug, Default)]
 struct Account {
@@ -120,9 +152,9 @@ impl Account {
 
 /// The counts of one replica, and what it knows of the others'.
 #[derive(Debug)]
-pub(crate) struct Meter {
+pub struct Meter {
     replica: Uuid,
-    accounts: HashMap<(ClientId, Kind), Account>,
+    accounts: HashMap<(Subject, Kind), Account>,
     /// When the others were heard last, by [`Meter::hear`]'s clock.
     heard: HashMap<Uuid, u64>,
     /// When our own message came back: the exchange works.
@@ -133,7 +165,7 @@ pub(crate) struct Meter {
 
 impl Meter {
     /// A meter that knows of nobody else.
-    pub(crate) fn new(replica: Uuid) -> Self {
+    pub fn new(replica: Uuid) -> Self {
         Self { replica, accounts: HashMap::new(), heard: HashMap::new(), echoed: None, replicas: 1 }
     }
 
@@ -141,21 +173,22 @@ impl Meter {
     ///
     /// # Errors
     /// How long until it would be allowed, if nothing else came.
-    pub(crate) fn take(
+    pub fn take(
         &mut self,
-        client: ClientId,
+        subject: Subject,
         kind: Kind,
         policy: Policy,
         amount: u64,
         now: u64,
     ) -> Result<(), Duration> {
+        let subject = self.counted(subject, kind);
         let (slot, passed) = policy.at(now);
-        let used = self.used(client, kind, policy, now);
+        let used = self.used(subject, kind, policy, now);
         let quota = self.quota(policy, now).max(amount) as f64;
         if used.used(passed) + amount as f64 > quota {
             return Err(wait(used, policy, quota - amount as f64, passed));
         }
-        let account = self.accounts.entry((client, kind)).or_default();
+        let account = self.accounts.entry((subject, kind)).or_default();
         account.own = account.own.seen_from(slot);
         account.own.amounts[0] += amount;
         account.unheard[0] += amount;
@@ -164,16 +197,24 @@ impl Meter {
     }
 
     /// What is left.
-    pub(crate) fn left(&self, client: ClientId, kind: Kind, policy: Policy, now: u64) -> Left {
+    pub fn left(&self, subject: Subject, kind: Kind, policy: Policy, now: u64) -> Left {
         let (_, passed) = policy.at(now);
-        let used = self.used(client, kind, policy, now);
+        let used = self.used(self.counted(subject, kind), kind, policy, now);
         let amount = (self.quota(policy, now) as f64 - used.used(passed)).max(0.0) as u64;
         Left { amount, reset: wait(used, policy, 0.0, passed) }
     }
 
-    fn used(&self, client: ClientId, kind: Kind, policy: Policy, now: u64) -> Counts {
+    /// Clients have a count each, as staff has registered them all; networks, while there are not too many.
+    fn counted(&self, subject: Subject, kind: Kind) -> Subject {
+        let is_full = || self.accounts.len() >= COUNTED_SUBJECTS;
+        let is_new = || !self.accounts.contains_key(&(subject, kind));
+        let is_network = matches!(subject, Subject::Network(_));
+        if is_network && is_full() && is_new() { Subject::OTHERS } else { subject }
+    }
+
+    fn used(&self, subject: Subject, kind: Kind, policy: Policy, now: u64) -> Counts {
         let (slot, _) = policy.at(now);
-        let Some(account) = self.accounts.get(&(client, kind)) else {
+        let Some(account) = self.accounts.get(&(subject, kind)) else {
             return Counts::default().seen_from(slot);
         };
         if !self.in_touch(now) {
@@ -193,7 +234,7 @@ impl Meter {
     }
 
     /// Ends a round of the exchange: gives what the others should know.
-    pub(crate) fn round(&mut self, now: u64) -> Vec<Line> {
+    pub fn round(&mut self, now: u64) -> Vec<Line> {
         let silence = COUNT_SILENCE.as_millis() as u64;
         if let Some(echoed) = self.echoed.filter(|_| self.in_touch(now)) {
             // Against our own message, which stops coming back when theirs stop coming: then nobody is gone.
@@ -201,11 +242,11 @@ impl Meter {
             self.replicas = 1 + self.heard.len() as u64;
         }
         let mut lines = Vec::new();
-        self.accounts.retain(|(client, kind), account| {
+        self.accounts.retain(|(subject, kind), account| {
             account.unheard = [0, account.unheard[0]];
             account.rounds = account.rounds.saturating_add(1);
             if account.rounds <= REPEATS {
-                lines.push((*client, *kind, account.own));
+                lines.push((*subject, *kind, account.own));
             }
             let slot = now / account.slot.max(1);
             account.others.retain(|_, counts| !counts.seen_from(slot).is_empty());
@@ -215,20 +256,14 @@ impl Meter {
     }
 
     /// Takes in what a replica tells, ourselves included.
-    pub(crate) fn hear(
-        &mut self,
-        replica: Uuid,
-        lines: &[Line],
-        windows: impl Fn(Kind) -> Duration,
-        now: u64,
-    ) {
+    pub fn hear(&mut self, replica: Uuid, lines: &[Line], windows: impl Fn(Kind) -> Duration, now: u64) {
         if replica == self.replica {
             self.echoed = Some(now);
             return;
         }
         self.heard.insert(replica, now);
-        for (client, kind, counts) in lines {
-            let account = self.accounts.entry((*client, *kind)).or_default();
+        for (subject, kind, counts) in lines {
+            let account = self.accounts.entry((*subject, *kind)).or_default();
             if account.slot == 0 {
                 let policy = Policy { quota: 0, window: windows(*kind) };
                 (account.slot, account.rounds) = (policy.slot_millis(), REPEATS);
@@ -265,8 +300,8 @@ mod tests {
     const WAY: u64 = 5;
     const CLIENT: &str = "7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b37";
 
-    fn client() -> ClientId {
-        CLIENT.parse().unwrap()
+    fn client() -> Subject {
+        Subject::Client(CLIENT.parse().unwrap())
     }
 
     /// A number from a seed (`SplitMix64`), the same on every run.
@@ -436,5 +471,22 @@ mod tests {
             meter.round(now + round * 100);
         }
         assert!(meter.accounts.is_empty());
+    }
+
+    #[test]
+    fn networks_without_number_take_no_memory_without_bound() {
+        let policy = Policy { quota: 100, window: Duration::from_secs(10) };
+        let (mut meter, now) = (Meter::new(Uuid::nil()), 1_000_000);
+        let network = |n: usize| Subject::network(IpAddr::from((n as u32 + 1).to_be_bytes()));
+        for n in 0..COUNTED_SUBJECTS {
+            assert!(meter.take(network(n), Kind::Requests, policy, 1, now).is_ok());
+        }
+        let mut others = (COUNTED_SUBJECTS..).map(network);
+        let granted =
+            others.by_ref().take(1_000).filter(|n| meter.take(*n, Kind::Requests, policy, 1, now).is_ok());
+        assert_eq!(granted.count(), 100, "together as much as one");
+        assert_eq!(meter.accounts.len(), COUNTED_SUBJECTS + 1);
+        assert!(meter.take(network(7), Kind::Requests, policy, 99, now).is_ok(), "who was there before");
+        assert!(meter.take(client(), Kind::Requests, policy, 100, now).is_ok(), "who is known");
     }
 }
