@@ -125,7 +125,7 @@ catalogue! {
     CustomIdRepeated     "custom-id-repeated"     422 "duplicate"     Never   "This upload has a line of the same name already."
     BatchTooLong         "batch-too-long"         413 "too-long"      Never   "An upload has more lines than this server accepts: put the rest into another upload."
     QuotaExceeded        "quota-exceeded"         429 "throttled"     Safe    "This client has as many open jobs, or bytes in them, as its quota allows."
-    RateExceeded         "rate-exceeded"          429 "throttled"     Safe    "This client sends more requests, or images, than its rate allows."
+    RateExceeded         "rate-exceeded"          429 "throttled"     Safe    "More requests, or images, came from this client, or from its network, than their rate allows."
     ConcurrencyExceeded  "concurrency-exceeded"   429 "throttled"     Safe    "This client has as many requests of this kind at once as it may."
     LoginThrottled       "login-throttled"        429 "throttled"     Safe    "There were too many wrong passwords: try again later, or from where you signed in before."
     RequeueRefused       "requeue-refused"        409 "conflict"      Never   "Only a failed job whose record and payload are kept can be put back into the queue."
