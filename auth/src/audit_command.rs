@@ -10,7 +10,7 @@ use clap::Subcommand;
 use deadpool_postgres::Pool;
 use dermflow_auth::audit::{
     self, Action, COMMAND, Event, Who,
-    chain::{self, Head},
+    chain::{self, Broken, Head},
     command_detail, fhir,
     search::{self, Filter},
 };
@@ -24,8 +24,8 @@ use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339, macros
 #[derive(Debug, Subcommand)]
 pub(crate) enum AuditCommand {
     /// Computes the hash chain anew and prints its head, `<link>:<hash>`; exit code 1 with the first row that was
-    /// changed, removed, inserted or moved. Keep the head elsewhere: it is what later shows that nobody has made the
-    /// whole chain anew.
+    /// changed, removed, inserted or moved, in JSON as `reason`, `link` and `event`. Keep the head elsewhere: it is what
+    /// later shows that nobody has made the whole chain anew.
     Verify {
         /// A head that was kept: it must still be in the chain.
         #[arg(long)]
@@ -49,20 +49,36 @@ pub(crate) enum AuditCommand {
 }
 
 /// Runs a command.
-pub(crate) async fn run(pool: &Pool, command: AuditCommand) -> anyhow::Result<()> {
+pub(crate) async fn run(pool: &Pool, command: AuditCommand, json: bool) -> anyhow::Result<()> {
     match command {
-        AuditCommand::Verify { head } => verify(pool, head).await,
+        AuditCommand::Verify { head } => verify(pool, head, json).await,
         AuditCommand::Export { since, until } => {
             export(pool, &Filter { since, until, ..Filter::default() }).await
         }
-        AuditCommand::Prune { older_than } => prune(pool, older_than).await,
+        AuditCommand::Prune { older_than } => prune(pool, older_than, json).await,
     }
 }
 
-async fn verify(pool: &Pool, head: Option<Head>) -> anyhow::Result<()> {
+async fn verify(pool: &Pool, head: Option<Head>, json: bool) -> anyhow::Result<()> {
     let mut client = pool.get().await?;
-    let intact = chain::verify(&mut client, head).await.context("the trail is not intact")?;
-    println!("intact, links {}, head {}", intact.links, intact.head);
+    match chain::verify(&mut client, head).await {
+        Ok(intact) if json => {
+            println!("{}", json!({ "intact": true, "links": intact.links, "head": intact.head.to_string() }));
+        }
+        Ok(intact) => println!("intact, links {}, head {}", intact.links, intact.head),
+        // Nothing is known of the trail.
+        Err(Broken::Db(error)) => return Err(error).context("cannot verify"),
+        Err(broken) => {
+            if json {
+                let (link, event) = broken.place();
+                println!(
+                    "{}",
+                    json!({ "intact": false, "reason": broken.to_string(), "link": link, "event": event })
+                );
+            }
+            return Err(broken).context("the trail is not intact");
+        }
+    }
     Ok(())
 }
 
@@ -93,7 +109,7 @@ async fn export(pool: &Pool, filter: &Filter) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn prune(pool: &Pool, older_than: Duration) -> anyhow::Result<()> {
+async fn prune(pool: &Pool, older_than: Duration, json: bool) -> anyhow::Result<()> {
     let mut client = pool.get().await?;
     chain::patient(&client).await?;
     // An event that is not chained has no place from which it could be removed.
@@ -110,7 +126,11 @@ async fn prune(pool: &Pool, older_than: Duration) -> anyhow::Result<()> {
             break;
         }
     }
-    println!("removed {removed}");
+    if json {
+        println!("{}", json!({ "removed": removed }));
+    } else {
+        println!("removed {removed}");
+    }
     Ok(())
 }
 

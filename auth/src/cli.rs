@@ -15,7 +15,7 @@ use dermflow_auth::{
     audit::{self, Who},
     credentials::PublicKey,
     db::{self, DatabaseOptions},
-    keys::{self, Keys},
+    keys::{self, Key, Keys},
     password::{PepperOptions, Peppers},
     registry::{self, Account, Change, ExternalIdentity, Filter, Given, NewAccount, State},
     users::{self, QuotaChange, Role},
@@ -39,7 +39,8 @@ pub(crate) struct Options {
     database: Option<DatabaseOptions>,
     #[command(flatten)]
     pepper: PepperOptions,
-    /// JSON instead of text.
+    /// JSON instead of text, for a list one document a line. What has nothing to show prints nothing, and errors are
+    /// text on standard error.
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -228,7 +229,7 @@ enum KeyCommand {
         /// The folder, `--signing-keys` of ingress.
         folder: PathBuf,
     },
-    /// Lists the published keys.
+    /// Lists the published keys by file, in JSON with `kid` and the moment from which each one signs.
     List {
         /// The folder.
         folder: PathBuf,
@@ -289,7 +290,7 @@ fn moment(text: &str) -> Result<OffsetDateTime, String> {
 /// One sentence.
 pub(crate) async fn run(options: Options) -> Result<()> {
     if let Command::SigningKey(command) = options.command {
-        return signing_key(command);
+        return signing_key(command, options.json);
     }
     let database = options.database.context("--database and --database-password-file are needed")?;
     if let Command::Serve(serve) = options.command {
@@ -311,22 +312,25 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         }
         Command::User(command) => console.user(command).await,
         Command::Credential(command) => console.credential(command).await,
-        Command::Audit(command) => audit_command::run(&console.pool, command).await,
+        Command::Audit(command) => audit_command::run(&console.pool, command, options.json).await,
     }
 }
 
-fn signing_key(command: KeyCommand) -> Result<()> {
+fn signing_key(command: KeyCommand, json: bool) -> Result<()> {
     let now = clock::now();
-    match command {
+    let shown = match command {
         KeyCommand::Add { folder } => {
             let begins = if Keys::read(&folder).is_ok() { now + keys::LEAD } else { now };
-            println!("{}", keys::add(&folder, begins)?.display());
+            vec![keys::add(&folder, begins)?]
         }
-        KeyCommand::List { folder } => println!("{:#}", Keys::read(&folder)?.published(now)),
-        KeyCommand::Prune { folder } => {
-            for path in keys::prune(&folder, now)? {
-                println!("{}", path.display());
-            }
+        KeyCommand::List { folder } => Keys::read(&folder)?.alive(now).cloned().collect(),
+        KeyCommand::Prune { folder } => keys::prune(&folder, now)?,
+    };
+    for Key { file, id, begins, .. } in shown {
+        if json {
+            println!("{}", json!({ "file": file, "kid": id, "begins": begins.format(&Rfc3339)? }));
+        } else {
+            println!("{}", file.display());
         }
     }
     Ok(())

@@ -56,6 +56,8 @@ impl KeyError {
 /// One key.
 #[derive(Clone)]
 pub struct Key {
+    /// Its file.
+    pub file: PathBuf,
     /// Its JWK thumbprint (RFC 7638), which is its `kid`.
     pub id: String,
     /// From when on it signs.
@@ -83,6 +85,7 @@ impl Key {
         let public = URL_SAFE_NO_PAD.encode(pair.public_key().as_ref());
         let thumbprint = format!(r#"{{"crv":"Ed25519","kty":"OKP","x":"{public}"}}"#);
         Ok(Self {
+            file: path.into(),
             id: URL_SAFE_NO_PAD.encode(digest(&SHA256, thumbprint.as_bytes())),
             begins: begins.assume_utc(),
             signing: EncodingKey::from_ed_der(pkcs8.secret_pkcs8_der()),
@@ -131,8 +134,12 @@ impl Keys {
 
     /// The JWK set (RFC 7517 §5) of the keys whose tokens may live at `now`, and of those that will sign.
     pub fn published(&self, now: OffsetDateTime) -> Value {
-        let alive = (0..self.0.len()).filter(|at| self.is_alive(*at, now));
-        json!({"keys": alive.map(|at| self.0[at].jwk()).collect::<Vec<_>>()})
+        json!({"keys": self.alive(now).map(Key::jwk).collect::<Vec<_>>()})
+    }
+
+    /// The keys that are published at `now`.
+    pub fn alive(&self, now: OffsetDateTime) -> impl Iterator<Item = &Key> {
+        (0..self.0.len()).filter(move |at| self.is_alive(*at, now)).map(|at| &self.0[at])
     }
 
     fn is_alive(&self, at: usize, now: OffsetDateTime) -> bool {
@@ -160,7 +167,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, KeyError> {
 ///
 /// # Errors
 /// When there is a key for that second already, or the folder cannot be written.
-pub fn add(folder: &Path, begins: OffsetDateTime) -> Result<PathBuf, KeyError> {
+pub fn add(folder: &Path, begins: OffsetDateTime) -> Result<Key, KeyError> {
     let bad = |error: std::io::Error| KeyError::new(folder, error.to_string());
     fs::create_dir_all(folder).map_err(bad)?;
     let name = begins
@@ -181,23 +188,21 @@ pub fn add(folder: &Path, begins: OffsetDateTime) -> Result<PathBuf, KeyError> {
     let linked = fs::hard_link(&part, &path);
     fs::remove_file(&part).map_err(bad)?;
     linked.map_err(|error| KeyError::new(&path, error.to_string()))?;
-    Ok(path)
+    Key::read(&path)
 }
 
-/// Removes the keys that sign no more and whose tokens are all dead, and returns their files.
+/// Removes the keys that sign no more and whose tokens are all dead, and returns them.
 ///
 /// # Errors
 /// When a key cannot be read or removed.
-pub fn prune(folder: &Path, now: OffsetDateTime) -> Result<Vec<PathBuf>, KeyError> {
+pub fn prune(folder: &Path, now: OffsetDateTime) -> Result<Vec<Key>, KeyError> {
     let keys = Keys::read(folder)?;
-    let mut removed = Vec::new();
-    for path in files(folder)? {
-        if keys.accepted(&Key::read(&path)?.id, now).is_none() {
-            fs::remove_file(&path).map_err(|error| KeyError::new(&path, error.to_string()))?;
-            removed.push(path);
-        }
-    }
-    Ok(removed)
+    let dead = keys.0.iter().filter(|key| keys.accepted(&key.id, now).is_none());
+    dead.map(|key| match fs::remove_file(&key.file) {
+        Ok(()) => Ok(key.clone()),
+        Err(error) => Err(KeyError::new(&key.file, error.to_string())),
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -236,7 +241,7 @@ mod tests {
     #[test]
     fn what_is_published_is_public() {
         let folder = folder();
-        let path = add(&folder, datetime!(2026-01-31 12:00 UTC)).unwrap();
+        let path = add(&folder, datetime!(2026-01-31 12:00 UTC)).unwrap().file;
         let keys = Keys::read(&folder).unwrap();
         let key = &keys.published(datetime!(2026-01-31 12:00 UTC))["keys"][0];
         let names: Vec<_> = key.as_object().unwrap().keys().map(String::as_str).collect();

@@ -123,6 +123,19 @@ pub enum Broken {
     Db(#[from] DbError),
 }
 
+impl Broken {
+    /// The link that is not what it was, and the event that it is of, where there is one.
+    pub fn place(&self) -> (Option<i64>, Option<i64>) {
+        match *self {
+            Self::LinkMissing(link) | Self::LinkExtra(link) | Self::HeadOther(link) => (Some(link), None),
+            Self::EventMissing { link, event }
+            | Self::Changed { link, event }
+            | Self::Inserted { link, event } => (Some(link), Some(event)),
+            Self::CutOff(_) | Self::HeadMissing { .. } | Self::HeadPruned(_) | Self::Db(_) => (None, None),
+        }
+    }
+}
+
 impl From<tokio_postgres::Error> for Broken {
     fn from(error: tokio_postgres::Error) -> Self {
         Self::Db(error.into())
