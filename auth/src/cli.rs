@@ -176,12 +176,16 @@ enum UserCommand {
         #[command(flatten)]
         identity: Identity,
     },
-    /// Sets what an account may have open at once, and its share of the workers.
+    /// Sets what an account may have open at once, and its share of the workers: numbers, or `default` for what every
+    /// account has.
     Quota {
         /// The account's name or id.
         name: String,
         #[command(flatten)]
         change: QuotaChange,
+        /// Puts all of them back.
+        #[arg(long, conflicts_with = "QuotaChange")]
+        default: bool,
     },
 }
 
@@ -409,8 +413,9 @@ impl Console {
                     .await
                     .context("cannot unlink")?;
             }
-            UserCommand::Quota { name, change } => {
-                let change = Change { quota: change, ..Change::default() };
+            UserCommand::Quota { name, change, default } => {
+                let quota = if default { QuotaChange::DEFAULT } else { change };
+                let change = Change { quota, ..Change::default() };
                 registry::change(pool, actor, &name, &change, clock::now())
                     .await
                     .context("cannot set the quota")?;
@@ -514,4 +519,66 @@ fn line() -> Result<SecretString> {
     io::stdin().lock().read_line(&mut text).context("standard input")?;
     let text = text.strip_suffix('\n').unwrap_or(&text);
     Ok(text.strip_suffix('\r').unwrap_or(text).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::any::TypeId;
+
+    use clap::{Arg, CommandFactory};
+
+    use super::*;
+
+    /// The options and operands of a command and those below it that take a value and are called like a secret, or
+    /// whose environment variable is, and whether they name a file or folder.
+    fn telltale(command: &clap::Command) -> Vec<(String, bool)> {
+        let is_telltale = |arg: &&Arg| {
+            let env = arg.get_env().unwrap_or_default().to_string_lossy().to_lowercase();
+            let names = [arg.get_id().as_str(), arg.get_long().unwrap_or_default(), &env];
+            let secrets = ["password", "passphrase", "secret", "token", "key", "pepper", "credential"];
+            arg.get_action().takes_values()
+                && names.iter().any(|name| secrets.iter().any(|secret| name.contains(secret)))
+        };
+        let is_path = |arg: &Arg| arg.get_value_parser().type_id() == TypeId::of::<PathBuf>();
+        let own =
+            command.get_arguments().filter(is_telltale).map(|arg| (arg.get_id().to_string(), is_path(arg)));
+        own.chain(command.get_subcommands().flat_map(telltale)).collect()
+    }
+
+    // `ps` shows arguments, and /proc the environment.
+    #[test]
+    fn no_secret_is_an_argument_or_in_the_environment() {
+        let mut command = Options::command();
+        command.build();
+        let mut found = telltale(&command);
+        found.sort();
+        found.dedup();
+        let files = ["database_password_file", "key", "password_pepper", "tls_key"];
+        assert_eq!(found, files.map(|name| (name.to_owned(), true)), "a secret comes from a file");
+        let options = [
+            Arg::new("a").long("api-token"),
+            Arg::new("b").env("X_PASSWORD"),
+            Arg::new("secret"),
+            Arg::new("tokens").action(clap::ArgAction::SetTrue),
+        ];
+        let bad = clap::Command::new("x").subcommand(clap::Command::new("y").args(options));
+        assert_eq!(telltale(&bad), ["a", "b", "secret"].map(|name| (name.to_owned(), false)));
+    }
+
+    #[test]
+    fn a_quota_is_numbers_or_the_default() {
+        let quota = |args: &str| {
+            let parsed = Options::try_parse_from(format!("auth user quota x {args}").split_whitespace());
+            match parsed.map(|options| options.command) {
+                Ok(Command::User(UserCommand::Quota { change, default, .. })) => Some((change, default)),
+                _ => None,
+            }
+        };
+        let some = QuotaChange { jobs: Some(None), weight: Some(Some(3)), ..QuotaChange::default() };
+        assert_eq!(quota("--jobs default --weight 3"), Some((some, false)));
+        assert_eq!(quota("--default"), Some((QuotaChange::default(), true)));
+        for bad in ["--jobs many", "--jobs", "--weight 70000", "--default --jobs 7"] {
+            assert_eq!(quota(bad), None, "{bad}");
+        }
+    }
 }

@@ -26,7 +26,7 @@ use crate::{
     policy::{self, PolicyError},
     revocation,
     secret::{self, Kind, NoRandomness},
-    users::{Quota, QuotaChange, Role, valid_name},
+    users::{Quota, QuotaChange, Role, named, valid_name},
 };
 
 pub use identities::{ExternalIdentity, identities, link, unlink};
@@ -278,15 +278,14 @@ pub struct Change {
     pub expires_at: Option<Option<OffsetDateTime>>,
     /// Whether it is shut out.
     pub disabled: Option<bool>,
-    /// What it may have open at once.
-    #[serde(default)]
+    /// What it may have open at once; null, as a whole or for a number, for what the build gives.
+    #[serde(default, deserialize_with = "quota")]
+    #[schema(value_type = Option<QuotaChange>)]
     pub quota: QuotaChange,
 }
 
-/// A member that is there, be it null (RFC 7396).
-#[expect(clippy::option_option, reason = "left out, null and a value are three things")]
-fn named<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
-    Option::deserialize(deserializer).map(Some)
+fn quota<'de, D: Deserializer<'de>>(deserializer: D) -> Result<QuotaChange, D::Error> {
+    Option::deserialize(deserializer).map(|quota| quota.unwrap_or(QuotaChange::DEFAULT))
 }
 
 #[expect(clippy::option_option, reason = "left out, null and a value are three things")]
@@ -495,9 +494,9 @@ pub async fn change(
         change.quota.check().map_err(|text| RegistryError::BadValue("quota", text))?;
         let id = find(transaction, who).await?;
         let now = clock::now();
-        let select = "SELECT role FROM auth.users WHERE id = $1";
-        let old: String = transaction.query_one(select, &[&id]).await?.get(0);
-        let new_role = change.role.filter(|role| role.as_str() != old);
+        let select = format!("SELECT {COLUMNS} FROM auth.users WHERE id = $1");
+        let old = transaction.query_one(&select, &[&id]).await?;
+        let new_role = change.role.filter(|role| role.as_str() != old.get::<_, &str>("role"));
         let loses_access = change.disabled == Some(true) || new_role.is_some();
         if change.disabled == Some(true) || new_role.is_some_and(|role| role != Role::Administrator) {
             keep_an_administrator(transaction, id).await?;
@@ -512,10 +511,8 @@ pub async fn change(
                       contact = CASE WHEN $13 THEN $3 ELSE contact END, \
                       expires_at = CASE WHEN $14 THEN $4 ELSE expires_at END, disabled = coalesce($5, disabled), \
                       valid_after = CASE WHEN $2 <> role OR $5 THEN greatest($6, valid_after + interval '1 second') ELSE valid_after END, \
-                      quota_jobs = coalesce($7, quota_jobs), quota_bytes = coalesce($8, quota_bytes), \
-                      quota_running = coalesce($9, quota_running), weight = coalesce($10, weight), \
-                      quota_requests = coalesce($11, quota_requests), \
-                      quota_images = coalesce($12, quota_images) WHERE id = $1";
+                      quota_jobs = $7, quota_bytes = $8, quota_running = $9, weight = $10, quota_requests = $11, \
+                      quota_images = $12 WHERE id = $1";
         let role = change.role.map(Role::as_str);
         transaction
             .execute(
@@ -527,12 +524,12 @@ pub async fn change(
                     &change.expires_at.flatten(),
                     &change.disabled,
                     &now,
-                    &jobs,
-                    &bytes,
-                    &running,
-                    &weight,
-                    &requests,
-                    &images,
+                    &jobs.unwrap_or_else(|| old.get("quota_jobs")),
+                    &bytes.unwrap_or_else(|| old.get("quota_bytes")),
+                    &running.unwrap_or_else(|| old.get("quota_running")),
+                    &weight.unwrap_or_else(|| old.get("weight")),
+                    &requests.unwrap_or_else(|| old.get("quota_requests")),
+                    &images.unwrap_or_else(|| old.get("quota_images")),
                     &change.contact.is_some(),
                     &change.expires_at.is_some(),
                 ],
@@ -544,7 +541,7 @@ pub async fn change(
         let event = act.event(Some(id)).with(json!({
             "role": change.role, "disabled": change.disabled, "contact": change.contact.is_some(),
             "expires_at": change.expires_at.map(|at| at.map(OffsetDateTime::unix_timestamp)),
-            "quota": change.quota,
+            "quota": (change.quota != QuotaChange::default()).then_some(change.quota),
         }));
         Ok(audit::insert(transaction, &[event]).await?)
     })

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, time::Duration};
 use deadpool_postgres::Pool;
 use dermflow_schemas::{id::ClientId, limits};
 use secrecy::SecretString;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -316,37 +316,65 @@ impl Default for Quota {
     }
 }
 
+/// A number of a [`Quota`], or `None` for the build's.
+pub type Amount<T> = Option<T>;
+
 /// Changes of a [`Quota`]; what is `None` stays as it is.
-#[derive(Debug, Clone, Copy, Default, clap::Args, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize, utoipa::ToSchema,
+)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuotaChange {
-    /// Jobs that have not ended.
-    #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
-    pub jobs: Option<i64>,
-    /// Bytes of the images of these jobs.
-    #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
-    pub bytes: Option<i64>,
-    /// Bulk jobs that workers have in hand.
-    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
-    pub running: Option<i64>,
-    /// Share of the workers against other clients with bulk jobs.
-    #[arg(long, value_parser = clap::value_parser!(i16).range(1..=i64::from(limits::MAX_WEIGHT)))]
-    pub weight: Option<i16>,
-    /// Requests a minute, but for polls; a sixth of them in any 10 seconds.
-    #[arg(long, value_parser = clap::value_parser!(i64).range(6..))]
-    pub requests: Option<i64>,
-    /// Images a minute.
-    #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
-    pub images: Option<i64>,
+    /// Jobs that have not ended, 0 or more.
+    #[arg(long, value_parser = amount::<i64>)]
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i64>)]
+    pub jobs: Option<Amount<i64>>,
+    /// Bytes of the images of these jobs, 0 or more.
+    #[arg(long, value_parser = amount::<i64>)]
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i64>)]
+    pub bytes: Option<Amount<i64>>,
+    /// Bulk jobs that workers have in hand, 1 or more.
+    #[arg(long, value_parser = amount::<i64>)]
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i64>)]
+    pub running: Option<Amount<i64>>,
+    /// Share of the workers against other clients with bulk jobs, 1 to 100.
+    #[arg(long, value_parser = amount::<i16>)]
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i16>)]
+    pub weight: Option<Amount<i16>>,
+    /// Requests a minute, but for polls, 6 or more; a sixth of them in any 10 seconds.
+    #[arg(long, value_parser = amount::<i64>)]
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i64>)]
+    pub requests: Option<Amount<i64>>,
+    /// Images a minute, 1 or more.
+    #[arg(long, value_parser = amount::<i64>)]
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i64>)]
+    pub images: Option<Amount<i64>>,
 }
 
 impl QuotaChange {
-    /// Whether every number is one that the command line takes, too.
+    /// Takes every number away that is the account's own.
+    pub const DEFAULT: Self = Self {
+        jobs: Some(None),
+        bytes: Some(None),
+        running: Some(None),
+        weight: Some(None),
+        requests: Some(None),
+        images: Some(None),
+    };
+
+    /// Whether every number is one that an account may have.
     ///
     /// # Errors
     /// The bound that is broken.
     pub fn check(&self) -> Result<(), &'static str> {
-        let below = |number: Option<i64>, least| number.is_some_and(|number| number < least);
+        let below =
+            |number: Option<Amount<i64>>, least| number.flatten().is_some_and(|number| number < least);
         let weights = 1..=i16::from(limits::MAX_WEIGHT);
         if below(self.jobs, 0) || below(self.bytes, 0) {
             Err("jobs and bytes are 0 or more")
@@ -354,12 +382,28 @@ impl QuotaChange {
             Err("running and images are 1 or more")
         } else if below(self.requests, 6) {
             Err("requests are 6 or more")
-        } else if self.weight.is_some_and(|weight| !weights.contains(&weight)) {
+        } else if self.weight.flatten().is_some_and(|weight| !weights.contains(&weight)) {
             Err("a weight is between 1 and 100")
         } else {
             Ok(())
         }
     }
+}
+
+/// What an option of the command line says.
+fn amount<T: FromStr>(text: &str) -> Result<Amount<T>, &'static str> {
+    match text {
+        "default" => Ok(None),
+        _ => text.parse().map(Some).map_err(|_| "neither a number nor `default`"),
+    }
+}
+
+/// A member that is there, be it null (RFC 7396).
+#[expect(clippy::option_option, reason = "left out, null and a value are three things")]
+pub(crate) fn named<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
 }
 
 /// How a user stands that is not like all the others.

@@ -136,7 +136,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
 
 #[cfg(test)]
 mod tests {
-    use dermflow_auth::registry::Change;
+    use dermflow_auth::{registry::Change, users::QuotaChange};
     use serde_json::Value;
 
     use super::*;
@@ -158,5 +158,10 @@ mod tests {
     fn null_takes_away_and_what_is_left_out_stays() {
         let change: Change = parse(br#"{"contact": null}"#).unwrap();
         assert_eq!((change.contact, change.expires_at), (Some(None), None));
+        let quota = |body: &str| parse::<Change>(body.as_bytes()).unwrap().quota;
+        let change = quota(r#"{"quota": {"jobs": null, "weight": 3}}"#);
+        assert_eq!(change, QuotaChange { jobs: Some(None), weight: Some(Some(3)), ..QuotaChange::default() });
+        assert_eq!(quota(r#"{"quota": null}"#), QuotaChange::DEFAULT);
+        assert_eq!(quota("{}"), QuotaChange::default());
     }
 }
