@@ -33,7 +33,7 @@ use crate::{
 
 /// Registers the accounts of Dermflow, and keeps the keys that sign access tokens.
 #[derive(Debug, Parser)]
-#[command(name = "auth", version)]
+#[command(name = "auth", version, subcommand_negates_reqs = true)]
 pub(crate) struct Options {
     #[command(flatten)]
     database: Option<DatabaseOptions>,
@@ -566,19 +566,32 @@ mod tests {
     }
 
     #[test]
+    fn signing_keys_need_no_database() {
+        let read =
+            |args: &str| Options::try_parse_from(args.split_whitespace()).map(|options| options.database);
+        assert!(matches!(read("auth signing-key list keys"), Ok(None)));
+        assert!(
+            read("auth --database host=/run signing-key list keys").is_err(),
+            "half of what a database needs"
+        );
+        let both = read("auth --database host=/run --database-password-file x user list");
+        assert!(matches!(both, Ok(Some(_))), "{both:?}");
+    }
+
+    #[test]
     fn a_quota_is_numbers_or_the_default() {
         let quota = |args: &str| {
             let parsed = Options::try_parse_from(format!("auth user quota x {args}").split_whitespace());
             match parsed.map(|options| options.command) {
-                Ok(Command::User(UserCommand::Quota { change, default, .. })) => Some((change, default)),
-                _ => None,
+                Ok(Command::User(UserCommand::Quota { change, default, .. })) => Ok((change, default)),
+                other => Err(format!("{other:?}")),
             }
         };
         let some = QuotaChange { jobs: Some(None), weight: Some(Some(3)), ..QuotaChange::default() };
-        assert_eq!(quota("--jobs default --weight 3"), Some((some, false)));
-        assert_eq!(quota("--default"), Some((QuotaChange::default(), true)));
+        assert_eq!(quota("--jobs default --weight 3"), Ok((some, false)));
+        assert_eq!(quota("--default"), Ok((QuotaChange::default(), true)));
         for bad in ["--jobs many", "--jobs", "--weight 70000", "--default --jobs 7"] {
-            assert_eq!(quota(bad), None, "{bad}");
+            assert!(quota(bad).is_err(), "{bad}");
         }
     }
 }
