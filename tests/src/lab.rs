@@ -4,6 +4,7 @@ use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
+    process::Command,
     sync::Arc,
     time::Duration,
 };
@@ -326,6 +327,14 @@ impl Lab {
     /// When it fails.
     pub fn auth(&self, args: &[&str]) -> Result<String> {
         self.stack.auth(args)
+    }
+
+    /// The `auth` command, to be run.
+    ///
+    /// # Errors
+    /// When there is no database for it.
+    pub fn auth_command(&self) -> Result<Command> {
+        self.stack.auth_command()
     }
 
     /// Starts the operators' process, registers an operator, and gives its client, signed in, at that process.

@@ -280,12 +280,26 @@ fn head(lab: &Lab) -> Result<String> {
     Ok(verified.rsplit(' ').next().context("no head")?.to_owned())
 }
 
-// What `auth audit verify` says of a trail that is not intact.
+// What `auth audit verify` says of a trail that is not intact; with --json it says the same as a document.
 fn broken(lab: &Lab, args: &[&str]) -> Result<String> {
-    match lab.auth(&[&["audit", "verify"], args].concat()) {
+    let found = match lab.auth(&[&["audit", "verify"], args].concat()) {
         Ok(verified) => anyhow::bail!("nothing found: {verified}"),
-        Err(error) => Ok(error.to_string()),
-    }
+        Err(error) => error.to_string(),
+    };
+    let output = lab.auth_command()?.args(["audit", "verify", "--json"]).args(args).output()?;
+    let told: Value = serde_json::from_slice(&output.stdout)?;
+    ensure!((output.status.code(), &told["intact"]) == (Some(1), &json!(false)), "{told}");
+    let reason = told["reason"].as_str().context("no reason")?;
+    ensure!(found.ends_with(&format!(": {reason}")), "{found}: {told}");
+    let place = match (told["link"].as_i64(), told["event"].as_i64()) {
+        (Some(link), Some(event)) => format!("event {event}, at link {link},"),
+        (Some(link), None) => format!("link {link} "),
+        _ => String::new(),
+    };
+    let is_whole =
+        ["the links up to", "the trail was cut", "under retention"].iter().any(|why| reason.contains(why));
+    ensure!(reason.starts_with(&place) && place.is_empty() == is_whole, "{told}");
+    Ok(found)
 }
 
 const TABLES: [&str; 3] = ["auth.audit", "auth.audit_chain", "auth.audit_checkpoints"];
@@ -415,8 +429,8 @@ async fn prune(lab: &Lab) -> Result<()> {
     for _ in 0..3 {
         lab.client().submit(&sample("ham10000-nv.jpg")).await?;
     }
-    let removed = lab.auth(&["audit", "prune"])?;
-    assert_eq!(removed, "removed 25");
+    let removed = lab.auth(&["audit", "prune", "--json"])?;
+    assert_eq!(removed, r#"{"removed":25}"#);
     assert_eq!(events(lab, "at < now() - interval '400 days'").await?, 0);
     let pruned = "action = 'trail-pruned' AND (detail->>'events')::int = 25 AND (detail->>'days')::int = 400";
     assert_eq!(events(lab, pruned).await?, 1);

@@ -10,6 +10,7 @@ mod architecture;
 mod assertions;
 mod audit;
 mod batches;
+mod commands;
 mod dead;
 mod fairness;
 mod faults;

@@ -191,6 +191,14 @@ async fn staff_does_everything_to_accounts() -> Result<()> {
     assert_eq!(&quota["bytes"], &shown.body["quota"]["bytes"], "what was left out stays");
     assert_eq!(patch(&root, "/accounts/clinic", &json!({"contact": null})).await?.status, 204);
     assert_eq!(root.get("/accounts/clinic").await?.body["contact"], Value::Null);
+    let back = json!({"quota": {"jobs": null, "images": 70}});
+    assert_eq!(patch(&root, "/accounts/clinic", &back).await?.status, 204);
+    let quota = &root.get("/accounts/clinic").await?.body["quota"];
+    assert_eq!([&quota["weight"], &quota["requests"], &quota["images"]], [3, 600, 70]);
+    let usual = &shown.body["quota"];
+    assert_eq!(quota["jobs"], usual["jobs"], "null takes the number away");
+    assert_eq!(patch(&root, "/accounts/clinic", &json!({"quota": null})).await?.status, 204);
+    assert_eq!(root.get("/accounts/clinic").await?.body["quota"], *usual, "and all of them");
 
     assert_eq!(patch(&root, "/accounts/clinic", &json!({"disabled": true})).await?.status, 204);
     let shut_out = async || (clinic.get("/jobs").await.ok()?.status == 401).then_some(());

@@ -343,7 +343,11 @@ impl Stack {
         Ok(path)
     }
 
-    fn auth_command(&self) -> Result<Command> {
+    /// The `auth` program with this instance's database, to be given a command.
+    ///
+    /// # Errors
+    /// When the database has no such role.
+    pub fn auth_command(&self) -> Result<Command> {
         let mut command = Command::new(self.options.programs.join("auth"));
         command
             .arg("--database")
