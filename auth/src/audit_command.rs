@@ -21,6 +21,8 @@ use dermflow_schemas::{
 use serde_json::json;
 use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339, macros::format_description};
 
+use crate::cli::Sure;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum AuditCommand {
     /// Computes the hash chain anew and prints its head, `<link>:<hash>`; exit code 1 with the first row that was
@@ -45,6 +47,8 @@ pub(crate) enum AuditCommand {
         /// Days, with the letter `d`.
         #[arg(long, env = "DERMFLOW_AUDIT_RETENTION", default_value = "400d", value_parser = days)]
         older_than: Duration,
+        #[command(flatten)]
+        sure: Sure,
     },
 }
 
@@ -55,7 +59,11 @@ pub(crate) async fn run(pool: &Pool, command: AuditCommand, json: bool) -> anyho
         AuditCommand::Export { since, until } => {
             export(pool, &Filter { since, until, ..Filter::default() }).await
         }
-        AuditCommand::Prune { older_than } => prune(pool, older_than, json).await,
+        AuditCommand::Prune { older_than, sure } => {
+            let days = older_than.as_secs() / 86_400;
+            sure.check(&format!("removes every event that is older than {days} days"))?;
+            prune(pool, older_than, json).await
+        }
     }
 }
 

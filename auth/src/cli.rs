@@ -264,14 +264,18 @@ impl From<Identity> for ExternalIdentity {
 
 /// Consent to what cannot be undone.
 #[derive(Debug, Args)]
-struct Sure {
+pub(crate) struct Sure {
     /// Does not ask.
     #[arg(long)]
     yes: bool,
 }
 
 impl Sure {
-    fn check(&self, what: &str) -> Result<()> {
+    /// Goes on when somebody has said that `what` shall be done.
+    ///
+    /// # Errors
+    /// When nobody has.
+    pub(crate) fn check(&self, what: &str) -> Result<()> {
         if self.yes {
             return Ok(());
         }

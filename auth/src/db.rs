@@ -19,6 +19,9 @@ pub enum DbError {
     /// The connection string has a host that is no Unix socket, and no CA was given.
     #[error("--database names a network host: --database-ca must name the CA that signed its certificate")]
     PlainNetwork,
+    /// The connection string has a password, which `ps` would show.
+    #[error("--database has a password, where others can read it: put it into --database-password-file")]
+    Password,
     /// The connection string cannot be read.
     #[error("--database: {0}")]
     Config(tokio_postgres::Error),
@@ -79,6 +82,9 @@ impl DatabaseOptions {
         // `hostaddr` overrules `host`.
         let on_network = config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(_)))
             || !config.get_hostaddrs().is_empty();
+        if config.get_password().is_some() {
+            return Err(DbError::Password);
+        }
         if (on_network || config.get_hosts().is_empty()) && self.database_ca.is_none() {
             return Err(DbError::PlainNetwork);
         }
@@ -191,6 +197,12 @@ mod tests {
         ] {
             assert!(matches!(plain(network), Err(DbError::PlainNetwork)), "{network}");
         }
+    }
+
+    #[test]
+    fn no_password_is_an_argument() {
+        let pool = options("host=/run/postgresql user=a password=b", None).pool("auth", 1);
+        assert!(matches!(pool, Err(DbError::Password)));
     }
 
     #[test]

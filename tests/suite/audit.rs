@@ -429,7 +429,7 @@ async fn prune(lab: &Lab) -> Result<()> {
     for _ in 0..3 {
         lab.client().submit(&sample("ham10000-nv.jpg")).await?;
     }
-    let removed = lab.auth(&["audit", "prune", "--json"])?;
+    let removed = lab.auth(&["audit", "prune", "--yes", "--json"])?;
     assert_eq!(removed, r#"{"removed":25}"#);
     assert_eq!(events(lab, "at < now() - interval '400 days'").await?, 0);
     let pruned = "action = 'trail-pruned' AND (detail->>'events')::int = 25 AND (detail->>'days')::int = 400";
@@ -438,7 +438,7 @@ async fn prune(lab: &Lab) -> Result<()> {
     lab.auth(&["audit", "verify", "--head", &later])?;
     let found = broken(lab, &["--head", &format!("3:{}", early.split(':').nth(1).context("no hash")?)])?;
     ensure!(found.contains("removed under retention"), "{found}");
-    assert_eq!(lab.auth(&["audit", "prune"])?, "removed 0");
+    assert_eq!(lab.auth(&["audit", "prune", "--yes"])?, "removed 0");
     assert_eq!(head(lab)?, later, "nothing was done, and nothing was said of it");
     Ok(())
 }

@@ -151,7 +151,7 @@ async fn scripts_read_every_command() -> Result<()> {
         (&["credential", "rotate", "clinic"], &["client_id", "client_secret", "credential"]),
         (&["signing-key", "add", &keys], &["begins", "file", "kid"]),
         (&["audit", "verify"], &["head", "intact", "links"]),
-        (&["audit", "prune"], &["removed"]),
+        (&["audit", "prune", "--yes"], &["removed"]),
     ] {
         let shown = document(&lab, args)?;
         let names: Vec<_> = shown.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
