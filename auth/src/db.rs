@@ -201,8 +201,9 @@ mod tests {
 
     #[test]
     fn no_password_is_an_argument() {
-        let pool = options("host=/run/postgresql user=a password=b", None).pool("auth", 1);
-        assert!(matches!(pool, Err(DbError::Password)));
+        for database in ["host=/run/postgresql user=a password=b", "postgres://a:b@%2Frun%2Fpostgresql/c"] {
+            assert!(matches!(options(database, None).pool("auth", 1), Err(DbError::Password)), "{database}");
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! At least 15 characters, no rule on which kinds of them, and none of those that an attacker tries first. These are
 //! found with zxcvbn (Wheeler, USENIX Security 2016), which knows 30,000 passwords of past breaches, names and words,
 //! and sees them through capitals, digits for letters, repetition and rows of keys: among passwords of 15 characters
-//! hardly any is on a list as it stands, but many are made of two that are.
+//! hardly any is on a list as it stands, but many are made of two that are. A list of our own has 3,000 that are used
+//! most, of which zxcvbn does not know all: one of them, however often it is repeated, is refused too.
 
 use secrecy::{ExposeSecret, SecretString};
 use unicode_normalization::UnicodeNormalization;
@@ -16,6 +17,8 @@ pub const MIN_CHARS: usize = 15;
 pub const MAX_CHARS: usize = 256;
 /// Of these, characters that are not of words known of the owner or of us.
 const MIN_OTHER_CHARS: usize = 8;
+/// The most common passwords, a line each, in lower case.
+const COMMON: &str = include_str!("../common-passwords.txt");
 /// What everybody would think of first, here.
 const PRODUCT: [&str; 3] = ["dermflow", "dermatology", "melanoma"];
 
@@ -61,10 +64,27 @@ pub fn check(password: &SecretString, context: &[&str]) -> Result<(), PolicyErro
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     // The best score: more than 10^10 guesses for who knows the lists.
-    if rest.chars().count() < MIN_OTHER_CHARS || zxcvbn(&password, &words).score() < Score::Four {
+    if is_common(&password.to_lowercase())
+        || rest.chars().count() < MIN_OTHER_CHARS
+        || zxcvbn(&password, &words).score() < Score::Four
+    {
         return Err(PolicyError::Guessable);
     }
     Ok(())
+}
+
+/// The lines of [`COMMON`] but for its comments.
+fn common() -> impl Iterator<Item = &'static str> {
+    COMMON.lines().filter(|line| !line.starts_with("# "))
+}
+
+/// Whether `password` is a common one, once or again and again, whatever separates it.
+fn is_common(password: &str) -> bool {
+    let password = Zeroizing::new(password.to_owned());
+    common().any(|word| {
+        let rest = Zeroizing::new(password.replace(word, ""));
+        rest.len() < password.len() && !rest.chars().any(char::is_alphanumeric)
+    })
 }
 
 #[cfg(test)]
@@ -130,20 +150,18 @@ mod tests {
         assert_eq!(check(&"Praxis-Lindenhof-2026!".into(), &[]), Ok(()), "else the words decide nothing");
     }
 
-    /// NIST's block list: as they stand those that are long enough, and all of them written until they are.
+    /// NIST's block list: as they stand those that are long enough, and all of them repeated until they are.
     #[test]
     fn none_of_three_thousand_common_ones_passes() {
-        let common =
-            include_str!("../../tests/passwords/common.txt").lines().filter(|word| !word.starts_with("# "));
-        let (mut tried, mut taken) = (0, Vec::new());
-        for word in common {
-            tried += 1;
+        assert!(common().count() >= 3_000);
+        for word in common() {
             let repeated = word.repeat(MIN_CHARS.div_ceil(word.chars().count()));
-            if verdict(&repeated) != Err(PolicyError::Guessable) {
-                taken.push(repeated);
+            for written in [&repeated, &repeated.to_uppercase(), &format!("{repeated}!!")] {
+                assert_eq!(verdict(written), Err(PolicyError::Guessable), "{written}");
+            }
+            if word.chars().count() >= MIN_CHARS {
+                assert_eq!(verdict(word), Err(PolicyError::Guessable), "{word}");
             }
         }
-        assert!(tried >= 3_000, "{tried}");
-        assert!(taken.is_empty(), "{taken:?}");
     }
 }

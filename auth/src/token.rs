@@ -119,6 +119,8 @@ pub struct Tokens {
 struct Believed {
     /// Of the whole token: another one that claims the same id proves itself.
     sha256: [u8; 32],
+    /// The keys that it was proved with.
+    keys: Arc<Keys>,
     caller: Caller,
 }
 
@@ -158,7 +160,7 @@ impl Tokens {
         })
     }
 
-    /// Looks at the folder again. When it has changed, what was believed must be proved anew, as its key may be gone.
+    /// Looks at the folder again. When it has changed, every token must be proved anew, as its key may be gone.
     ///
     /// # Errors
     /// See [`Keys::read`]; the keys stay as they were.
@@ -166,7 +168,6 @@ impl Tokens {
         let fresh = Keys::read(&self.folder)?;
         if !fresh.are(&self.keys()) {
             *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
-            self.believed.clear();
         }
         Ok(())
     }
@@ -226,12 +227,14 @@ impl Tokens {
         let jti = self.jti(token).ok_or(TokenError::Refused("claims"))?;
         let mut sha256 = [0; 32];
         sha256.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
-        let known = self.believed.get(&jti).filter(|known| known.sha256 == sha256);
+        let keys = self.keys();
+        let known = self.believed.get(&jti);
+        let known = known.filter(|known| known.sha256 == sha256 && Arc::ptr_eq(&known.keys, &keys));
         let caller = if let Some(known) = known {
             known.caller.clone()
         } else {
-            let caller = self.prove(token, now)?;
-            self.believed.insert(jti, Arc::new(Believed { sha256, caller: caller.clone() }));
+            let caller = self.prove(token, &keys, now)?;
+            self.believed.insert(jti, Arc::new(Believed { sha256, keys, caller: caller.clone() }));
             caller
         };
         let leeway = Duration::from_secs(LEEWAY as u64);
@@ -250,7 +253,7 @@ impl Tokens {
     }
 
     /// Everything but what changes with time.
-    fn prove(&self, token: &str, now: OffsetDateTime) -> Result<Caller, TokenError> {
+    fn prove(&self, token: &str, keys: &Keys, now: OffsetDateTime) -> Result<Caller, TokenError> {
         let refused = TokenError::Refused;
         let header = jsonwebtoken::decode_header(token).map_err(|_| refused("header"))?;
         if header.typ.as_deref() != Some(TYPE) {
@@ -266,7 +269,6 @@ impl Tokens {
         {
             return Err(refused("header parameters"));
         }
-        let keys = self.keys();
         let key = header.kid.and_then(|id| keys.accepted(&id, now)).ok_or_else(|| refused("key"))?;
         let claims = jsonwebtoken::decode::<Claims>(token, &key.verifying, &self.validation)
             .map_err(|_| refused("signature or claims"))?

@@ -20,7 +20,7 @@ use std::{
 };
 
 use axum::{
-    extract::{FromRequestParts, Request, State},
+    extract::{FromRequestParts, MatchedPath, Request, State},
     http::request::Parts,
     middleware::Next,
     response::{IntoResponse, Response},
@@ -101,13 +101,19 @@ pub(crate) enum Deeds {
     Status(Option<Object>),
 }
 
-impl Deeds {
-    /// The reports of these jobs.
-    pub(crate) fn reports(jobs: impl IntoIterator<Item = JobId>) -> Self {
-        let read = |job| Deed { action: Action::Read, object: Some(Object::report(job)), detail: json!({}) };
-        Self::Each(jobs.into_iter().map(read).collect())
+impl Deed {
+    /// A job that has ended, with its report or without.
+    pub(crate) fn ended(job: JobId, has_report: bool) -> Self {
+        let (action, object) = if has_report {
+            (Action::Read, Object::report(job))
+        } else {
+            (Action::StatusRead, Object::job(job))
+        };
+        Self { action, object: Some(object), detail: json!({}) }
     }
+}
 
+impl Deeds {
     /// Something else.
     pub(crate) fn one(action: Action, object: Option<Object>, detail: Value) -> Self {
         Self::Each(vec![Deed { action, object, detail }])
@@ -132,8 +138,9 @@ pub(crate) async fn audited<G: Gate>(
 ) -> Response {
     let origin = Origin::new(&request);
     request.extensions_mut().insert(origin.clone());
-    let path = request.uri().path();
-    let signs_in = path == "/login" || path.starts_with("/oauth/");
+    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    let signs_in = route == "/login" || route.starts_with("/oauth/");
+    let object = named(request.uri().path());
     let mut response = next.run(request).await;
     let now = clock::now();
     if let Some(deeds) = response.extensions_mut().remove() {
@@ -152,11 +159,18 @@ pub(crate) async fn audited<G: Gate>(
             code if shuts_out(code) => Action::Access,
             _ => Action::Request,
         };
-        let event = Event::new(action, origin.who(), now);
-        let event = event.client(account).object(account.map(Object::account));
+        let event = Event::new(action, origin.who(), now).client(account.or(origin.0.user.get().copied()));
+        let event = event.object(account.map(Object::account).or(object));
         gate.trail().refused(event, code).await;
     }
     response
+}
+
+/// What a path names, whether it is there or not.
+fn named(path: &str) -> Option<Object> {
+    let id: Uuid = path.rsplit('/').find_map(|part| part.parse().ok())?;
+    let is_batch = path.starts_with("/batches/") || path.starts_with("/fhir/_bulk/");
+    Some(if is_batch { Object::batch(id) } else { Object::job(id.into()) })
 }
 
 async fn hand_out<G: Gate>(gate: &G, origin: &Origin, deeds: Deeds, now: OffsetDateTime) -> Result<(), Code> {

@@ -74,7 +74,7 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
     async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
         let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
         let caller = bearer(&parts.headers, gate.as_ref(), &origin).await?;
-        rates::count(gate.as_ref(), caller.client, parts)?;
+        rates::charge_request(gate.as_ref(), caller.client, parts)?;
         if !caller.may(P::PERMISSION) {
             return Err(Code::Forbidden.into());
         }
@@ -119,6 +119,7 @@ pub(crate) async fn bearer<G: Gate>(
         }
         Verdict::Revoked => {
             tracing::info!(client = %caller.client, "access refused: revoked");
+            origin.claims(Some(caller.client));
             Err(refused())
         }
         Verdict::Unknown => Err(Code::DatabaseUnavailable.into()),

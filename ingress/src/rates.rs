@@ -11,7 +11,7 @@ use std::{
 
 use axum::{
     extract::{MatchedPath, Request, State},
-    http::{Extensions, Method, header, request::Parts},
+    http::{Extensions, HeaderValue, Method, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -55,12 +55,12 @@ fn kind(method: &Method, extensions: &Extensions) -> Kind {
 }
 
 /// Counts a request of a client that has shown who it is.
-pub(crate) fn count<G: Gate>(gate: &G, client: ClientId, parts: &Parts) -> Result<(), Problem> {
+pub(crate) fn charge_request<G: Gate>(gate: &G, client: ClientId, parts: &Parts) -> Result<(), Problem> {
     charge(gate, client, parts.extensions.get(), kind(&parts.method, &parts.extensions))
 }
 
 /// The same for a request that says in its body who sends it.
-pub(crate) fn count_form<G: Gate>(gate: &G, client: ClientId, counted: &Counted) -> Result<(), Problem> {
+pub(crate) fn charge_form<G: Gate>(gate: &G, client: ClientId, counted: &Counted) -> Result<(), Problem> {
     charge(gate, client, Some(counted), Kind::Requests)
 }
 
@@ -94,30 +94,64 @@ pub(crate) async fn images(
     }
 }
 
-/// Tells every caller how it stands. A request counts for the network it comes from unless it shows who sends it:
-/// before it is looked at, or when what it shows turns out to be nothing.
+/// What callers may do of whom nobody knows who they are.
+fn anonymous() -> Policy {
+    rates::policy(Kind::Requests, ANONYMOUS_REQUESTS_PER_MINUTE)
+}
+
+fn network(request: &Request) -> Subject {
+    let peer = request.extensions().get().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |Peer(peer)| *peer);
+    Subject::network(peer)
+}
+
+/// Whether the caller may turn out to be somebody by its header: where no handler looks at that, it does not count.
+fn may_prove_itself(request: &Request) -> bool {
+    let path = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    let header = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    match path {
+        "" | "/login" => false,
+        path if path.contains("/.well-known/") => false,
+        "/oauth/token" => header.is_some_and(|value| value.to_ascii_lowercase().starts_with(b"basic ")),
+        _ => header.is_some(),
+    }
+}
+
+/// Counts a request for the network that it comes from, unless it shows who sends it: before anybody looks at it, or when
+/// what it shows turns out to be nothing. What the server fails at is not counted, as nobody knows who asked.
+pub(crate) async fn count<G: Gate>(State(gate): State<Arc<G>>, request: Request, next: Next) -> Response {
+    let (network, counted) = (network(&request), request.extensions().get::<Counted>().cloned());
+    let take = || gate.rates().take(network, Kind::Requests, anonymous(), 1).map_err(too_many);
+    if !may_prove_itself(&request) {
+        return match take() {
+            Ok(()) => next.run(request).await,
+            Err(problem) => problem.into_response(),
+        };
+    }
+    let response = next.run(request).await;
+    let is_known = counted.is_some_and(|Counted(client)| client.get().is_some());
+    if is_known || !response.status().is_client_error() {
+        return response;
+    }
+    match take() {
+        Ok(()) => response,
+        Err(problem) => problem.into_response(),
+    }
+}
+
+/// Tells every caller how it stands: a client, or else its network.
 pub(crate) async fn tell<G: Gate>(State(gate): State<Arc<G>>, mut request: Request, next: Next) -> Response {
     let (counted, kind) = (Counted::default(), kind(request.method(), request.extensions()));
-    let peer = request.extensions().get().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |Peer(peer)| *peer);
-    let (network, anonymous) =
-        (Subject::network(peer), rates::policy(Kind::Requests, ANONYMOUS_REQUESTS_PER_MINUTE));
-    let take = || gate.rates().take(network, Kind::Requests, anonymous, 1).map_err(too_many);
-    let shows_nothing = !request.headers().contains_key(header::AUTHORIZATION);
+    let network = network(&request);
     request.extensions_mut().insert(counted.clone());
-    let mut response = match if shows_nothing { take() } else { Ok(()) } {
-        Ok(()) => next.run(request).await,
-        Err(problem) => problem.into_response(),
-    };
+    let mut response = next.run(request).await;
     if let Some(client) = counted.0.get() {
         let quota = gate.access().quota(*client);
         let policies = [Kind::Requests, Kind::Polls, Kind::Images].map(|kind| (kind, policy(kind, quota)));
         gate.rates().tell(&mut response, Subject::Client(*client), &policies, &[kind, Kind::Images]);
-        return response;
+    } else {
+        let policies = [(Kind::Requests, anonymous())];
+        gate.rates().tell(&mut response, network, &policies, &[Kind::Requests]);
     }
-    if !shows_nothing && let Err(problem) = take() {
-        response = problem.into_response();
-    }
-    gate.rates().tell(&mut response, network, &[(Kind::Requests, anonymous)], &[Kind::Requests]);
     response
 }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use async_nats::Subscriber;
 use aws_lc_rs::digest::{SHA256, digest};
 use axum::http::header::CONTENT_LOCATION;
-use dermflow_auth::audit::Who;
+use dermflow_auth::audit::{Action, Event, Object, Who};
 use dermflow_schemas::{
     clock,
     envelope::{Carrier, JobHeader, Payload, ResultHeader},
@@ -105,6 +105,9 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             Ok(Submitted { job: header.job, ended: false, wake_up })
         }
         Committed::Known(first) => {
+            // Who submits a job again asks how far it is.
+            let asked = Event::new(Action::StatusRead, who, now).client(Some(client));
+            app.trail.repeated(asked.object(Some(Object::job(first.id)))).await?;
             let wake_up = listen(&app, first.id, lane).await;
             if first.state == State::Accepted {
                 // The first try died between record and queue, or never heard from the queue: go on with it. A

@@ -112,8 +112,8 @@ pub const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 pub const COUNT_SILENCE: Duration = Duration::from_secs(2);
 /// Lines in one such message: 100 kB.
 pub const COUNT_LINES: usize = 1_000;
-/// Counts of clients and networks beyond which further networks are counted together: 6 MB.
-pub const COUNTED_SUBJECTS: usize = 16_384;
+/// Networks beyond which further ones share counts: 6 MB at each replica, and as much again for each other one.
+pub const COUNTED_NETWORKS: usize = 16_384;
 
 /// A TLS handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -350,9 +350,10 @@ pub const AUDIT_QUEUE: usize = 4_096;
 pub const AUDIT_GROUP: usize = 256;
 /// Such statements at once, per ingress process.
 pub const AUDIT_WRITERS: usize = 2;
-/// Refusals of one kind and one network address that are recorded each second; the rest are counted in one event.
+/// Refusals, or questions how far something is, of one kind, caller and network that are recorded one by one each
+/// second; the rest are counted in one event.
 pub const AUDIT_SINGLES: u32 = 5;
-/// Kinds of refusal by network address that are told apart at once; beyond it the address is left out.
+/// Kinds of these that are told apart at once; beyond it the network of callers whom nobody knows is left out.
 pub const AUDIT_SOURCES: usize = 4_096;
 /// Between two looks for events that are not in the hash chain yet.
 pub const AUDIT_CHAIN_INTERVAL: Duration = Duration::from_millis(500);

@@ -617,7 +617,7 @@ async fn no_question_and_no_refusal_is_left_out() -> Result<()> {
     };
     let own = format!("= '{demo}'");
     assert_eq!(stranger.get(&format!("/jobs/{job}")).await?.status, 404);
-    times(&of(&format!("= '{other}'"), "not-found"), 1).await?;
+    times(&format!("{} AND object = '{job}'", of(&format!("= '{other}'"), "not-found")), 1).await?;
     assert_eq!(client.clone().with_token("").get("/nothing").await?.status, 404);
     times(&of("IS NULL", "not-found"), 1).await?;
     let post = |path: &str, kind: &str| client.request(Method::POST, path).header("content-type", kind);
@@ -631,16 +631,28 @@ async fn no_question_and_no_refusal_is_left_out() -> Result<()> {
         json!({"resource": parameters, "request": {"method": "POST", "url": "DiagnosticReport/$analyze"}});
     let bundle = json!({"resourceType": "Bundle", "type": "batch", "entry": [entry]});
     let bundle = send(post("/fhir", fhir).header("prefer", "respond-async").body(bundle.to_string())).await?;
-    assert_eq!((bundle.status, &bundle.body["entry"][0]["response"]["status"]), (200, &json!("422")));
-    times(&format!("{} AND detail->>'number' = '1'", of(&own, "image-count")), 1).await?;
+    let entry = &bundle.body["entry"][0]["response"];
+    assert_eq!((bundle.status, &entry["status"]), (200, &json!("422")));
+    let code = entry["outcome"]["issue"][0]["details"]["coding"][0]["code"].as_str().context("no code")?;
+    times(&format!("{} AND detail->>'number' = '1'", of(&own, code)), 1).await?;
     let lines = "{\"custom_id\": \"a\", \"images\": []}\nnonsense\n";
     let uploaded = send(post("/batches", "application/x-ndjson").body(lines)).await?;
-    let batch: Value = serde_json::from_str(uploaded.text.lines().next().unwrap_or_default())?;
-    let batch = batch["batch"].as_str().context("no batch")?;
-    for (number, code) in [(1, "image-count"), (2, "json-malformed")] {
-        let line = format!("object = '{batch}' AND detail->>'number' = '{number}'");
-        times(&format!("{} AND {line}", of(&own, code)), 1).await?;
+    let answers = uploaded.text.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
+    let batch = answers[0]["batch"].as_str().context("no batch")?;
+    let refused: Vec<_> = answers.iter().filter(|line| line["error"].is_object()).collect();
+    assert_eq!(refused.len(), 2, "{}", uploaded.text);
+    for line in refused {
+        let found = format!("object = '{batch}' AND detail->>'number' = '{}'", line["line"]);
+        let code = line["error"]["code"].as_str().context("no code")?;
+        times(&format!("{} AND {found}", of(&own, code)), 1).await?;
     }
+    // Sent again with its key, a job is asked for, not submitted.
+    let again = [("prefer", "respond-async"), ("idempotency-key", "one")];
+    let first = client.analyze(&sample("ham10000-nv.jpg"), &again).await?.job().to_owned();
+    let of_job = format!("{looks} AND object = '{first}'");
+    assert_eq!(events(&lab, &of_job).await?, 0);
+    assert_eq!(client.analyze(&sample("ham10000-nv.jpg"), &again).await?.job(), first);
+    times(&of_job, 1).await?;
     lab.stop().await
 }
 

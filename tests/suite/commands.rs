@@ -109,6 +109,7 @@ async fn nothing_is_destroyed_without_consent() -> Result<()> {
         &["credential", "remove", "demo", removed],
         &["credential", "rotate", "demo", "--overlap-days", "0"],
         &["user", "delete", "gone"],
+        &["audit", "prune"],
     ];
     let before = state(&lab).await?;
     for args in destroying {

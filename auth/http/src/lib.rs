@@ -1,6 +1,5 @@
 //! What every HTTPS listener of ours does the same way: the accept loop with its time-outs, TLS, the id of a request,
-//! the
-//! headers and errors of an answer, and how often callers may call.
+//! the headers and errors of an answer, how often callers may call.
 //!
 //! This crate knows neither routes nor callers: `ingress` serves clients with it, `auth` serves staff.
 

@@ -9,11 +9,16 @@
 //!
 //! When the exchange is away, each replica grants its share of the limit, by the last number of replicas that it knew.
 
-use std::{collections::HashMap, net::IpAddr, time::Duration};
+use std::{
+    collections::{HashMap, hash_map::RandomState},
+    hash::BuildHasher,
+    net::IpAddr,
+    time::Duration,
+};
 
 use dermflow_schemas::{
     id::ClientId,
-    limits::{COUNT_SILENCE, COUNTED_SUBJECTS},
+    limits::{COUNT_SILENCE, COUNTED_NETWORKS},
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -22,6 +27,9 @@ use crate::crowd::network;
 
 /// Rounds of the exchange for which an entry is told after its last change, in case messages were lost.
 const REPEATS: u32 = 10;
+
+/// Counts that networks share when there are too many of them: who fills one knows only of few whom that concerns.
+const SHARED: u64 = 1_024;
 
 /// Slots of a window.
 const SLOTS: usize = 10;
@@ -35,12 +43,12 @@ pub enum Subject {
     /// Everybody else from an IPv4 address, or from an IPv6 /64, by its 64 bits.
     #[serde(rename = "n")]
     Network(u64),
+    /// One of [`SHARED`] parts of the networks for which there is no count of their own, of this replica only.
+    #[serde(skip)]
+    Shared(u64),
 }
 
 impl Subject {
-    /// Networks for which there is no count of their own are counted together. No address is in this one.
-    const OTHERS: Self = Self::Network(0);
-
     /// The network of an address.
     pub fn network(address: IpAddr) -> Self {
         let octets = network(address);
@@ -155,6 +163,10 @@ impl Account {
 pub struct Meter {
     replica: Uuid,
     accounts: HashMap<(Subject, Kind), Account>,
+    /// How many of them are networks'.
+    networks: usize,
+    /// Which networks share a count is nobody's choice.
+    shares: RandomState,
     /// When the others were heard last, by [`Meter::hear`]'s clock.
     heard: HashMap<Uuid, u64>,
     /// When our own message came back: the exchange works.
@@ -166,7 +178,15 @@ pub struct Meter {
 impl Meter {
     /// A meter that knows of nobody else.
     pub fn new(replica: Uuid) -> Self {
-        Self { replica, accounts: HashMap::new(), heard: HashMap::new(), echoed: None, replicas: 1 }
+        Self {
+            replica,
+            accounts: HashMap::new(),
+            networks: 0,
+            shares: RandomState::new(),
+            heard: HashMap::new(),
+            echoed: None,
+            replicas: 1,
+        }
     }
 
     /// Counts `amount` if the policy allows it at `now` (milliseconds of a clock that the replicas share).
@@ -188,7 +208,7 @@ impl Meter {
         if used.used(passed) + amount as f64 > quota {
             return Err(wait(used, policy, quota - amount as f64, passed));
         }
-        let account = self.accounts.entry((subject, kind)).or_default();
+        let account = self.account(subject, kind);
         account.own = account.own.seen_from(slot);
         account.own.amounts[0] += amount;
         account.unheard[0] += amount;
@@ -206,10 +226,26 @@ impl Meter {
 
     /// Clients have a count each, as staff has registered them all; networks, while there are not too many.
     fn counted(&self, subject: Subject, kind: Kind) -> Subject {
-        let is_full = || self.accounts.len() >= COUNTED_SUBJECTS;
-        let is_new = || !self.accounts.contains_key(&(subject, kind));
-        let is_network = matches!(subject, Subject::Network(_));
-        if is_network && is_full() && is_new() { Subject::OTHERS } else { subject }
+        match subject {
+            Subject::Network(_) if self.is_too_many(subject, kind) => {
+                Subject::Shared(self.shares.hash_one(subject) % SHARED)
+            }
+            _ => subject,
+        }
+    }
+
+    fn is_too_many(&self, subject: Subject, kind: Kind) -> bool {
+        matches!(subject, Subject::Network(_))
+            && self.networks >= COUNTED_NETWORKS
+            && !self.accounts.contains_key(&(subject, kind))
+    }
+
+    fn account(&mut self, subject: Subject, kind: Kind) -> &mut Account {
+        let networks = &mut self.networks;
+        self.accounts.entry((subject, kind)).or_insert_with(|| {
+            *networks += usize::from(matches!(subject, Subject::Network(_)));
+            Account::default()
+        })
     }
 
     fn used(&self, subject: Subject, kind: Kind, policy: Policy, now: u64) -> Counts {
@@ -245,13 +281,14 @@ impl Meter {
         self.accounts.retain(|(subject, kind), account| {
             account.unheard = [0, account.unheard[0]];
             account.rounds = account.rounds.saturating_add(1);
-            if account.rounds <= REPEATS {
+            if account.rounds <= REPEATS && !matches!(subject, Subject::Shared(_)) {
                 lines.push((*subject, *kind, account.own));
             }
             let slot = now / account.slot.max(1);
             account.others.retain(|_, counts| !counts.seen_from(slot).is_empty());
             account.rounds <= REPEATS || !account.sum(slot).is_empty()
         });
+        self.networks = self.accounts.keys().filter(|(who, _)| matches!(who, Subject::Network(_))).count();
         lines
     }
 
@@ -263,7 +300,10 @@ impl Meter {
         }
         self.heard.insert(replica, now);
         for (subject, kind, counts) in lines {
-            let account = self.accounts.entry((*subject, *kind)).or_default();
+            if self.is_too_many(*subject, *kind) {
+                continue;
+            }
+            let account = self.account(*subject, *kind);
             if account.slot == 0 {
                 let policy = Policy { quota: 0, window: windows(*kind) };
                 (account.slot, account.rounds) = (policy.slot_millis(), REPEATS);
@@ -475,18 +515,18 @@ mod tests {
 
     #[test]
     fn networks_without_number_take_no_memory_without_bound() {
-        let policy = Policy { quota: 100, window: Duration::from_secs(10) };
+        let policy = Policy { quota: 10, window: Duration::from_secs(10) };
         let (mut meter, now) = (Meter::new(Uuid::nil()), 1_000_000);
         let network = |n: usize| Subject::network(IpAddr::from((n as u32 + 1).to_be_bytes()));
-        for n in 0..COUNTED_SUBJECTS {
+        for n in 0..COUNTED_NETWORKS {
             assert!(meter.take(network(n), Kind::Requests, policy, 1, now).is_ok());
         }
-        let mut others = (COUNTED_SUBJECTS..).map(network);
-        let granted =
-            others.by_ref().take(1_000).filter(|n| meter.take(*n, Kind::Requests, policy, 1, now).is_ok());
-        assert_eq!(granted.count(), 100, "together as much as one");
-        assert_eq!(meter.accounts.len(), COUNTED_SUBJECTS + 1);
-        assert!(meter.take(network(7), Kind::Requests, policy, 99, now).is_ok(), "who was there before");
-        assert!(meter.take(client(), Kind::Requests, policy, 100, now).is_ok(), "who is known");
+        let mut take = |n| meter.take(network(n), Kind::Requests, policy, 1, now).is_ok();
+        let granted = (COUNTED_NETWORKS..4 * COUNTED_NETWORKS).filter(|n| take(*n)).count();
+        let most = 10 * SHARED as usize;
+        assert!((most * 9 / 10..=most).contains(&granted), "{granted}: together as {SHARED}");
+        assert!(meter.accounts.len() <= COUNTED_NETWORKS + SHARED as usize);
+        assert!(meter.take(network(7), Kind::Requests, policy, 9, now).is_ok(), "who was there before");
+        assert!(meter.take(client(), Kind::Requests, policy, 10, now).is_ok(), "who is known");
     }
 }

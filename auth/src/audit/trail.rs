@@ -7,13 +7,13 @@
 //!
 //! What callers do without number must not become a flood of events: refusals, and questions how far a job is. Of each
 //! kind, caller and address [`AUDIT_SINGLES`] a second are written before their answer leaves; the rest are counted,
-//! and written as one event within about a second after.
+//! and written as one event within about a second after, or as soon as they can be.
 
 use std::{
     collections::HashMap,
     mem,
-    net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    net::{IpAddr, Ipv6Addr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -27,6 +27,7 @@ use dermflow_schemas::{
 };
 use prometheus::{IntCounter, Registry};
 use serde_json::json;
+use time::OffsetDateTime;
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     time::interval,
@@ -41,8 +42,11 @@ type Entry = (Vec<Event>, oneshot::Sender<bool>);
 /// What is counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
+    /// The first address of the network that it came from.
     source: Option<IpAddr>,
     user: Option<ClientId>,
+    /// Whose account or data it was about.
+    client: Option<ClientId>,
     action: Action,
     /// With which code it was refused, if it was.
     code: Option<Code>,
@@ -51,7 +55,24 @@ struct Kind {
 impl Kind {
     fn of(event: &Event, code: Option<Code>) -> Self {
         let user = if let Actor::User(user) = event.who.actor { Some(user) } else { None };
-        Self { source: event.who.source, user, action: event.action, code }
+        let source = event.who.source.map(first_of_network);
+        Self { source, user, client: event.client, action: event.action, code }
+    }
+
+    /// What is left of it when too many are told apart: who is known stays so.
+    fn folded(self) -> Self {
+        match self.user {
+            Some(_) => Self { source: None, ..self },
+            None => Self { source: None, client: None, ..self },
+        }
+    }
+}
+
+/// The address that stands for all of an IPv6 /64; an IPv4 address stands for itself.
+fn first_of_network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address @ IpAddr::V4(_) => address,
     }
 }
 
@@ -127,10 +148,9 @@ impl Trail {
     }
 
     fn admits(&self, kind: Kind) -> bool {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_known = counts.contains_key(&kind) || counts.len() < AUDIT_SOURCES;
-        let kind = if is_known { kind } else { Kind { source: None, user: None, ..kind } };
-        let count = counts.entry(kind).or_default();
+        let mut counts = self.counts();
+        let has_room = counts.contains_key(&kind) || counts.len() < AUDIT_SOURCES;
+        let count = counts.entry(if has_room { kind } else { kind.folded() }).or_default();
         if count.written < AUDIT_SINGLES {
             count.written += 1;
             true
@@ -140,27 +160,34 @@ impl Trail {
         }
     }
 
-    /// Writes what was only counted.
-    async fn write_counts(&self) {
-        let counts = mem::take(&mut *self.counts.lock().unwrap_or_else(PoisonError::into_inner));
+    fn counts(&self) -> MutexGuard<'_, HashMap<Kind, Count>> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what was only counted, all or nothing; returns how many are still to be written.
+    async fn write_counts(&self) -> u64 {
+        let counts = mem::take(&mut *self.counts());
         let now = clock::now();
-        for (Kind { source, user, action, code }, Count { more, .. }) in counts {
-            if more > 0 {
-                let who = Who { actor: user.map_or(Actor::Unknown, Actor::User), source, request: None };
-                let event = Event::new(action, who, now);
-                let event = match code {
-                    Some(code) => event.outcome(Outcome::Refused, code),
-                    None => event.client(user),
-                };
-                if self.record(vec![event.detail(json!({ "times": more }))]).await.is_err() {
-                    self.lose(more);
-                }
-            }
+        let more = counts.iter().filter(|(_, count)| count.more > 0);
+        let events: Vec<Event> = more.map(|(kind, count)| counted(*kind, count.more, now)).collect();
+        if events.is_empty() || self.record(events).await.is_ok() {
+            return 0;
         }
+        let mut left = self.counts();
+        for (kind, count) in counts {
+            left.entry(kind).or_default().more += count.more;
+        }
+        left.values().map(|count| count.more).sum()
     }
 }
 
-/// Writes counts every second until `stop`, and those that are left then.
+fn counted(Kind { source, user, client, action, code }: Kind, times: u64, now: OffsetDateTime) -> Event {
+    let who = Who { actor: user.map_or(Actor::Unknown, Actor::User), source, request: None };
+    let event = Event::new(action, who, now).client(client).detail(json!({ "times": times }));
+    if let Some(code) = code { event.outcome(Outcome::Refused, code) } else { event }
+}
+
+/// Writes counts every second until `stop`, and those that are left then. What cannot be written is tried again.
 pub async fn count(trail: Trail, stop: CancellationToken) {
     let mut second = interval(Duration::from_secs(1));
     loop {
@@ -168,8 +195,11 @@ pub async fn count(trail: Trail, stop: CancellationToken) {
             () = stop.cancelled() => true,
             _ = second.tick() => false,
         };
-        trail.write_counts().await;
+        let left = trail.write_counts().await;
         if stopped {
+            if left > 0 {
+                trail.lose(left);
+            }
             return;
         }
     }
@@ -215,7 +245,7 @@ mod tests {
 
     fn kind(n: u32) -> Kind {
         let source = Some(IpAddr::from(n.to_be_bytes()));
-        Kind { source, user: None, action: Action::Access, code: Some(Code::Forbidden) }
+        Kind { source, user: None, client: None, action: Action::Access, code: Some(Code::Forbidden) }
     }
 
     #[test]
@@ -240,6 +270,36 @@ mod tests {
         assert_eq!(counts.len(), AUDIT_SOURCES + 1);
         let counted: u64 = counts.values().map(|count| u64::from(count.written) + count.more).sum();
         assert_eq!(counted, u64::from(addresses), "none is forgotten");
+    }
+
+    #[test]
+    fn who_is_known_is_not_mixed_with_strangers() {
+        let trail = trail();
+        for n in 0..2 * AUDIT_SOURCES as u32 {
+            trail.admits(kind(n));
+        }
+        let user = Some(Uuid::nil().into());
+        let known = Kind { user, client: user, action: Action::StatusRead, code: None, ..kind(7) };
+        assert!((0..=AUDIT_SINGLES).filter(|_| trail.admits(known)).count() == AUDIT_SINGLES as usize);
+        let counts = trail.counts.lock().unwrap();
+        assert_eq!(counts[&Kind { source: None, ..known }].more, 1);
+    }
+
+    #[test]
+    fn a_network_has_one_first_address() {
+        let first = |text: &str| first_of_network(text.parse().unwrap()).to_string();
+        assert_eq!(first("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
+        assert_eq!((first("192.0.2.7"), first("::ffff:192.0.2.7")), ("192.0.2.7".into(), "192.0.2.7".into()));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_written_now_is_counted_on() {
+        let trail = trail();
+        for _ in 0..AUDIT_SINGLES + 3 {
+            trail.admits(kind(1));
+        }
+        assert_eq!((trail.write_counts().await, trail.write_counts().await), (3, 3));
+        assert_eq!(trail.lost.get(), 0);
     }
 
     #[tokio::test]

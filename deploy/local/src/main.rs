@@ -38,8 +38,7 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// HTTPS port; plain HTTP listens on this less 363, health and metrics on this plus 1000, the operators' API
-    /// on this plus 1001, the registration service on this plus 1002, with its health
-    /// and metrics on this plus 1003.
+    /// on this plus 1001, the registration service on this plus 1002, its health and metrics on this plus 1003.
     #[arg(long, value_name = "P", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1_387..=64_533))]
     port: u16,
     /// Erase this state first: keys, users, jobs and reports.

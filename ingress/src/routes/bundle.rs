@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
-    audited::{Deeds, refused_part},
+    audited::{Deed, Deeds, refused_part},
     element::{Faults, Node},
     extract::{Allowed, Body, Held, Submit},
     json::Json,
@@ -88,10 +88,14 @@ pub(crate) async fn post(
             refused_part(app.as_ref(), who, client, None, n + 1, problem.code()).await;
         }
     }
+    let jobs: Vec<Option<JobId>> =
+        submitted.iter().map(|submitted| Some(submitted.as_ref().ok()?.job)).collect();
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
     let entries = join_all(answers).await;
-    let reports = entries.iter().filter_map(|entry| entry["resource"]["id"].as_str()?.parse().ok());
-    let deeds = Deeds::reports(reports);
+    // Who learns that a job goes on has just submitted it.
+    let told = jobs.iter().zip(&entries).filter(|(_, entry)| entry["response"]["status"] != "202");
+    let deeds = told.filter_map(|(job, entry)| Some(Deed::ended((*job)?, entry["resource"].is_object())));
+    let deeds = Deeds::Each(deeds.collect());
     let bundle = json!({"resourceType": "Bundle", "type": "batch-response", "entry": entries});
     Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
 }

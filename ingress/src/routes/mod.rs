@@ -52,8 +52,9 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/jobs", get(jobs::list))
         .route("/jobs/{id}", get(jobs::get));
     let routes = bounded(routes)
-        .layer(from_fn_with_state(app.clone(), rates::tell))
-        .layer(from_fn_with_state(app.clone(), audited));
+        .layer(from_fn_with_state(app.clone(), rates::count))
+        .layer(from_fn_with_state(app.clone(), audited))
+        .layer(from_fn_with_state(app.clone(), rates::tell));
     measured(routes, app)
 }
 
@@ -73,8 +74,9 @@ pub(crate) fn operators(operators: Arc<Operators>) -> Router {
         .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
         .route("/dead/{sequence}/requeue", post(dead::requeue));
     let routes = bounded(routes)
-        .layer(from_fn_with_state(operators.clone(), rates::tell))
-        .layer(from_fn_with_state(operators.clone(), audited));
+        .layer(from_fn_with_state(operators.clone(), rates::count))
+        .layer(from_fn_with_state(operators.clone(), audited))
+        .layer(from_fn_with_state(operators.clone(), rates::tell));
     dressed(routes, operators)
 }
 

@@ -175,7 +175,7 @@ async fn client(
         INVALID_CLIENT
     })?;
     origin.is(proof.user.client);
-    rates::count_form(app, proof.user.client, counted)?;
+    rates::charge_form(app, proof.user.client, counted)?;
     // What is said besides must not contradict it.
     let contradicts = form.get("client_id").is_some_and(|id| id != proof.user.client.to_string());
     if contradicts { Err(INVALID_CLIENT) } else { Ok(Some(proof)) }
@@ -328,7 +328,7 @@ async fn holder(
     let caller = bearer(headers, app, origin)
         .await
         .map_err(|problem| if problem.is(Code::Unauthenticated) { INVALID_CLIENT } else { problem.into() })?;
-    rates::count_form(app, caller.client, counted)?;
+    rates::charge_form(app, caller.client, counted)?;
     Ok(caller.client.uuid())
 }
 

@@ -21,7 +21,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
-    audited::Deeds,
+    audited::{Deed, Deeds},
     drain::{Place, place},
     extract::{Allowed, Delete, JobPath, Read},
     recorder,
@@ -121,7 +121,7 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Response {
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
     }
     insert(headers, &SERVER_TIMING, &server_timing(&record));
-    Deeds::reports([record.id]).of(response)
+    Deeds::Each(vec![Deed::ended(record.id, true)]).of(response)
 }
 
 /// What a failed job answers.
