@@ -21,12 +21,12 @@ use base64::{
     Engine,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
 };
+use dermflow_schemas::clock;
 use jsonwebtoken::{DecodingKey, EncodingKey};
 use rustls::pki_types::{PrivatePkcs8KeyDer, pem::PemObject};
 use serde_json::{Value, json};
-use time::{
-    OffsetDateTime, PrimitiveDateTime, format_description::BorrowedFormatItem, macros::format_description,
-};
+use time::OffsetDateTime;
+use zeroize::Zeroizing;
 
 use crate::token::{LEEWAY, LIFETIME};
 
@@ -37,18 +37,16 @@ pub const CACHE: Duration = Duration::from_mins(5);
 /// The longest name is far shorter; a folder with more keys than this is no folder of keys.
 const MAX_KEYS: usize = 64;
 
-const NAME: &[BorrowedFormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
-
 /// Why keys cannot be read or made.
 #[derive(Debug, thiserror::Error)]
-#[error("signing keys {path}: {reason}")]
+#[error("keys {path}: {reason}")]
 pub struct KeyError {
     path: String,
     reason: String,
 }
 
 impl KeyError {
-    fn new(path: &Path, reason: impl Into<String>) -> Self {
+    pub(crate) fn new(path: &Path, reason: impl Into<String>) -> Self {
         Self { path: path.display().to_string(), reason: reason.into() }
     }
 }
@@ -77,7 +75,7 @@ impl std::fmt::Debug for Key {
 impl Key {
     fn read(path: &Path) -> Result<Self, KeyError> {
         let bad = |reason: String| KeyError::new(path, reason);
-        let begins = path.file_stem().and_then(|stem| PrimitiveDateTime::parse(stem.to_str()?, NAME).ok());
+        let begins = path.file_stem().and_then(|stem| clock::moment(stem.to_str()?));
         let begins = begins.ok_or_else(|| bad("the name is not of the form 20260131T235959Z.pem".into()))?;
         let pkcs8 = PrivatePkcs8KeyDer::from_pem_file(path).map_err(|error| bad(error.to_string()))?;
         let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(pkcs8.secret_pkcs8_der())
@@ -87,7 +85,7 @@ impl Key {
         Ok(Self {
             file: path.into(),
             id: URL_SAFE_NO_PAD.encode(digest(&SHA256, thumbprint.as_bytes())),
-            begins: begins.assume_utc(),
+            begins,
             signing: EncodingKey::from_ed_der(pkcs8.secret_pkcs8_der()),
             verifying: DecodingKey::from_ed_components(&public).map_err(|error| bad(error.to_string()))?,
             public,
@@ -168,27 +166,35 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, KeyError> {
 /// # Errors
 /// When there is a key for that second already, or the folder cannot be written.
 pub fn add(folder: &Path, begins: OffsetDateTime) -> Result<Key, KeyError> {
-    let bad = |error: std::io::Error| KeyError::new(folder, error.to_string());
-    fs::create_dir_all(folder).map_err(bad)?;
-    let name = begins
-        .to_offset(time::UtcOffset::UTC)
-        .format(NAME)
-        .map_err(|e| KeyError::new(folder, e.to_string()))?;
-    let path = folder.join(format!("{name}.pem"));
     let pkcs8 = Ed25519KeyPair::generate().and_then(|pair| pair.to_pkcs8v1());
     let pkcs8 = pkcs8.map_err(|_| KeyError::new(folder, "no randomness"))?;
     let pem = format!(
         "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n",
         STANDARD.encode(pkcs8.as_ref())
     );
-    // Readers look at `*.pem` at any time: the whole file appears at once, or it does not.
+    Key::read(&put(folder, begins, "pem", |_| pem)?)
+}
+
+/// Writes a new file that is named after a moment and that only its owner can read; `text` is given the name.
+pub(crate) fn put(
+    folder: &Path,
+    begins: OffsetDateTime,
+    extension: &str,
+    text: impl FnOnce(&str) -> String,
+) -> Result<PathBuf, KeyError> {
+    let bad = |error: std::io::Error| KeyError::new(folder, error.to_string());
+    fs::create_dir_all(folder).map_err(bad)?;
+    let name = clock::name(begins).map_err(|error| KeyError::new(folder, error.to_string()))?;
+    let path = folder.join(format!("{name}.{extension}"));
+    let text = Zeroizing::new(text(&name));
+    // Readers look at the folder at any time: the whole file appears at once, or it does not.
     let part = folder.join(format!("{name}.part"));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part).map_err(bad)?;
-    file.write_all(pem.as_bytes()).and_then(|()| file.sync_all()).map_err(bad)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(bad)?;
     let linked = fs::hard_link(&part, &path);
     fs::remove_file(&part).map_err(bad)?;
     linked.map_err(|error| KeyError::new(&path, error.to_string()))?;
-    Key::read(&path)
+    Ok(path)
 }
 
 /// Removes the keys that sign no more and whose tokens are all dead, and returns them.

@@ -5,7 +5,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use clap::Parser;
 use dermflow_auth::{db::DatabaseOptions, password::PepperOptions};
 use dermflow_http::serve::Loopback;
-use dermflow_schemas::{limits, queue::NatsOptions};
+use dermflow_schemas::{limits, queue::NatsOptions, seal::SealingOptions};
 
 pub use crate::acme::{AcmeOptions, ChallengeKind};
 
@@ -45,9 +45,9 @@ pub struct Options {
     /// Identity providers whose access tokens are taken beside our own (TOML).
     #[arg(long, env = "DERMFLOW_PROVIDERS")]
     pub providers: Option<PathBuf>,
-    /// Keys that seal images and reports: a line `<id> <Base64 of 32 bytes>` each, the first one seals.
-    #[arg(long, env = "DERMFLOW_SEALING_KEYS")]
-    pub sealing_keys: PathBuf,
+    /// The keys that seal images and reports.
+    #[command(flatten)]
+    pub sealing: SealingOptions,
     /// Seconds after which the broker hands a silent worker's job to another one.
     #[arg(long, env = "DERMFLOW_ACK_WAIT", default_value_t = limits::DEFAULT_ACK_WAIT.as_secs(),
           value_parser = clap::value_parser!(u64).range(1..=600))]

@@ -32,6 +32,7 @@ mod prefer;
 mod providers;
 mod rates;
 mod recorder;
+mod resealer;
 mod routes;
 mod snomed;
 mod store;
@@ -91,7 +92,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let tls = tls_config(files.served())?;
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let peppers = options.pepper.load()?;
-    let keyring = Keyring::load(&options.sealing_keys).context("--sealing-keys")?;
+    let keyring = Keyring::obtain(&options.sealing).await?;
     let store = Store::new(options.database.pool("ingress", DATABASE_CONNECTIONS)?);
     let sign_ins = options.database.pool("ingress", SIGN_IN_CONNECTIONS)?;
     prepare(&store).await?;
@@ -150,6 +151,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
         tokio::spawn(files.follow(stop_recording.clone())),
         tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
+        tokio::spawn(resealer::run(app.clone(), stop_recording.clone())),
+        tokio::spawn(resealer::follow_keys(app.clone(), stop_recording.clone())),
     ];
     let mut followers = app.providers.start(&stop_recording);
     let answers = acme.as_ref().map(Acme::answers).unwrap_or_default();

@@ -37,6 +37,10 @@ pub(crate) struct Metrics {
     pub(crate) group_jobs: HistogramVec,
     /// Jobs whose payload was lost at the broker: an alarm.
     pub(crate) payloads_lost: IntCounterVec,
+    /// Reports that were asked for and cannot be opened, by reason: their key is not there, or they are broken. An alarm.
+    pub(crate) reports_unreadable: IntCounterVec,
+    /// What was sealed anew with a newer key, and what could not be, by kind and outcome.
+    pub(crate) resealed: IntCounterVec,
     /// Streams, consumers and buckets that were gone and were made again: an alarm.
     pub(crate) queue_recreated: IntCounterVec,
     /// What the streams hold: messages, pending, with workers, and unaccounted for, which is an alarm.
@@ -83,6 +87,16 @@ impl Metrics {
             )?,
             swept: counter("dermflow_swept_jobs_total", "Jobs that the sweeper settled.", &["lane", "code"])?,
             payloads_lost: counter("dermflow_payloads_lost_total", "Jobs whose payload was lost.", &[])?,
+            reports_unreadable: counter(
+                "dermflow_reports_unreadable_total",
+                "Reports that were asked for and cannot be opened.",
+                &["reason"],
+            )?,
+            resealed: counter(
+                "dermflow_resealed_total",
+                "What was to be sealed with a newer key.",
+                &["kind", "outcome"],
+            )?,
             queue_recreated: counter(
                 "dermflow_queue_recreated_total",
                 "Parts of the queue that were gone and were made again.",

@@ -31,6 +31,7 @@ pub(crate) mod batches;
 pub(crate) mod claim;
 mod dead;
 pub(crate) mod drain;
+pub(crate) mod reseal;
 mod sweeping;
 
 pub(crate) use self::{

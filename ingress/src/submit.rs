@@ -155,7 +155,7 @@ async fn pack(app: &Arc<App>, job: JobId, payload: Payload) -> Result<Packed, Pr
     let packed = blocking(move || {
         let plain = payload.encode();
         let (bytes, digest) = (plain.len(), digest(&SHA256, &plain).as_ref().to_vec());
-        let sealed = app.keyring.seal(Content::Payload(job), plain)?;
+        let sealed = app.keyring.seal(Content::Payload(job), plain, clock::now())?;
         Ok::<_, SealError>(Packed { sealed, bytes, digest })
     });
     packed.await?.map_err(|error| internal(&error))
@@ -184,7 +184,7 @@ async fn revive(
     let (sealing, job) = (app.clone(), header.job);
     let resealed = blocking(move || {
         let plain = sealing.keyring.open(Content::Payload(packed_for), &sealed)?;
-        sealing.keyring.seal(Content::Payload(job), plain)
+        sealing.keyring.seal(Content::Payload(job), plain, clock::now())
     });
     let sealed = resealed.await?.map_err(|error| internal(&error))?;
     header.key.clone_from(&sealed.key_id);
@@ -270,7 +270,9 @@ async fn ended_eventually(app: &Arc<App>, submitted: Submitted, client: ClientId
         }
         match ended(app, job, client).await {
             Ok(Some(ended)) => return Ok(ended),
-            Err(problem) if problem.is(Code::NotFound) => return Err(problem),
+            Err(problem) if problem.is(Code::NotFound) || problem.is(Code::ReportUnreadable) => {
+                return Err(problem);
+            }
             Ok(None) | Err(_) => {}
         }
     }
@@ -283,15 +285,22 @@ pub(crate) async fn ended(app: &App, job: JobId, client: ClientId) -> Result<Opt
         return Ok(None);
     }
     let report = match record.state {
-        State::Succeeded => Some(open(app, job).await?),
+        State::Succeeded => {
+            let sealed = app.store.report(job).await?.ok_or(Code::NotFound)?;
+            Some(open(app, job, &sealed)?)
+        }
         _ => None,
     };
     Ok(Some(Ended { record, report }))
 }
 
-async fn open(app: &App, job: JobId) -> Result<Vec<u8>, Problem> {
-    let sealed: Sealed = app.store.report(job).await?.ok_or(Code::NotFound)?;
-    app.keyring.open(Content::Report(job), &sealed).map_err(|error| internal(&error))
+/// Opens the report of a job. One that does not open is an error of its own, and everything else goes on.
+pub(crate) fn open(app: &App, job: JobId, sealed: &Sealed) -> Result<Vec<u8>, Code> {
+    app.keyring.open(Content::Report(job), sealed).map_err(|error| {
+        tracing::error!(%job, %error, "the report cannot be opened");
+        app.metrics.reports_unreadable.with_label_values(&[error.reason()]).inc();
+        Code::ReportUnreadable
+    })
 }
 
 /// The URL to poll, absolute as RFC 9110 §8.7 and FHIR's asynchronous pattern want it.

@@ -2,12 +2,30 @@
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
-use time::{Duration, OffsetDateTime};
+use time::{
+    Duration, OffsetDateTime, PrimitiveDateTime, UtcOffset, format_description::BorrowedFormatItem,
+    macros::format_description,
+};
 
 use crate::limits::CLOCK_TOLERANCE;
 
 /// Milliseconds that the machine's clock is behind the one that [`follow`] was told of.
 static BEHIND: AtomicI64 = AtomicI64::new(0);
+
+const NAME: &[BorrowedFormatItem<'_>] = format_description!("[year][month][day]T[hour][minute][second]Z");
+
+/// The moment that a name such as `20260131T235959Z` says.
+pub fn moment(name: &str) -> Option<OffsetDateTime> {
+    PrimitiveDateTime::parse(name, NAME).ok().map(PrimitiveDateTime::assume_utc)
+}
+
+/// The name of a moment, to the second; of a year that has four digits.
+///
+/// # Errors
+/// When the year has more.
+pub fn name(moment: OffsetDateTime) -> Result<String, time::error::Format> {
+    moment.to_offset(UtcOffset::UTC).format(NAME)
+}
 
 /// The current time in UTC, cut to milliseconds: the precision of FHIR instants and of every record here. By the
 /// machine's clock, corrected by what [`follow`] was told.

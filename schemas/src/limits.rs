@@ -194,8 +194,15 @@ pub const ACCEPTED_GRACE: Duration = Duration::from_mins(10);
 pub const ACCESS_INTERVAL: Duration = Duration::from_millis(400);
 /// How old that look may be: then nobody is let in, as anybody may have been shut out since.
 pub const ACCESS_STALE: Duration = Duration::from_secs(5);
-/// Between two looks at the folder of signing keys.
+/// Between two looks at the folder of signing keys, and at that of sealing keys.
 pub const KEYS_INTERVAL: Duration = Duration::from_secs(5);
+/// Between two runs of the program that prints the sealing keys.
+pub const KEYS_COMMAND_INTERVAL: Duration = Duration::from_mins(1);
+/// One run of it.
+pub const KEYS_COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+/// How long before it seals anything a sealing key is there: every process has seen it by then, and those that have to
+/// be started again for it have been.
+pub const SEALING_LEAD: Duration = Duration::from_mins(10);
 /// External identity providers: each costs a request a minute and replica.
 pub const MAX_PROVIDERS: usize = 16;
 /// Subjects of providers that are linked to accounts; every replica reads all of them with each look.
@@ -276,6 +283,12 @@ pub const MAX_GAPS: u64 = 100_000;
 pub const KEEP_INTERVAL: Duration = Duration::from_secs(2);
 /// Consumers of one stream that are looked at, 256 an answer of the broker.
 pub const MAX_CONSUMERS: usize = 20_000;
+/// Between two looks for what is sealed with an older key.
+pub const RESEAL_INTERVAL: Duration = Duration::from_secs(5);
+/// Reports that are sealed anew in one transaction.
+pub const RESEAL_BATCH: i64 = 32;
+/// After so long without progress `auth keys reseal` gives up: nobody seals anew.
+pub const RESEAL_SILENCE: Duration = Duration::from_mins(1);
 /// How long reports, records and idempotency keys are kept after the job's end.
 pub const RETENTION: Duration = Duration::from_hours(24 * 7);
 /// Results recorded in one transaction.

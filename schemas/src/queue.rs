@@ -73,7 +73,8 @@ pub const ALL_BULK: &str = "jobs.bulk.>";
 /// When the client library gives up on the broker's answer to a publication, long after its caller did.
 const ACK_TIMEOUT: Duration = Duration::from_secs(10);
 const DEDUPE_WINDOW: Duration = Duration::from_mins(10);
-const DEAD_AGE: Duration = Duration::from_hours(24 * 14);
+/// How long dead letters, and payloads in the object store, are kept.
+pub const DEAD_AGE: Duration = Duration::from_hours(24 * 14);
 const GIB: i64 = 1024 * 1024 * 1024;
 
 /// The subject that a job of `client` waits on.

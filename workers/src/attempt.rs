@@ -241,7 +241,7 @@ impl Attempts {
             model: &self.model,
         });
         let report = Resource::DiagnosticReport(Box::new(report)).to_json();
-        match self.keys.seal(Content::Report(job), report) {
+        match self.keys.seal(Content::Report(job), report, finished_at) {
             Ok(Sealed { key_id, bytes }) => {
                 let model_us = u64::try_from(analysis.in_model.as_micros()).unwrap_or(u64::MAX);
                 let (attempt, began) = (delivery.attempt, delivery.began);

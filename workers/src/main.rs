@@ -15,7 +15,7 @@ use dermflow_schemas::{
     limits::{DEFAULT_JOB_TIMEOUT, MAX_EXECUTORS},
     process,
     queue::{self, NatsOptions, Publisher},
-    seal::Keyring,
+    seal::{Keyring, SealingOptions},
 };
 use dermflow_workers::{
     attempt::Attempts,
@@ -39,9 +39,8 @@ use tokio_util::sync::CancellationToken;
 struct Options {
     #[command(flatten)]
     nats: NatsOptions,
-    /// File with the sealing keys, a line `<id> <Base64 of 32 bytes>` each.
-    #[arg(long, env = "DERMFLOW_SEALING_KEYS")]
-    sealing_keys: PathBuf,
+    #[command(flatten)]
+    sealing: SealingOptions,
     /// The model's folder.
     #[arg(long, env = "DERMFLOW_MODEL")]
     model: PathBuf,
@@ -94,8 +93,7 @@ async fn run(options: Options) -> anyhow::Result<ExitCode> {
 /// Everything that can be wrong with the surroundings shows here, before the first job is asked for.
 async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duration)> {
     let count = executors(options)?;
-    let keys = Keyring::load(&options.sealing_keys)
-        .with_context(|| format!("sealing keys {}", options.sealing_keys.display()))?;
+    let keys = Keyring::obtain(&options.sealing).await?;
     let folder = &options.model;
     let in_folder = || format!("model {}", folder.display());
     let model = Arc::new(Model::load(folder, options.allow_simulated).with_context(in_folder)?);
@@ -118,6 +116,8 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
     let pulls = open_lines(&client, &context).await.map_err(flat)?;
     let watch = Watch::start(&client, context.clone()).await.map_err(flat)?;
     let timing = Timing::new(ack_wait, Duration::from_secs(options.job_timeout))?;
+    let followed = keys.clone();
+    tokio::spawn(async move { followed.follow().await });
     let cancels = Cancels::default();
     cancels.listen(&client).await.map_err(flat)?;
     let attempts = Attempts {

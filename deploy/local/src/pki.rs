@@ -32,7 +32,7 @@ pub struct Pki {
     pub staff: Identity,
     /// The folder of keys that sign access tokens.
     pub signing_keys: PathBuf,
-    /// The keys that seal images and reports.
+    /// The folder of keys that seal images and reports.
     pub sealing_keys: PathBuf,
     /// The peppers of passwords.
     pub peppers: PathBuf,
@@ -67,7 +67,11 @@ impl Pki {
         let staff = staff(state, "staff")?;
         let signing_keys = state.folder("signing-keys")?;
         state.keep("signing-keys/19700101T000000Z.pem", || new_key(&PKCS_ED25519))?;
+        let sealing_keys = state.folder("sealing")?;
+        // A state of an earlier build has them in one file.
+        let earlier = state.path("sealing-keys");
         let sealing_key = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
+        state.keep("sealing/k1.key", || if earlier.exists() { read(&earlier) } else { sealing_key() })?;
         let pepper = || Ok(format!("p1 {}\n", STANDARD.encode(random_bytes()?)));
         Ok(Self {
             ca,
@@ -76,7 +80,7 @@ impl Pki {
             staff_ca: state.path("staff-ca.pem"),
             staff,
             signing_keys,
-            sealing_keys: state.keep("sealing-keys", sealing_key)?,
+            sealing_keys,
             peppers: state.keep("password-pepper", pepper)?,
         })
     }

@@ -101,9 +101,10 @@ pub(super) async fn obtain(app: &App, acme: &Acme, holder: Uuid) -> Result<Obtai
     let certified = certified.map_err(|_| Failure::NoCertificate)?;
     let validity = certified.cert.first().and_then(validity);
     let (not_before, not_after) = validity.ok_or(Failure::NoCertificate)?;
-    let key = app.keyring.seal(Content::CertificateKey(&acme.key), key.serialize_der())?;
+    let issued_at = clock::now();
+    let key = app.keyring.seal(Content::CertificateKey(&acme.key), key.serialize_der(), issued_at)?;
     let renew_at = renew_at(not_before, not_after);
-    Ok(Obtained { chain, key, issued_at: clock::now(), not_after, renew_at })
+    Ok(Obtained { chain, key, issued_at, not_after, renew_at })
 }
 
 /// The account of this system at the server, made when there is none.
@@ -114,11 +115,6 @@ async fn account(app: &App, acme: &Acme) -> Result<Account, Failure> {
         match app.keyring.open(content, &sealed) {
             Ok(credentials) => {
                 let account = http().from_credentials(serde_json::from_slice(&credentials)?).await?;
-                // It may outlive the key that it is sealed with.
-                if !app.keyring.is_current(&sealed) {
-                    let sealed = app.keyring.seal(content, credentials)?;
-                    app.store.acme_set_account(&acme.directory, Some(&sealed), clock::now()).await?;
-                }
                 return Ok(account);
             }
             Err(error) => tracing::error!(%error, "the account's key is lost: another one is made"),
@@ -130,8 +126,9 @@ async fn account(app: &App, acme: &Acme) -> Result<Account, Failure> {
         NewAccount { contact: &contact, terms_of_service_agreed: true, only_return_existing: false };
     let (account, credentials) =
         http().create(&account, acme.directory.clone(), acme.external.as_ref()).await?;
-    let sealed = app.keyring.seal(content, serde_json::to_vec(&credentials)?)?;
-    app.store.acme_set_account(&acme.directory, Some(&sealed), clock::now()).await?;
+    let now = clock::now();
+    let sealed = app.keyring.seal(content, serde_json::to_vec(&credentials)?, now)?;
+    app.store.acme_set_account(&acme.directory, Some(&sealed), now).await?;
     tracing::info!(account = account.id(), "an ACME account was made");
     Ok(account)
 }

@@ -20,7 +20,6 @@ use dermflow_schemas::{
     id::ClientId,
     job::{STATES, State as JobState},
     limits::{DRAIN_WINDOW, MAX_WAIT, POLL_INTERVAL, WAITER_POLL},
-    seal::Content,
 };
 use futures_util::stream;
 use serde::Deserialize;
@@ -42,7 +41,7 @@ use crate::{
         status::failed_with,
     },
     store::batches::{Batch, BatchError, BatchResult, Cause, Tally},
-    submit::internal,
+    submit::open,
     upload::{self, NDJSON, Upload, batch_url},
 };
 
@@ -341,9 +340,10 @@ impl Reader {
         self.after = last.event;
         let mut chunk = Vec::new();
         for result in results {
-            let report = self.app.keyring.open(Content::Report(result.job), &result.sealed);
-            let report = report.map_err(|error| internal(&error))?;
-            write_result(&mut chunk, &result, &report, self.form);
+            match open(&self.app, result.job, &result.sealed) {
+                Ok(report) => write_result(&mut chunk, &result, &report, self.form),
+                Err(code) => write_unreadable(&mut chunk, &result, code, self.form),
+            }
         }
         Ok(Some(chunk.into()))
     }
@@ -372,6 +372,21 @@ fn write_result(chunk: &mut Vec<u8>, result: &BatchResult, report: &[u8], form: 
         chunk.push(b'}');
     } else {
         chunk.extend_from_slice(report);
+    }
+    chunk.push(b'\n');
+}
+
+/// A report that cannot be opened, in its place.
+fn write_unreadable(chunk: &mut Vec<u8>, result: &BatchResult, code: Code, form: Form) {
+    let BatchResult { event, line, custom_id, job, .. } = result;
+    let error = answer::error_json(&code.into());
+    if form == Form::Plain {
+        let entry = json!({
+            "cursor": event, "line": line, "custom_id": custom_id, "job": job, "report": null, "error": error
+        });
+        chunk.extend_from_slice(entry.to_string().as_bytes());
+    } else {
+        chunk.extend_from_slice(&answer::line_outcome(&error, &format!("line {line}, {custom_id}")));
     }
     chunk.push(b'\n');
 }
