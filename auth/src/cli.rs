@@ -1,4 +1,4 @@
-//! The command line: the acts of [`registry`] for staff with access to the database, and the signing keys.
+//! The command line: the acts of [`registry`] for staff with access to the database, and the keys.
 //!
 //! A password or secret is read from standard input or shown once on standard output; it is never an argument and never
 //! in the environment, where `ps` shows it.
@@ -28,10 +28,11 @@ use uuid::Uuid;
 
 use crate::{
     audit_command::{self, AuditCommand},
+    keys_command::{self, KeysCommand},
     service::{self, ServeOptions},
 };
 
-/// Registers the accounts of Dermflow, and keeps the keys that sign access tokens.
+/// Registers the accounts of Dermflow, and keeps the keys that sign access tokens and seal what is stored.
 #[derive(Debug, Parser)]
 #[command(name = "auth", version, subcommand_negates_reqs = true)]
 pub(crate) struct Options {
@@ -70,6 +71,9 @@ enum Command {
     /// The keys that sign access tokens. Needs no database.
     #[command(subcommand)]
     SigningKey(KeyCommand),
+    /// The keys that seal images and reports.
+    #[command(subcommand, alias = "sealing-key")]
+    Keys(KeysCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -300,6 +304,9 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     if let Command::SigningKey(command) = options.command {
         return signing_key(command, options.json);
     }
+    if let Command::Keys(KeysCommand::Add { folder }) = &options.command {
+        return keys_command::add(folder);
+    }
     let database = options.database.context("--database and --database-password-file are needed")?;
     if let Command::Serve(serve) = options.command {
         return service::run(serve, &database, options.pepper.load()?).await;
@@ -321,6 +328,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         Command::User(command) => console.user(command).await,
         Command::Credential(command) => console.credential(command).await,
         Command::Audit(command) => audit_command::run(&console.pool, command, options.json).await,
+        Command::Keys(command) => keys_command::run(&console.pool, command, console.json).await,
     }
 }
 

@@ -15,6 +15,7 @@ pub mod refresh;
 pub mod registry;
 pub mod revocation;
 pub mod scope;
+pub mod sealing;
 pub mod secret;
 pub mod session;
 pub mod throttle;

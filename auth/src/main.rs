@@ -1,8 +1,9 @@
-//! `auth`: the command line with which staff registers accounts and keeps the signing keys; `auth serve`: the same
+//! `auth`: the command line with which staff registers accounts and keeps the keys; `auth serve`: the same
 //! over HTTPS.
 
 mod audit_command;
 mod cli;
+mod keys_command;
 mod service;
 
 use std::process::ExitCode;

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, io, path::Path, sync::Arc};
 
-use serde::{Deserialize, de::IgnoredAny};
+use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -38,13 +38,20 @@ struct Line {
     cursor: Option<u64>,
     custom_id: Option<String>,
     job: Option<IgnoredAny>,
-    report: Option<IgnoredAny>,
+    /// Whether there is such a member; it is null when the server can no longer open the report.
+    #[serde(default, deserialize_with = "is_there")]
+    report: bool,
+    error: Option<IgnoredAny>,
 }
 
 impl Line {
     fn list(&self) -> List {
-        if self.report.is_some() { List::Results } else { List::Errors }
+        if self.report { List::Results } else { List::Errors }
     }
+}
+
+fn is_there<'de, D: Deserializer<'de>>(value: D) -> Result<bool, D::Error> {
+    IgnoredAny::deserialize(value).map(|_| true)
 }
 
 /// The state of one submission, on disk and in memory.
@@ -262,10 +269,10 @@ impl Ledger {
         }
         self.phases[item] = Phase::Ended;
         self.unended -= 1;
-        let counter = match (line.list(), &line.job) {
-            (List::Results, _) => &self.counters.succeeded,
-            (List::Errors, Some(_)) => &self.counters.failed,
-            (List::Errors, None) => &self.counters.refused,
+        let counter = match (line.list(), &line.error, &line.job) {
+            (List::Results, None, _) => &self.counters.succeeded,
+            (_, _, Some(_)) => &self.counters.failed,
+            (_, _, None) => &self.counters.refused,
         };
         counter.add(1);
     }
@@ -340,6 +347,21 @@ mod tests {
         let counters = &again.counters;
         assert_eq!((counters.succeeded.get(), counters.failed.get(), counters.refused.get()), (1, 1, 1));
         assert_eq!((counters.total.get(), counters.accepted.get()), (5, 3));
+    }
+
+    #[test]
+    fn a_report_that_the_server_cannot_open_is_a_failure_among_the_results() {
+        let folder = Folder::new();
+        let path = folder.path("out");
+        let mut first = open(&path, &["a", "b"]).unwrap();
+        let lost = json!({
+            "cursor": 9, "line": 1, "custom_id": "a", "job": "j", "report": null, "error": {"code": "report-unreadable"}
+        });
+        first.ended(List::Results, lost.to_string().as_bytes()).unwrap();
+        drop(first);
+        let again = open(&path, &["a", "b"]).unwrap();
+        assert_eq!((again.counters.succeeded.get(), again.counters.failed.get()), (0, 1));
+        assert_eq!((again.cursor(List::Results), again.cursor(List::Errors)), (9, 0));
     }
 
     #[test]
