@@ -24,6 +24,7 @@ mod privacy;
 mod provider;
 mod registration;
 mod routes;
+mod sealing;
 mod submit;
 mod survival;
 mod sweeping;

@@ -157,6 +157,8 @@ mod tests {
     fn the_certificate_is_trusted_for_its_names_and_no_other() {
         let dir = std::env::temp_dir().join(format!("dermflow-test-{}", uuid::Uuid::new_v4()));
         let state = State::open(&dir).unwrap();
+        write_private(&state.path("sealing-keys"), "k7 AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=\n")
+            .unwrap();
         let first = Pki::prepare(&state).unwrap();
         let ca = read(&first.ca).unwrap();
         let pki = Pki::prepare(&state).unwrap();
@@ -175,7 +177,8 @@ mod tests {
         assert!(verify("localhost") && verify("127.0.0.1") && verify("::1"));
         assert!(!verify("example.org") && !verify("127.0.0.2"));
         PrivateKeyDer::from_pem_file(pki.signing_keys.join("19700101T000000Z.pem")).unwrap();
-        dermflow_schemas::seal::Keyring::load(&pki.sealing_keys).unwrap();
+        let sealing_keys = dermflow_schemas::seal::Keys::read(&pki.sealing_keys).unwrap();
+        assert_eq!(sealing_keys.newest().id, "k7", "of an earlier build");
         std::fs::remove_dir_all(dir).unwrap();
     }
 }
