@@ -50,6 +50,9 @@ async fn round(app: &App, broken: &mut HashSet<Owner>) -> Result<(), DbError> {
     let (keys, now) = (app.keyring.keys(), clock::now());
     let sealing = &keys.sealing(now).id;
     let older: Vec<String> = keys.older(now).map(|key| key.id.clone()).collect();
+    if older.is_empty() {
+        return Ok(());
+    }
     for (owner, old) in app.store.secrets(&older, broken).await? {
         if let Err(error) = secret(app, &owner, &old).await? {
             tracing::error!(?owner, %error, "a secret cannot be sealed anew");
