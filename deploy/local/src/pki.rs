@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use base64::{Engine, engine::general_purpose::STANDARD};
-use dermflow_schemas::clock;
+use dermflow_schemas::{clock, seal};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PKCS_ED25519,
@@ -68,10 +68,13 @@ impl Pki {
         let signing_keys = state.folder("signing-keys")?;
         state.keep("signing-keys/19700101T000000Z.pem", || new_key(&PKCS_ED25519))?;
         let sealing_keys = state.folder("sealing")?;
-        // A state of an earlier build has them in one file.
-        let earlier = state.path("sealing-keys");
-        let sealing_key = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
-        state.keep("sealing/k1.key", || if earlier.exists() { read(&earlier) } else { sealing_key() })?;
+        // Only into an empty folder: a key that was removed does not come back as another one.
+        if seal::files(&sealing_keys)?.is_empty() {
+            // A state of an earlier build has them in one file.
+            let earlier = state.path("sealing-keys");
+            let new = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
+            state.keep("sealing/k1.key", || if earlier.exists() { read(&earlier) } else { new() })?;
+        }
         let pepper = || Ok(format!("p1 {}\n", STANDARD.encode(random_bytes()?)));
         Ok(Self {
             ca,
@@ -177,7 +180,7 @@ mod tests {
         assert!(verify("localhost") && verify("127.0.0.1") && verify("::1"));
         assert!(!verify("example.org") && !verify("127.0.0.2"));
         PrivateKeyDer::from_pem_file(pki.signing_keys.join("19700101T000000Z.pem")).unwrap();
-        let sealing_keys = dermflow_schemas::seal::Keys::read(&pki.sealing_keys).unwrap();
+        let sealing_keys = seal::Keys::read(&pki.sealing_keys).unwrap();
         assert_eq!(sealing_keys.newest().id, "k7", "of an earlier build");
         std::fs::remove_dir_all(dir).unwrap();
     }
