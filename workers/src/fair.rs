@@ -35,7 +35,7 @@ struct Share {
     standing: Standing,
     /// Whether there were more jobs when the last one came.
     more: bool,
-    /// Whether a wake-up came since it was asked last.
+    /// Whether a wake-up came, or an attempt ended, since it was asked last.
     woken: bool,
 }
 
@@ -120,6 +120,7 @@ impl Fair {
     pub fn ended(&mut self, client: ClientId) {
         let now = self.now;
         self.change(client, |share| {
+            share.woken |= share.more;
             if share.standing == Standing::Held {
                 share.standing = Standing::Waiting;
                 share.pass = share.pass.max(now);
@@ -292,6 +293,20 @@ pub(crate) mod tests {
         assert_eq!(fair.next(), None);
         fair.ended(client(0));
         assert_eq!(fair.next(), Some(client(0)));
+    }
+
+    #[test]
+    fn an_end_that_crosses_the_answer_counts() {
+        let mut fair = with_backlog(1);
+        fair.asked(client(0));
+        fair.took(client(0), 1, true);
+        fair.asked(client(0));
+        fair.ended(client(0));
+        fair.nothing(client(0));
+        assert_eq!(fair.next(), Some(client(0)));
+        fair.asked(client(0));
+        fair.nothing(client(0));
+        assert_eq!(fair.next(), None, "one end is asked about once");
     }
 
     #[test]
