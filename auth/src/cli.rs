@@ -305,7 +305,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         return signing_key(command, options.json);
     }
     if let Command::Keys(KeysCommand::Add { folder }) = &options.command {
-        return keys_command::add(folder);
+        return keys_command::add(folder, options.json);
     }
     let database = options.database.context("--database and --database-password-file are needed")?;
     if let Command::Serve(serve) = options.command {

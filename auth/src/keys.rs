@@ -6,9 +6,9 @@
 //! folder is refused with the next look at it.
 
 use std::{
-    fs::{self, OpenOptions},
-    io::Write,
-    os::unix::fs::OpenOptionsExt,
+    fs::{self, File, OpenOptions, Permissions},
+    io::{self, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -175,7 +175,17 @@ pub fn add(folder: &Path, begins: OffsetDateTime) -> Result<Key, KeyError> {
     Key::read(&put(folder, begins, "pem", |_| pem)?)
 }
 
-/// Writes a new file that is named after a moment and that only its owner can read; `text` is given the name.
+/// Gives a new key to who owns the folder, and lets the folder's group read it if it may read the folder: whoever makes a
+/// key, the services that need it can read it.
+fn lend(file: &File, folder: &Path) -> io::Result<()> {
+    let (own, all) = (file.metadata()?, fs::metadata(folder)?);
+    if (own.uid(), own.gid()) != (all.uid(), all.gid()) {
+        fchown(file, Some(all.uid()), Some(all.gid()))?;
+    }
+    file.set_permissions(Permissions::from_mode(0o600 | (all.mode() & 0o040)))
+}
+
+/// Writes a new file that is named after a moment and that only the services can read; `text` is given the name.
 pub(crate) fn put(
     folder: &Path,
     begins: OffsetDateTime,
@@ -190,10 +200,15 @@ pub(crate) fn put(
     // Readers look at the folder at any time: the whole file appears at once, or it does not.
     let part = folder.join(format!("{name}.part"));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&part).map_err(bad)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(bad)?;
-    let linked = fs::hard_link(&part, &path);
+    let linked = file
+        .write_all(text.as_bytes())
+        .and_then(|()| lend(&file, folder))
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::hard_link(&part, &path));
     fs::remove_file(&part).map_err(bad)?;
     linked.map_err(|error| KeyError::new(&path, error.to_string()))?;
+    // The key may be used at once: a power failure must not take it away.
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(bad)?;
     Ok(path)
 }
 
@@ -252,7 +267,7 @@ mod tests {
         let key = &keys.published(datetime!(2026-01-31 12:00 UTC))["keys"][0];
         let names: Vec<_> = key.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(names, ["alg", "crv", "kid", "kty", "use", "x"]);
-        let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         fs::write(folder.join("next.pem"), "x").unwrap();
         assert!(Keys::read(&folder).is_err(), "a file with another name");

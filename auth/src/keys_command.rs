@@ -18,12 +18,14 @@ use dermflow_schemas::{
     clock,
     id::JobId,
     limits::{RESEAL_SILENCE, SEALING_LEAD},
-    seal::{Key, Keys, files},
+    seal::{Key, Keys, MAX_KEYS, files},
 };
 use serde_json::json;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use uuid::Uuid;
+
+use crate::cli::Sure;
 
 /// Between two looks at how far it is.
 const LOOK: Duration = Duration::from_secs(1);
@@ -58,17 +60,29 @@ pub(crate) enum KeysCommand {
         folder: PathBuf,
     },
     /// Removes the keys that nothing needs any more: nothing is stored under them, and no payload at the broker can be.
-    /// Says of the others why and until when they are kept.
+    /// Says of the others why and until when they are kept. Every process must have seen the newer keys: one that was never
+    /// told of them still seals with an old one.
     Prune {
         /// The folder.
         folder: PathBuf,
+        #[command(flatten)]
+        sure: Sure,
     },
 }
 
 /// `auth keys add`.
-pub(crate) fn add(folder: &Path) -> Result<()> {
-    println!("{}", make(folder)?.display());
+pub(crate) fn add(folder: &Path, json: bool) -> Result<()> {
+    show(&make(folder)?, json);
     Ok(())
+}
+
+/// The file of a key; in JSON a document.
+fn show(file: &Path, json: bool) {
+    if json {
+        println!("{}", json!({ "file": file }));
+    } else {
+        println!("{}", file.display());
+    }
 }
 
 /// Every other command.
@@ -76,14 +90,19 @@ pub(crate) async fn run(pool: &Pool, command: KeysCommand, json: bool) -> Result
     let client = pool.get().await?;
     patient(&client).await?;
     match command {
-        KeysCommand::Add { folder } => add(&folder),
+        KeysCommand::Add { folder } => add(&folder, json),
         KeysCommand::List { folder } => list(&client, &folder, json).await,
         KeysCommand::Rotate { folder, detach } => {
-            add(&folder)?;
+            // Before anything is made: a folder that is not the services' own has no key to rotate.
+            stored(&client, &Keys::read(&folder)?.newest().id).await?;
+            add(&folder, json)?;
             if detach { Ok(()) } else { follow(&client, &folder, json, true).await }
         }
         KeysCommand::Reseal { folder } => follow(&client, &folder, json, false).await,
-        KeysCommand::Prune { folder } => prune(&client, &folder).await,
+        KeysCommand::Prune { folder, sure } => {
+            sure.check(&format!("removes the keys of {} that nothing needs", folder.display()))?;
+            prune(&client, &folder, json).await
+        }
     }
 }
 
@@ -94,7 +113,13 @@ fn make(folder: &Path) -> Result<PathBuf> {
         folder.display()
     );
     // A folder whose keys cannot be read is no empty one.
-    let empty = !folder.exists() || files(folder)?.is_empty();
+    let count = if folder.exists() { files(folder)?.len() } else { 0 };
+    ensure!(
+        count < MAX_KEYS,
+        "{} has {MAX_KEYS} keys, as many as may be: see `auth keys prune`",
+        folder.display()
+    );
+    let empty = count == 0;
     if !empty {
         Keys::read(folder)?;
     }
@@ -303,7 +328,7 @@ async fn conclude(
     Ok(())
 }
 
-async fn prune(client: &Client, folder: &Path) -> Result<()> {
+async fn prune(client: &Client, folder: &Path, json: bool) -> Result<()> {
     let (keys, now) = (Keys::read(folder)?, clock::now());
     let stored = stored(client, &keys.sealing(now).id).await?;
     for file in files(folder)? {
@@ -324,7 +349,7 @@ async fn prune(client: &Client, folder: &Path) -> Result<()> {
             Some(Some(need)) => eprintln!("{} is kept: {need}", file.display()),
             None => {
                 fs::remove_file(&file).with_context(|| file.display().to_string())?;
-                println!("{}", file.display());
+                show(&file, json);
             }
         }
     }

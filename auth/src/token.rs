@@ -168,6 +168,7 @@ impl Tokens {
         let fresh = Keys::read(&self.folder)?;
         if !fresh.are(&self.keys()) {
             *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
+            self.believed.clear();
         }
         Ok(())
     }

@@ -46,7 +46,7 @@ pub(crate) async fn follow_keys(app: Arc<App>, stop: CancellationToken) {
     }
 }
 
-async fn round(app: &App, broken: &mut HashSet<Owner>) -> Result<(), DbError> {
+async fn round(app: &App, broken: &mut HashSet<(Owner, String)>) -> Result<(), DbError> {
     let (keys, now) = (app.keyring.keys(), clock::now());
     let sealing = &keys.sealing(now).id;
     let older: Vec<String> = keys.older(now).map(|key| key.id.clone()).collect();
@@ -57,7 +57,10 @@ async fn round(app: &App, broken: &mut HashSet<Owner>) -> Result<(), DbError> {
         if let Err(error) = secret(app, &owner, &old).await? {
             tracing::error!(?owner, %error, "a secret cannot be sealed anew");
             app.metrics.resealed.with_label_values(&["secret", "unopened"]).inc();
-            broken.insert(owner);
+            // A key that is missing may come back.
+            if matches!(error, SealError::Broken) {
+                broken.insert((owner, old.key_id));
+            }
         }
     }
     for older in app.store.keys_in_use(&older, sealing).await? {
@@ -82,7 +85,6 @@ async fn secret(app: &App, owner: &Owner, old: &Sealed) -> Result<Result<(), Sea
 }
 
 async fn reports(app: &App, older: &str, sealing: &str) -> Result<(), DbError> {
-    tracing::info!(older, sealing, "reports are sealed anew");
     let mut after: JobId = Uuid::nil().into();
     let mut count = 0;
     loop {
@@ -100,7 +102,9 @@ async fn reports(app: &App, older: &str, sealing: &str) -> Result<(), DbError> {
         after = last;
         sleep(begun.elapsed()).await;
     }
-    tracing::info!(older, sealing, count, "reports were sealed anew");
+    if count > 0 {
+        tracing::info!(older, sealing, count, "reports were sealed anew");
+    }
     Ok(())
 }
 

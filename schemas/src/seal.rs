@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// A folder with more keys than this is no folder of keys.
-const MAX_KEYS: usize = 64;
+pub const MAX_KEYS: usize = 64;
 
 /// What a blob holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

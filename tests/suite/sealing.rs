@@ -153,10 +153,10 @@ async fn sealing_keys_rotate_and_what_is_stored_follows() -> Result<()> {
     assert_eq!(lab.count(&others).await?, 0);
 
     // Payloads may need them for two weeks: nothing is removed.
-    assert_eq!(lab.auth(&["keys", "prune", &shown])?, "");
+    assert_eq!(lab.auth(&["keys", "prune", &shown, "--yes"])?, "");
     // As if the first one had been replaced long ago.
     sealing::add(&folder, datetime!(2020-01-01 00:00 UTC))?;
-    let pruned = lab.auth(&["keys", "prune", &shown])?;
+    let pruned = lab.auth(&["keys", "prune", &shown, "--yes"])?;
     assert_eq!(pruned, folder.join("k1.key").display().to_string());
     fs::remove_file(second_file)?;
     for replica in 0..2 {

@@ -149,8 +149,7 @@ impl Trail {
 
     fn admits(&self, kind: Kind) -> bool {
         let mut counts = self.counts();
-        let has_room = counts.contains_key(&kind) || counts.len() < AUDIT_SOURCES;
-        let count = counts.entry(if has_room { kind } else { kind.folded() }).or_default();
+        let count = place(&mut counts, kind);
         if count.written < AUDIT_SINGLES {
             count.written += 1;
             true
@@ -164,21 +163,32 @@ impl Trail {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes what was only counted, all or nothing; returns how many are still to be written.
+    /// Writes what was only counted; returns how many are still to be written.
     async fn write_counts(&self) -> u64 {
         let counts = mem::take(&mut *self.counts());
-        let now = clock::now();
-        let more = counts.iter().filter(|(_, count)| count.more > 0);
-        let events: Vec<Event> = more.map(|(kind, count)| counted(*kind, count.more, now)).collect();
-        if events.is_empty() || self.record(events).await.is_ok() {
-            return 0;
+        let (now, mut left) = (clock::now(), 0);
+        let more: Vec<(Kind, u64)> = counts
+            .into_iter()
+            .map(|(kind, count)| (kind, count.more))
+            .filter(|(_, more)| *more > 0)
+            .collect();
+        for some in more.chunks(AUDIT_GROUP) {
+            let events = some.iter().map(|(kind, more)| counted(*kind, *more, now)).collect();
+            if self.record(events).await.is_err() {
+                for (kind, more) in some {
+                    place(&mut self.counts(), *kind).more += more;
+                    left += more;
+                }
+            }
         }
-        let mut left = self.counts();
-        for (kind, count) in counts {
-            left.entry(kind).or_default().more += count.more;
-        }
-        left.values().map(|count| count.more).sum()
+        left
     }
+}
+
+/// The count of a kind, or of what is left of it when too many are told apart.
+fn place(counts: &mut HashMap<Kind, Count>, kind: Kind) -> &mut Count {
+    let has_room = counts.contains_key(&kind) || counts.len() < AUDIT_SOURCES;
+    counts.entry(if has_room { kind } else { kind.folded() }).or_default()
 }
 
 fn counted(Kind { source, user, client, action, code }: Kind, times: u64, now: OffsetDateTime) -> Event {

@@ -1,7 +1,7 @@
 //! The keys of one instance: a private CA, the server's certificate, another CA for the certificates of staff, the
 //! signing key, the sealing keys.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -72,8 +72,10 @@ impl Pki {
         if seal::files(&sealing_keys)?.is_empty() {
             // A state of an earlier build has them in one file.
             let earlier = state.path("sealing-keys");
-            let new = || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?)));
-            state.keep("sealing/k1.key", || if earlier.exists() { read(&earlier) } else { new() })?;
+            if earlier.exists() {
+                fs::rename(&earlier, sealing_keys.join("k1.key"))?;
+            }
+            state.keep("sealing/k1.key", || Ok(format!("k1 {}\n", STANDARD.encode(random_bytes()?))))?;
         }
         let pepper = || Ok(format!("p1 {}\n", STANDARD.encode(random_bytes()?)));
         Ok(Self {

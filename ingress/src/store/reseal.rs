@@ -110,7 +110,7 @@ impl Store {
     pub(crate) async fn secrets(
         &self,
         keys: &[String],
-        except: &HashSet<Owner>,
+        except: &HashSet<(Owner, String)>,
     ) -> Result<Vec<(Owner, Sealed)>> {
         within(async {
             let select = "SELECT true, directory, sealing_key, credentials FROM acme_accounts \
@@ -118,7 +118,9 @@ impl Store {
                           SELECT false, names, sealing_key, private_key FROM acme_certificates \
                           WHERE sealing_key = ANY($1)";
             let rows = self.pool.get().await?.query(select, &[&keys]).await?;
-            Ok(rows.iter().map(secret).filter(|(owner, _)| !except.contains(owner)).collect())
+            let is_known =
+                |(owner, sealed): &(Owner, Sealed)| except.contains(&(owner.clone(), sealed.key_id.clone()));
+            Ok(rows.iter().map(secret).filter(|secret| !is_known(secret)).collect())
         })
         .await
     }
