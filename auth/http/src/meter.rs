@@ -43,7 +43,7 @@ pub enum Subject {
     /// Everybody else from an IPv4 address, or from an IPv6 /64, by its 64 bits.
     #[serde(rename = "n")]
     Network(u64),
-    /// One of [`SHARED`] parts of the networks for which there is no count of their own, of this replica only.
+    /// One of the shares of all networks for which there is no count of their own, of this replica only.
     #[serde(skip)]
     Shared(u64),
 }
