@@ -6,9 +6,9 @@
 //! folder is refused with the next look at it.
 
 use std::{
-    fs::{self, File, OpenOptions, Permissions},
+    fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -175,14 +175,15 @@ pub fn add(folder: &Path, begins: OffsetDateTime) -> Result<Key, KeyError> {
     Key::read(&put(folder, begins, "pem", |_| pem)?)
 }
 
-/// Gives a new key to who owns the folder, and lets the folder's group read it if it may read the folder: whoever makes a
-/// key, the services that need it can read it.
+/// Gives a new key to who owns the folder, and lets the folder's group read it if the folder is for that group: whoever
+/// makes a key, the services that need it can read it.
 fn lend(file: &File, folder: &Path) -> io::Result<()> {
     let (own, all) = (file.metadata()?, fs::metadata(folder)?);
     if (own.uid(), own.gid()) != (all.uid(), all.gid()) {
         fchown(file, Some(all.uid()), Some(all.gid()))?;
     }
-    file.set_permissions(Permissions::from_mode(0o600 | (all.mode() & 0o040)))
+    let is_for_group = all.mode() & 0o044 == 0o040;
+    file.set_permissions(Permissions::from_mode(if is_for_group { 0o640 } else { 0o600 }))
 }
 
 /// Writes a new file that is named after a moment and that only the services can read; `text` is given the name.
@@ -193,7 +194,7 @@ pub(crate) fn put(
     text: impl FnOnce(&str) -> String,
 ) -> Result<PathBuf, KeyError> {
     let bad = |error: std::io::Error| KeyError::new(folder, error.to_string());
-    fs::create_dir_all(folder).map_err(bad)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(bad)?;
     let name = clock::name(begins).map_err(|error| KeyError::new(folder, error.to_string()))?;
     let path = folder.join(format!("{name}.{extension}"));
     let text = Zeroizing::new(text(&name));
@@ -269,6 +270,13 @@ mod tests {
         assert_eq!(names, ["alg", "crv", "kid", "kty", "use", "x"]);
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+        fs::set_permissions(&folder, Permissions::from_mode(0o750)).unwrap();
+        let shared = add(&folder, datetime!(2026-02-28 12:00 UTC)).unwrap().file;
+        assert_eq!(
+            fs::metadata(&shared).unwrap().permissions().mode() & 0o777,
+            0o640,
+            "a folder for a group"
+        );
         fs::write(folder.join("next.pem"), "x").unwrap();
         assert!(Keys::read(&folder).is_err(), "a file with another name");
         fs::remove_dir_all(folder).unwrap();
