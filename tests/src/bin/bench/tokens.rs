@@ -19,8 +19,8 @@ use uuid::Uuid;
 
 use crate::measure::{median, percentile, verdict};
 
-/// Tokens, as many as are remembered.
-const TOKENS: usize = 16_000;
+/// Tokens, three quarters of those that are remembered: of as many as fit a few are forgotten.
+const TOKENS: usize = 12_000;
 /// Requests of each kind.
 const TIMED: usize = 1_000;
 
