@@ -352,6 +352,12 @@ async fn tokens_are_revoked_by_and_described_to_their_owner() -> Result<()> {
     let (access, next) = (text(&second, "access_token"), text(&second, "refresh_token"));
     let introspect = async |token: &str| about(demo, "/oauth/introspect", &own, token).await;
     let revoke = async |token: &str| about(demo, "/oauth/revoke", &own, token).await;
+    // Who proves itself to ask has signed in for that, which is in the trail.
+    let logins = "SELECT count(*) FROM auth.audit WHERE action = 'login' AND outcome = 'success'";
+    let before = lab.count(logins).await?;
+    assert_eq!(introspect("nonsense").await?.text, INACTIVE);
+    assert_eq!(revoke("nonsense").await?.status, 200);
+    assert_eq!(lab.count(logins).await?, before + 2);
 
     // Signed with our key: nothing but the time tells them apart.
     let tokens = Tokens::open(&lab.signing_keys(), &lab.url(0))?;

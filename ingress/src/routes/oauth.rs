@@ -13,7 +13,7 @@ use axum::{
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_auth::{
-    audit::{Action, Object},
+    audit::{Action, Event, Object},
     credentials::{self, Proof},
     db::DbError,
     keys,
@@ -323,7 +323,11 @@ async fn holder(
     form: &Form,
 ) -> Result<Uuid, Refusal> {
     if let Some(proof) = client(app, origin, counted, headers, form).await? {
-        return Ok(proof.user.client.uuid());
+        // For this one request it has signed in.
+        let (client, now) = (proof.user.client, clock::now());
+        let login = Event::new(Action::Login, origin.who(), now).client(Some(client));
+        app.trail.repeated(login.object(Some(Object::account(client)))).await.map_err(Problem::from)?;
+        return Ok(client.uuid());
     }
     let caller = bearer(headers, app, origin)
         .await
