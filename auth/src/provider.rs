@@ -9,6 +9,6 @@ mod config;
 mod jwks;
 pub mod links;
 
-pub use check::{Identity, Refusal, Shape, issuer_of, shape};
+pub use check::{Claimed, Identity, Refusal, Shape, shape};
 pub use config::{Introspection, Provider, ProviderError, Source, load};
 pub use jwks::{BadSet, KeySet, jwks_url};

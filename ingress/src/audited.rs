@@ -161,7 +161,9 @@ pub(crate) async fn audited<G: Gate>(
         };
         let event = Event::new(action, origin.who(), now).client(account.or(origin.0.user.get().copied()));
         let event = event.object(account.map(Object::account).or(object));
-        gate.trail().refused(event, code).await;
+        if let Err(code) = gate.trail().refused(event, code).await {
+            return Problem::from(code).into_response();
+        }
     }
     response
 }
@@ -201,19 +203,24 @@ fn shuts_out(code: Code) -> bool {
     matches!(code.kind().status, 401 | 403 | 429)
 }
 
-/// Records the refusal of a part of a request: of an entry of a Bundle, or of a line of an upload.
-pub(crate) async fn refused_part<G: Gate>(
+/// Records why a part of a request is refused, if it is: an entry of a Bundle, or a line of an upload. What cannot be
+/// recorded is refused for that reason.
+pub(crate) async fn audited_part<G: Gate, T>(
     gate: &G,
     who: Who,
     client: ClientId,
     batch: Option<Uuid>,
     number: usize,
-    code: Code,
-) {
-    if refusal(code, false) {
+    outcome: Result<T, Problem>,
+) -> Result<T, Problem> {
+    if let Err(problem) = &outcome
+        && let code = problem.code()
+        && refusal(code, false)
+    {
         let action = if shuts_out(code) { Action::Access } else { Action::Request };
         let event = Event::new(action, who, clock::now()).client(Some(client));
         let event = event.object(batch.map(Object::batch)).detail(json!({ "number": number }));
-        gate.trail().refused(event, code).await;
+        gate.trail().refused(event, code).await?;
     }
+    outcome
 }

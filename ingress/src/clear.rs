@@ -26,7 +26,7 @@ pub(crate) async fn seen(app: Arc<App>, request: Parts, source: IpAddr) {
     if request.method == Method::POST && (path == "/login" || path.starts_with("/oauth/")) {
         tracing::info!("a login was sent in clear");
         app.trail
-            .refused(Event::new(Action::Login, who, now).detail(detail.clone()), Code::LoginFailed)
+            .refused_unanswered(Event::new(Action::Login, who, now).detail(detail.clone()), Code::LoginFailed)
             .await;
     }
     let Some(caller) = token(&request.headers).and_then(|token| app.tokens.verify(token, now).ok()) else {

@@ -47,10 +47,7 @@ use std::sync::{Arc, PoisonError};
 
 use anyhow::Context;
 use dermflow_auth::{
-    audit::{
-        self,
-        trail::{self, Trail},
-    },
+    audit::{self, trail::Trail},
     password::Hasher,
     throttle::Throttle,
     token::Tokens,
@@ -150,7 +147,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(timekeeper::run(app.store.clone(), stop_recording.clone())),
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
         tokio::spawn(files.follow(stop_recording.clone())),
-        tokio::spawn(trail::count(app.trail.clone(), stop_recording.clone())),
         tokio::spawn(resealer::run(app.clone(), stop_recording.clone())),
         tokio::spawn(resealer::follow_keys(app.clone(), stop_recording.clone())),
     ];
@@ -222,14 +218,13 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     operators.access.refresh(operators.store.pool()).await;
     let address = options.listen.into();
     let listener = serve::bind("listen", address).await?;
-    // Refusals are counted, and revocations followed, until the last request has ended.
+    // Revocations are followed until the last request has ended.
     let (stop_following, stop) = (CancellationToken::new(), CancellationToken::new());
     let followers = operators.providers.start(&stop_following);
     let tasks = [
         tokio::spawn(access::run(operators.clone(), stop_following.clone())),
         tokio::spawn(rates::exchange(operators.clone(), nats, stop_following.clone())),
         tokio::spawn(timekeeper::run(operators.store.clone(), stop_following.clone())),
-        tokio::spawn(trail::count(operators.trail.clone(), stop_following.clone())),
         tokio::spawn(files.follow(stop_following.clone())),
     ];
     let crowd = Crowd::new(NETWORK_CONNECTIONS, metrics.turned_away);

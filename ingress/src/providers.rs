@@ -10,13 +10,14 @@ mod remote;
 use std::{path::Path, sync::Arc, time::Duration};
 
 use aws_lc_rs::digest::{SHA256, digest};
-use dermflow_auth::provider::{self, Identity, Provider, Refusal, Shape};
+use dermflow_auth::provider::{self, Claimed, Identity, Provider, Refusal, Shape};
 use dermflow_schemas::limits::{INTROSPECTION_CACHE, INTROSPECTION_REFUSED, REMEMBERED_EXTERNAL};
 use prometheus::IntCounterVec;
 use quick_cache::sync::Cache;
 use time::OffsetDateTime;
 use tokio::{sync::OnceCell, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use remote::{Remote, Silent};
 
@@ -58,15 +59,22 @@ struct Word {
     until: Instant,
 }
 
-/// By the SHA-256 of a token.
-type Remembered<T> = Cache<[u8; 32], T>;
+/// A signed token that was believed.
+#[derive(Debug)]
+struct Believed {
+    /// Of the whole token: another one that claims the same id proves itself.
+    sha256: [u8; 32],
+    proof: Arc<Proof>,
+}
 
 /// The providers whose tokens are taken.
 #[derive(Debug)]
 pub(crate) struct Providers {
     remotes: Vec<Arc<Remote>>,
-    signed: Remembered<(usize, Arc<Proof>)>,
-    opaque: Remembered<Word>,
+    /// By the provider and the token's id there.
+    signed: Cache<(usize, Uuid), Arc<Believed>>,
+    /// By SHA-256, as nothing can be read in them.
+    opaque: Cache<[u8; 32], Word>,
 }
 
 impl Providers {
@@ -104,14 +112,14 @@ impl Providers {
         if self.remotes.is_empty() {
             return Err(Trouble::Refused("not ours"));
         }
-        let mut fingerprint = [0; 32];
+        let mut sha256 = [0; 32];
         let proof = match provider::shape(token) {
             Shape::None => return Err(Trouble::Refused("no token")),
             shape => {
-                fingerprint.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+                sha256.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
                 match shape {
-                    Shape::Jwt => self.signed(token, fingerprint, now).await?,
-                    _ => self.opaque(token, fingerprint, now).await?,
+                    Shape::Jwt => self.signed(token, sha256, now).await?,
+                    _ => self.opaque(token, sha256, now).await?,
                 }
             }
         };
@@ -121,17 +129,10 @@ impl Providers {
     async fn signed(
         &self,
         token: &str,
-        fingerprint: [u8; 32],
+        sha256: [u8; 32],
         now: OffsetDateTime,
     ) -> Result<Arc<Proof>, Trouble> {
-        let remembered = self.signed.get(&fingerprint);
-        if let Some((number, proof)) = &remembered {
-            let keys = self.remotes[*number].keys().ok_or(Trouble::Unavailable)?;
-            if keys.number == proof.keys {
-                return Ok(proof.clone());
-            }
-        }
-        let issuer = provider::issuer_of(token).ok_or(Trouble::Refused("no issuer"))?;
+        let Claimed { issuer, jti } = Claimed::of(token).ok_or(Trouble::Refused("no issuer"))?;
         let number = self.remotes.iter().position(|remote| remote.provider().issuer == issuer);
         let number = number.ok_or(Trouble::Refused("of no provider"))?;
         let remote = &self.remotes[number];
@@ -139,6 +140,12 @@ impl Providers {
             return Err(Trouble::Refused("of a provider that signs nothing"));
         }
         let mut keys = remote.keys().ok_or(Trouble::Unavailable)?;
+        let remembered = self.signed.get(&(number, jti)).filter(|believed| believed.sha256 == sha256);
+        if let Some(believed) = &remembered
+            && believed.proof.keys == keys.number
+        {
+            return Ok(believed.proof.clone());
+        }
         let mut proved = remote.provider().prove(token, &keys.set, now);
         if proved == Err(Refusal::UnknownKey) {
             keys = remote.fresh_keys().await?;
@@ -148,16 +155,16 @@ impl Providers {
             Refusal::Never(why) => Trouble::Refused(why),
             Refusal::UnknownKey => Trouble::Refused("unknown key"),
         })?;
-        let noted = remembered.map(|(_, before)| before.noted.clone()).unwrap_or_default();
+        let noted = remembered.map(|believed| believed.proof.noted.clone()).unwrap_or_default();
         let proof = Arc::new(Proof { identity, noted, keys: keys.number });
-        self.signed.insert(fingerprint, (number, proof.clone()));
+        self.signed.insert((number, jti), Arc::new(Believed { sha256, proof: proof.clone() }));
         Ok(proof)
     }
 
     async fn opaque(
         &self,
         token: &str,
-        fingerprint: [u8; 32],
+        sha256: [u8; 32],
         now: OffsetDateTime,
     ) -> Result<Arc<Proof>, Trouble> {
         let remote = self.remotes.iter().find(|remote| remote.provider().introspection.is_some());
@@ -165,10 +172,10 @@ impl Providers {
         let mut noted = Arc::default();
         loop {
             // Who comes while the provider is asked about the same token waits for that answer.
-            let word = match self.opaque.get_value_or_guard_async(&fingerprint).await {
+            let word = match self.opaque.get_value_or_guard_async(&sha256).await {
                 Ok(word) if word.until > Instant::now() => word,
                 Ok(_) => {
-                    let old = self.opaque.remove_if(&fingerprint, |word| word.until <= Instant::now());
+                    let old = self.opaque.remove_if(&sha256, |word| word.until <= Instant::now());
                     if let Some((_, Word { proof: Some(proof), .. })) = old {
                         noted = proof.noted.clone();
                     }

@@ -38,7 +38,7 @@ use crate::{
     access::Verdict,
     answer::{Problem, error_json},
     app::{App, Place},
-    audited::refused_part,
+    audited::audited_part,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::claim::Member,
@@ -169,7 +169,7 @@ impl Uploading {
                     Ok(Next::End) => return Ok(true),
                     Err(Cut) => return Err(Gone),
                     Ok(next) => {
-                        if !self.take(next).await? {
+                        if !self.take(next) {
                             return Ok(false);
                         }
                     }
@@ -178,7 +178,8 @@ impl Uploading {
         }
     }
 
-    async fn take(&mut self, next: Next) -> Result<bool, Gone> {
+    /// Takes a line in hand; `false` when it is one too many.
+    fn take(&mut self, next: Next) -> bool {
         self.counts.lines += 1;
         let over = self.counts.lines > MAX_BATCH_LINES;
         match next {
@@ -186,7 +187,7 @@ impl Uploading {
                 self.in_hand += bytes.len();
                 let (app, upload, seen) = (self.app.clone(), self.upload.clone(), self.seen.clone());
                 self.running.spawn(line(app, upload, seen, number, bytes, memory));
-                Ok(true)
+                true
             }
             Next::Line { number, .. } | Next::TooLong { number } => {
                 let error = if over {
@@ -194,11 +195,14 @@ impl Uploading {
                 } else {
                     ApiError::from(Code::BodyTooLarge).detail(format!("limit {MAX_BODY_BYTES} bytes a line"))
                 };
-                let outcome = Err(error.into());
-                self.answered(Some(Answered { number, custom_id: None, outcome, bytes: 0 })).await?;
-                Ok(!over)
+                let (app, upload) = (self.app.clone(), self.upload.clone());
+                self.running.spawn(async move {
+                    let outcome = audited(&app, &upload, number, Err(error.into())).await;
+                    Answered { number, custom_id: None, outcome, bytes: 0 }
+                });
+                !over
             }
-            Next::End => Ok(true),
+            Next::End => true,
         }
     }
 
@@ -214,8 +218,6 @@ impl Uploading {
             }
             Err(problem) => {
                 self.counts.refused += 1;
-                let Upload { client, batch, who, .. } = *self.upload;
-                refused_part(self.app.as_ref(), who, client, Some(batch), number, problem.code()).await;
                 goes_on = problem.retry() == Retry::Never;
                 json!({"line": number, "custom_id": custom_id, "error": problem.to_json()})
             }
@@ -273,7 +275,17 @@ async fn line(
             (custom_id, outcome)
         }
     };
+    let outcome = audited(&app, &upload, number, outcome).await;
     Answered { number, custom_id, outcome, bytes: length }
+}
+
+async fn audited(
+    app: &App,
+    upload: &Upload,
+    number: usize,
+    outcome: Result<JobId, Problem>,
+) -> Result<JobId, Problem> {
+    audited_part(app, upload.who, upload.client, Some(upload.batch), number, outcome).await
 }
 
 fn digest(name: &str) -> u128 {

@@ -363,9 +363,13 @@ pub const AUDIT_QUEUE: usize = 4_096;
 pub const AUDIT_GROUP: usize = 256;
 /// Such statements at once, per ingress process.
 pub const AUDIT_WRITERS: usize = 2;
-/// Refusals, or questions how far something is, of one kind, caller and network that are recorded one by one each
-/// second; the rest are counted in one event.
+/// Refusals, or questions how far something is, of one kind, caller and network that are an event each every second;
+/// the rest of that second are events together.
 pub const AUDIT_SINGLES: u32 = 5;
+/// How long these wait for others of their kind.
+pub const AUDIT_TOGETHER: Duration = Duration::from_millis(50);
+/// Different things that one of their events is about at most.
+pub const AUDIT_ABOUT: usize = 64;
 /// Kinds of these that are told apart at once; beyond it the network of callers whom nobody knows is left out.
 pub const AUDIT_SOURCES: usize = 4_096;
 /// Between two looks for events that are not in the hash chain yet.

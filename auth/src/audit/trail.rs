@@ -1,19 +1,17 @@
 //! The way into the audit trail for what has no transaction of its own: logins, refusals, reads.
 //!
-//! Events of concurrent requests go to the database in one statement, and nobody
-//! waits for a group to fill. An answer that hands something out leaves when its event is on disk; when the event
-//! cannot be written, the answer is an error instead. A refusal stays a refusal: that it is missing in the trail is
-//! counted, and logged.
+//! Events of concurrent requests go to the database in one statement. An answer leaves when its event is on disk, a
+//! refusal too; when the event cannot be written, the answer is an error instead.
 //!
 //! What callers do without number must not become a flood of events: refusals, and questions how far a job is. Of each
-//! kind, caller and address [`AUDIT_SINGLES`] a second are written before their answer leaves; the rest are counted,
-//! and written as one event within about a second after, or as soon as they can be.
+//! kind, caller and network [`AUDIT_SINGLES`] a second are events of their own; the rest wait for each other for
+//! [`AUDIT_TOGETHER`], and are one event that has their number and, of callers who are known, what each was about.
 
 use std::{
     collections::HashMap,
     mem,
     net::{IpAddr, Ipv6Addr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -23,21 +21,41 @@ use dermflow_schemas::{
     clock,
     error::Code,
     id::ClientId,
-    limits::{AUDIT_GROUP, AUDIT_QUEUE, AUDIT_SINGLES, AUDIT_SOURCES, AUDIT_WRITERS},
+    limits::{
+        AUDIT_ABOUT, AUDIT_GROUP, AUDIT_QUEUE, AUDIT_SINGLES, AUDIT_SOURCES, AUDIT_TOGETHER, AUDIT_WRITERS,
+    },
 };
 use prometheus::{IntCounter, Registry};
-use serde_json::json;
-use time::OffsetDateTime;
+use serde_json::{Value, json};
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot},
-    time::interval,
+    sync::{
+        Semaphore,
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
+    time::{Instant, sleep},
 };
-use tokio_util::sync::CancellationToken;
 
 use super::{Action, Actor, Event, Outcome, Who};
 
-/// An answer's events, written together or not at all.
-type Entry = (Vec<Event>, oneshot::Sender<bool>);
+type Reply = oneshot::Sender<Result<(), Code>>;
+type Written = oneshot::Receiver<Result<(), Code>>;
+
+/// Events that are written together or not at all, and who waits for that.
+#[derive(Debug)]
+struct Entry {
+    events: Vec<Event>,
+    replies: Vec<Reply>,
+}
+
+impl Entry {
+    fn reply(self, outcome: Result<(), Code>) {
+        for reply in self.replies {
+            // Whoever asked may have hung up: its event is written all the same.
+            let _ = reply.send(outcome);
+        }
+    }
+}
 
 /// What is counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,14 +94,74 @@ fn first_of_network(address: IpAddr) -> IpAddr {
     }
 }
 
-#[derive(Debug, Default, Clone, Copy)]
-struct Count {
-    written: u32,
-    /// Not written, but counted.
-    more: u64,
+/// Events of one kind that are written as one.
+#[derive(Debug, Default)]
+struct Together {
+    times: u64,
+    /// What they were about, each once.
+    about: Vec<Value>,
+    replies: Vec<Reply>,
 }
 
-/// Counts, for [`Trail::start`], refusals that could not be written, and repetitions: an alarm.
+impl Together {
+    fn add(&mut self, event: &Event, is_known: bool, reply: Reply) {
+        self.times += 1;
+        self.replies.push(reply);
+        if is_known
+            && let Some(about) = about(event)
+            && !self.about.contains(&about)
+        {
+            self.about.push(about);
+        }
+    }
+
+    fn entry(self, Kind { source, user, client, action, code }: Kind) -> Entry {
+        let who = Who { actor: user.map_or(Actor::Unknown, Actor::User), source, request: None };
+        let mut detail = json!({ "times": self.times });
+        if !self.about.is_empty() {
+            detail["about"] = self.about.into();
+        }
+        let event = Event::new(action, who, clock::now()).client(client).detail(detail);
+        let event = if let Some(code) = code { event.outcome(Outcome::Refused, code) } else { event };
+        Entry { events: vec![event], replies: self.replies }
+    }
+}
+
+/// What an event was about: an object, a number within it, or both.
+fn about(event: &Event) -> Option<Value> {
+    let mut about = event.detail.as_object().cloned().unwrap_or_default();
+    about.extend(event.object.iter().map(|object| (object.kind.to_owned(), json!(object.id))));
+    (!about.is_empty()).then(|| about.into())
+}
+
+#[derive(Debug)]
+struct Counts {
+    /// Since when.
+    since: Instant,
+    /// Events of their own since then.
+    singles: HashMap<Kind, u32>,
+    together: HashMap<Kind, Together>,
+}
+
+impl Counts {
+    fn new() -> Self {
+        Self { since: Instant::now(), singles: HashMap::new(), together: HashMap::new() }
+    }
+
+    /// The kind that an event goes with, unless it is one of its own.
+    fn group(&mut self, kind: Kind) -> Option<Kind> {
+        if self.since.elapsed() >= Duration::from_secs(1) {
+            (self.since, self.singles) = (Instant::now(), HashMap::new());
+        }
+        let is_told_apart = self.singles.contains_key(&kind) || self.singles.len() < AUDIT_SOURCES;
+        let kind = if is_told_apart { kind } else { kind.folded() };
+        let singles = self.singles.entry(kind).or_default();
+        *singles += 1;
+        (*singles > AUDIT_SINGLES).then_some(kind)
+    }
+}
+
+/// Counts, for [`Trail::start`], refusals that had no answer and could not be written: an alarm.
 ///
 /// # Errors
 /// When the registry has one already.
@@ -92,7 +170,7 @@ pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
         registry,
         IntCounter::new(
             "dermflow_audit_lost_total",
-            "Refusals and repetitions that are not in the audit trail.",
+            "Failed handshakes, and credentials sent in clear, that are not in the audit trail.",
         )?,
     )
 }
@@ -101,8 +179,7 @@ pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
 #[derive(Debug, Clone)]
 pub struct Trail {
     entries: mpsc::Sender<Entry>,
-    /// Since the last look of [`count`].
-    counts: Arc<Mutex<HashMap<Kind, Count>>>,
+    counts: Arc<Mutex<Counts>>,
     lost: IntCounter,
 }
 
@@ -111,7 +188,7 @@ impl Trail {
     pub fn start(pool: Pool, lost: IntCounter) -> Self {
         let (entries, received) = mpsc::channel(AUDIT_QUEUE);
         tokio::spawn(write(pool, received));
-        Self { entries, counts: Arc::default(), lost }
+        Self { entries, counts: Arc::new(Mutex::new(Counts::new())), lost }
     }
 
     /// Returns when the events are on disk.
@@ -120,99 +197,83 @@ impl Trail {
     /// When too many wait, or the database is away.
     pub async fn record(&self, events: Vec<Event>) -> Result<(), Code> {
         let (reply, written) = oneshot::channel();
-        self.entries.try_send((events, reply)).map_err(|_| Code::Overloaded)?;
-        if written.await.unwrap_or(false) { Ok(()) } else { Err(Code::DatabaseUnavailable) }
+        self.enter(Entry { events, replies: vec![reply] });
+        told(written).await
     }
 
-    /// Records something that is done again and again, or counts it.
+    /// Returns when something that is done again and again is on disk, by itself or with others of its kind.
     ///
     /// # Errors
     /// See [`Trail::record`].
     pub async fn repeated(&self, event: Event) -> Result<(), Code> {
-        if self.admits(Kind::of(&event, None)) { self.record(vec![event]).await } else { Ok(()) }
+        self.grouped(event, None).await
     }
 
-    /// Records that `event` was refused with `code`, or counts it.
-    pub async fn refused(&self, event: Event, code: Code) {
-        if !self.admits(Kind::of(&event, Some(code))) {
-            return;
-        }
-        if self.record(vec![event.outcome(Outcome::Refused, code)]).await.is_err() {
-            self.lose(1);
-        }
+    /// Returns when it is on disk that `event` was refused with `code`, by itself or with others of its kind.
+    ///
+    /// # Errors
+    /// See [`Trail::record`]. What was to be refused with `code` is to be answered with this one instead.
+    pub async fn refused(&self, event: Event, code: Code) -> Result<(), Code> {
+        self.grouped(event.outcome(Outcome::Refused, code), Some(code)).await
     }
 
-    fn lose(&self, events: u64) {
-        self.lost.inc_by(events);
-        tracing::error!(events, "not in the audit trail");
-    }
-
-    fn admits(&self, kind: Kind) -> bool {
-        let mut counts = self.counts();
-        let count = place(&mut counts, kind);
-        if count.written < AUDIT_SINGLES {
-            count.written += 1;
-            true
-        } else {
-            count.more += 1;
-            false
+    /// As [`Trail::refused`], for what has no answer that could wait for it: that it is missing is counted.
+    pub async fn refused_unanswered(&self, event: Event, code: Code) {
+        if self.refused(event, code).await.is_err() {
+            self.lost.inc();
+            tracing::error!("a refusal is not in the audit trail");
         }
     }
 
-    fn counts(&self) -> MutexGuard<'_, HashMap<Kind, Count>> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Writes what was only counted; returns how many are still to be written.
-    async fn write_counts(&self) -> u64 {
-        let counts = mem::take(&mut *self.counts());
-        let (now, mut left) = (clock::now(), 0);
-        let more: Vec<(Kind, u64)> = counts
-            .into_iter()
-            .map(|(kind, count)| (kind, count.more))
-            .filter(|(_, more)| *more > 0)
-            .collect();
-        for some in more.chunks(AUDIT_GROUP) {
-            let events = some.iter().map(|(kind, more)| counted(*kind, *more, now)).collect();
-            if self.record(events).await.is_err() {
-                for (kind, more) in some {
-                    place(&mut self.counts(), *kind).more += more;
-                    left += more;
-                }
-            }
-        }
-        left
-    }
-}
-
-/// The count of a kind, or of what is left of it when too many are told apart.
-fn place(counts: &mut HashMap<Kind, Count>, kind: Kind) -> &mut Count {
-    let has_room = counts.contains_key(&kind) || counts.len() < AUDIT_SOURCES;
-    counts.entry(if has_room { kind } else { kind.folded() }).or_default()
-}
-
-fn counted(Kind { source, user, client, action, code }: Kind, times: u64, now: OffsetDateTime) -> Event {
-    let who = Who { actor: user.map_or(Actor::Unknown, Actor::User), source, request: None };
-    let event = Event::new(action, who, now).client(client).detail(json!({ "times": times }));
-    if let Some(code) = code { event.outcome(Outcome::Refused, code) } else { event }
-}
-
-/// Writes counts every second until `stop`, and those that are left then. What cannot be written is tried again.
-pub async fn count(trail: Trail, stop: CancellationToken) {
-    let mut second = interval(Duration::from_secs(1));
-    loop {
-        let stopped = tokio::select! {
-            () = stop.cancelled() => true,
-            _ = second.tick() => false,
+    async fn grouped(&self, event: Event, code: Option<Code>) -> Result<(), Code> {
+        let written = {
+            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+            counts.group(Kind::of(&event, code)).map(|kind| self.join(&mut counts, kind, &event))
         };
-        let left = trail.write_counts().await;
-        if stopped {
-            if left > 0 {
-                trail.lose(left);
-            }
-            return;
+        match written {
+            None => self.record(vec![event]).await,
+            Some(written) => told(written).await,
         }
     }
+
+    /// Counts an event with others of its kind. The first one sees to it that they are written.
+    fn join(&self, counts: &mut Counts, kind: Kind, event: &Event) -> Written {
+        let (reply, written) = oneshot::channel();
+        if counts.together.is_empty() {
+            let trail = self.clone();
+            tokio::spawn(async move {
+                sleep(AUDIT_TOGETHER).await;
+                trail.write_together();
+            });
+        }
+        let together = counts.together.entry(kind).or_default();
+        together.add(event, kind.user.is_some(), reply);
+        let is_full = together.about.len() == AUDIT_ABOUT;
+        if is_full && let Some(together) = counts.together.remove(&kind) {
+            self.enter(together.entry(kind));
+        }
+        written
+    }
+
+    fn write_together(&self) {
+        let together = {
+            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+            mem::take(&mut counts.together)
+        };
+        for (kind, together) in together {
+            self.enter(together.entry(kind));
+        }
+    }
+
+    /// Who waits for an entry for which there is no room is told that it is not written.
+    fn enter(&self, entry: Entry) {
+        if let Err(TrySendError::Full(entry) | TrySendError::Closed(entry)) = self.entries.try_send(entry) {
+            entry.reply(Err(Code::Overloaded));
+        }
+    }
+}
+async fn told(written: Written) -> Result<(), Code> {
+    written.await.unwrap_or(Err(Code::DatabaseUnavailable))
 }
 
 async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
@@ -220,23 +281,20 @@ async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
     loop {
         let Ok(permit) = writers.clone().acquire_owned().await else { return };
         let Some(first) = entries.recv().await else { return };
-        let (mut events, mut replies) = (first.0, vec![first.1]);
-        while events.len() < AUDIT_GROUP
-            && let Ok((more, reply)) = entries.try_recv()
+        let mut group = first;
+        while group.events.len() < AUDIT_GROUP
+            && let Ok(more) = entries.try_recv()
         {
-            events.extend(more);
-            replies.push(reply);
+            group.events.extend(more.events);
+            group.replies.extend(more.replies);
         }
         let pool = pool.clone();
         tokio::spawn(async move {
-            let outcome = super::record(&pool, &events).await;
+            let outcome = super::record(&pool, &group.events).await;
             if let Err(error) = &outcome {
-                tracing::warn!(%error, events = events.len(), "audit trail");
+                tracing::warn!(%error, events = group.events.len(), "audit trail");
             }
-            for reply in replies {
-                // Whoever asked may have hung up: its event is written all the same.
-                let _ = reply.send(outcome.is_ok());
-            }
+            group.reply(outcome.map_err(|_| Code::DatabaseUnavailable));
             drop(permit);
         });
     }
@@ -244,55 +302,53 @@ async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use uuid::Uuid;
 
-    use super::*;
+    use super::{super::Object, *};
 
-    fn trail() -> Trail {
+    fn trail(room: usize) -> (Trail, mpsc::Receiver<Entry>) {
+        let (entries, received) = mpsc::channel(room);
         let lost = IntCounter::new("lost", "Lost.").unwrap();
-        Trail { entries: mpsc::channel(1).0, counts: Arc::default(), lost }
+        (Trail { entries, counts: Arc::new(Mutex::new(Counts::new())), lost }, received)
     }
 
     fn kind(n: u32) -> Kind {
-        let source = Some(IpAddr::from(n.to_be_bytes()));
+        let source = Some(Ipv4Addr::from(n).into());
         Kind { source, user: None, client: None, action: Action::Access, code: Some(Code::Forbidden) }
     }
 
-    #[test]
-    fn a_flood_is_counted_by_source_and_kind() {
-        let trail = trail();
-        let written = (0..100).filter(|_| trail.admits(kind(1))).count();
-        assert_eq!(written, AUDIT_SINGLES as usize);
-        assert!(trail.admits(kind(2)), "another address");
-        assert!(trail.admits(Kind { code: Some(Code::Unauthenticated), ..kind(1) }), "another code");
-        assert!(trail.admits(Kind { user: Some(Uuid::nil().into()), ..kind(1) }), "another caller");
-        let counts = trail.counts.lock().unwrap();
-        assert_eq!(counts[&kind(1)].more, 100 - u64::from(AUDIT_SINGLES));
-    }
-
-    #[test]
-    fn addresses_without_number_take_no_memory_without_bound() {
-        let trail = trail();
-        let addresses = 2 * AUDIT_SOURCES as u32;
-        let written = (0..addresses).filter(|n| trail.admits(kind(*n))).count();
-        assert_eq!(written, AUDIT_SOURCES + AUDIT_SINGLES as usize);
-        let counts = trail.counts.lock().unwrap();
-        assert_eq!(counts.len(), AUDIT_SOURCES + 1);
-        let counted: u64 = counts.values().map(|count| u64::from(count.written) + count.more).sum();
-        assert_eq!(counted, u64::from(addresses), "none is forgotten");
-    }
-
-    #[test]
-    fn who_is_known_is_not_mixed_with_strangers() {
-        let trail = trail();
-        for n in 0..2 * AUDIT_SOURCES as u32 {
-            trail.admits(kind(n));
+    #[tokio::test(start_paused = true)]
+    async fn of_a_flood_a_few_are_events_of_their_own_by_source_and_kind() {
+        let mut counts = Counts::new();
+        let mut singles = |kind| (0..100).filter(|_| counts.group(kind).is_none()).count();
+        let user = Some(Uuid::nil().into());
+        for other in [
+            kind(1),
+            kind(2),
+            Kind { code: Some(Code::Unauthenticated), ..kind(1) },
+            Kind { user, ..kind(1) },
+            Kind { client: user, ..kind(1) },
+        ] {
+            assert_eq!(singles(other), AUDIT_SINGLES as usize, "{other:?}");
         }
+        assert_eq!(singles(kind(1)), 0);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(singles(kind(1)), AUDIT_SINGLES as usize, "in the next second");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn addresses_without_number_take_no_memory_without_bound() {
+        let mut counts = Counts::new();
+        let addresses = 2 * AUDIT_SOURCES as u32;
+        let singles = (0..addresses).filter(|n| counts.group(kind(*n)).is_none()).count();
+        assert_eq!(singles, AUDIT_SOURCES + AUDIT_SINGLES as usize);
+        assert_eq!(counts.singles.len(), AUDIT_SOURCES + 1);
         let user = Some(Uuid::nil().into());
         let known = Kind { user, client: user, action: Action::StatusRead, code: None, ..kind(7) };
-        assert!((0..=AUDIT_SINGLES).filter(|_| trail.admits(known)).count() == AUDIT_SINGLES as usize);
-        let counts = trail.counts.lock().unwrap();
-        assert_eq!(counts[&Kind { source: None, ..known }].more, 1);
+        let groups: Vec<_> = (0..=AUDIT_SINGLES).filter_map(|_| counts.group(known)).collect();
+        assert_eq!(groups, [Kind { source: None, ..known }], "who is known is not mixed with strangers");
     }
 
     #[test]
@@ -302,22 +358,54 @@ mod tests {
         assert_eq!((first("192.0.2.7"), first("::ffff:192.0.2.7")), ("192.0.2.7".into(), "192.0.2.7".into()));
     }
 
-    #[tokio::test]
-    async fn what_cannot_be_written_now_is_counted_on() {
-        let trail = trail();
-        for _ in 0..AUDIT_SINGLES + 3 {
-            trail.admits(kind(1));
+    #[tokio::test(start_paused = true)]
+    async fn no_answer_leaves_before_the_event_that_counts_it_is_written() {
+        let (trail, mut received) = trail(AUDIT_QUEUE);
+        let user = ClientId::from(Uuid::nil());
+        let who = Who { actor: Actor::User(user), ..Who::part("test") };
+        let (jobs, times) = (AUDIT_ABOUT + 8, 3);
+        let objects: Vec<Object> = (0..jobs).map(|_| Object::job(Uuid::new_v4().into())).collect();
+        let mut asked: Vec<_> = objects
+            .iter()
+            .flat_map(|object| vec![object.clone(); times])
+            .map(|object| {
+                let (trail, event) = (trail.clone(), Event::new(Action::StatusRead, who, clock::now()));
+                tokio::spawn(async move { trail.repeated(event.object(Some(object))).await })
+            })
+            .collect();
+        let (mut total, mut seen) = (0, 0);
+        while total < jobs * times {
+            let entry = received.recv().await.unwrap();
+            let detail = &entry.events[0].detail;
+            let about = detail["about"].as_array();
+            assert!(about.is_none_or(|about| about.len() <= AUDIT_ABOUT));
+            seen += about.map_or(1, Vec::len);
+            total += detail["times"].as_u64().unwrap_or(1) as usize;
+            asked.retain(|asked| !asked.is_finished());
+            assert!(asked.len() >= entry.replies.len(), "somebody did not wait");
+            let waiting = entry.replies.len();
+            entry.reply(Ok(()));
+            let (mut ended, before) = (0, asked.len());
+            while ended < waiting {
+                tokio::task::yield_now().await;
+                ended = before - asked.iter().filter(|asked| !asked.is_finished()).count();
+            }
+            assert_eq!(ended, waiting, "somebody else did not wait");
         }
-        assert_eq!((trail.write_counts().await, trail.write_counts().await), (3, 3));
-        assert_eq!(trail.lost.get(), 0);
+        assert_eq!(total, jobs * times);
+        assert!((jobs..=jobs + AUDIT_SINGLES as usize + 2).contains(&seen), "{seen}");
     }
 
     #[tokio::test]
-    async fn what_cannot_be_written_is_lost_aloud_and_never_a_success() {
-        let trail = trail();
+    async fn what_cannot_be_written_is_an_error_and_counted_where_nobody_waits() {
+        let (trail, _) = trail(1);
         let event = || Event::new(Action::Access, Who::part("test"), clock::now());
         assert!(trail.record(vec![event()]).await.is_err());
-        trail.refused(event(), Code::Forbidden).await;
+        for _ in 0..2 * AUDIT_SINGLES {
+            assert!(trail.refused(event(), Code::Forbidden).await.is_err());
+        }
+        assert_eq!(trail.lost.get(), 0);
+        trail.refused_unanswered(event(), Code::Forbidden).await;
         assert_eq!(trail.lost.get(), 1);
     }
 }

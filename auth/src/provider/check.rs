@@ -81,14 +81,27 @@ pub fn shape(token: &str) -> Shape {
     }
 }
 
-/// Whose token it says it is. Nothing of it is believed yet.
-pub fn issuer_of(token: &str) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Claimed {
-        iss: String,
+/// Which token it says it is. Nothing of it is believed yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claimed {
+    /// Whose.
+    pub issuer: String,
+    /// What becomes [`Identity::jti`] if it is believed.
+    pub jti: Uuid,
+}
+
+impl Claimed {
+    /// What a signed token says; `None` when it does not say whose it is.
+    pub fn of(token: &str) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Name {
+            iss: String,
+            jti: Option<String>,
+        }
+        let name = jsonwebtoken::dangerous::insecure_decode::<Name>(token).ok()?.claims;
+        let jti = signed_id(&name.iss, name.jti.as_deref(), token);
+        Some(Self { issuer: name.iss, jti })
     }
-    let claimed = jsonwebtoken::dangerous::insecure_decode::<Claimed>(token).ok()?.claims;
-    Some(claimed.iss)
 }
 
 #[derive(Debug, Deserialize)]
@@ -150,10 +163,8 @@ impl Provider {
         if !lifetime.is_some_and(|lifetime| (0..=EXTERNAL_LIFETIME.as_secs() as i64).contains(&lifetime)) {
             return Err(refused("lives too long"));
         }
-        // An id, or what is signed: of an ECDSA signature there are two forms.
-        let unique = claims.jti.as_deref().or_else(|| token.rsplit_once('.').map(|(signed, _)| signed));
-        let times = (Some(claims.iat), claims.nbf, claims.exp);
-        self.identity(unique.unwrap_or(token), claims.rest, times, now)
+        let jti = signed_id(&self.issuer, claims.jti.as_deref(), token);
+        self.identity(jti, claims.rest, (Some(claims.iat), claims.nbf, claims.exp), now)
     }
 
     /// RFC 8725 §3.1, §3.10 and §3.11. A key that a token brings along, or an address where one would be, proves
@@ -220,12 +231,13 @@ impl Provider {
         }
         let expires = answer.exp.unwrap_or((now + INTROSPECTION_CACHE).unix_timestamp());
         let times = (answer.iat, answer.nbf, expires);
-        self.identity(answer.jti.as_deref().unwrap_or(token), answer.rest, times, now)
+        let jti = id(&self.issuer, answer.jti.as_deref().unwrap_or(token));
+        self.identity(jti, answer.rest, times, now)
     }
 
     fn identity(
         &self,
-        unique: &str,
+        jti: Uuid,
         claims: Map<String, Value>,
         (issued, begins, expires): (Option<i64>, Option<i64>, i64),
         now: OffsetDateTime,
@@ -238,13 +250,19 @@ impl Provider {
             issuer: self.issuer.clone(),
             subject: self.subject(&claims).ok_or(Refusal::Never("no subject"))?.into(),
             roles: self.roles(&claims),
-            jti: id(&self.issuer, unique),
+            jti,
             issued_at,
             begins_at: begins.map(time).transpose()?.map_or(issued_at, |begins| begins.max(issued_at)),
             expires_at: time(expires)?,
         };
         if identity.is_in_time(now) { Ok(identity) } else { Err(Refusal::Never("times")) }
     }
+}
+
+/// An id of ours for a signed token: from its `jti`, or else from what is signed, as an ECDSA signature has two forms.
+fn signed_id(issuer: &str, jti: Option<&str>, token: &str) -> Uuid {
+    let signed = || token.rsplit_once('.').map_or(token, |(signed, _)| signed);
+    id(issuer, jti.unwrap_or_else(signed))
 }
 
 /// An id of ours for what is unique at a provider.
@@ -323,11 +341,14 @@ mod tests {
         assert_eq!(again, identity, "another signature of the same");
         let later = now + Duration::seconds(301 + LEEWAY);
         assert!(!identity.is_in_time(later) && !identity.is_in_time(now - Duration::seconds(2 + LEEWAY)));
-        assert_eq!(issuer_of(&signer.sign(|_| (), &good)).as_deref(), Some(provider.issuer.as_str()));
+        let claimed = |claims: &Value| Claimed::of(&signer.sign(|_| (), claims));
+        assert_eq!(claimed(&good), Some(Claimed { issuer: provider.issuer.clone(), jti: identity.jti }));
         for name in ["nbf", "jti"] {
             let mut without = good.clone();
             without.as_object_mut().unwrap().remove(name);
-            assert!(provider.prove(&signer.sign(|_| (), &without), &keys, now).is_ok(), "without {name}");
+            let token = signer.sign(|_| (), &without);
+            let jti = provider.prove(&token, &keys, now).unwrap_or_else(|_| panic!("without {name}")).jti;
+            assert_eq!(Claimed::of(&token).unwrap().jti, jti, "without {name}");
         }
         let long_form = signer.sign(|h| h.typ = Some("application/AT+JWT".into()), &good);
         assert!(provider.prove(&long_form, &keys, now).is_ok());

@@ -95,7 +95,10 @@ pub(super) async fn audited(
     if !has_acted {
         let who = Who { actor: user.map_or(Actor::Unknown, Actor::User), ..who };
         let event = Event::new(action, who, clock::now()).client(account);
-        service.trail.refused(event.object(account.map(Object::account)), code).await;
+        let event = event.object(account.map(Object::account));
+        if let Err(code) = service.trail.refused(event, code).await {
+            return Problem::from(code).into_response();
+        }
     }
     response
 }
@@ -114,7 +117,7 @@ pub(super) async fn handshake(service: &Service, source: IpAddr, error: &rustls:
     tracing::info!(%error, %source, "handshake");
     service.metrics.refuse(code);
     let who = Who { actor: Actor::Unknown, source: Some(source), request: None };
-    service.trail.refused(Event::new(Action::Access, who, clock::now()), code).await;
+    service.trail.refused_unanswered(Event::new(Action::Access, who, clock::now()), code).await;
 }
 
 fn reason(error: &rustls::Error) -> Code {

@@ -24,7 +24,7 @@ use anyhow::Context;
 use axum::{Router, middleware::from_fn_with_state, response::Response};
 use deadpool_postgres::Pool;
 use dermflow_auth::{
-    audit::trail::{self, Trail},
+    audit::trail::Trail,
     db::{self, DatabaseOptions},
     password::{Hasher, Peppers},
     throttle::Throttle,
@@ -106,9 +106,6 @@ pub(crate) async fn run(
         let service = handshakes.clone();
         async move { audited::handshake(&service, source, &error).await }
     };
-    // Refusals are counted until the last request has ended.
-    let counting = CancellationToken::new();
-    let counter = tokio::spawn(trail::count(service.trail.clone(), counting.clone()));
     let follower = tokio::spawn(files.follow(stop.clone()));
     let timekeeper = tokio::spawn(keep_time(service.clone(), stop.clone()));
     let health = health::router(service.clone());
@@ -121,10 +118,8 @@ pub(crate) async fn run(
     stop.cancel();
     server.await?;
     health.await?;
-    counting.cancel();
     timekeeper.await?;
-    follower.await?;
-    Ok(counter.await?)
+    Ok(follower.await?)
 }
 
 /// Goes by the database's clock, as ingress does, which judges by what is written here; and forgets who has not called

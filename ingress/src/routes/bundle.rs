@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
-    audited::{Deed, Deeds, refused_part},
+    audited::{Deed, Deeds, audited_part},
     element::{Faults, Node},
     extract::{Allowed, Body, Held, Submit},
     json::Json,
@@ -66,28 +66,24 @@ pub(crate) async fn post(
         let memory = memory.split(1);
         let (app, key) = (app.clone(), key(n));
         async move {
-            let payload = entry?;
-            let memory = memory.ok_or(Code::Overloaded)?;
-            let submission = Submission {
-                client,
-                who,
-                lane: prefer.lane(),
-                key,
-                payload,
-                cancel_after,
-                member: None,
-                patience: Duration::ZERO,
-                memory,
+            let submitted = async {
+                let submission = Submission {
+                    client,
+                    who,
+                    lane: prefer.lane(),
+                    key,
+                    payload: entry?,
+                    cancel_after,
+                    member: None,
+                    patience: Duration::ZERO,
+                    memory: memory.ok_or(Code::Overloaded)?,
+                };
+                submit(app.clone(), submission).await
             };
-            submit(app, submission).await
+            audited_part(app.as_ref(), who, client, None, n + 1, submitted.await).await
         }
     });
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
-    for (n, outcome) in submitted.iter().enumerate() {
-        if let Err(problem) = outcome {
-            refused_part(app.as_ref(), who, client, None, n + 1, problem.code()).await;
-        }
-    }
     let jobs: Vec<Option<JobId>> =
         submitted.iter().map(|submitted| Some(submitted.as_ref().ok()?.job)).collect();
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
