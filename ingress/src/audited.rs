@@ -160,6 +160,8 @@ pub(crate) async fn audited<G: Gate>(
             _ => Action::Request,
         };
         let event = Event::new(action, origin.who(), now).client(account.or(origin.0.user.get().copied()));
+        // Who is beyond its rate is refused whatever the path names.
+        let object = object.filter(|_| code.kind().status != 429);
         let event = event.object(account.map(Object::account).or(object));
         if let Err(code) = gate.trail().refused(event, code).await {
             return Problem::from(code).into_response();
@@ -203,24 +205,21 @@ fn shuts_out(code: Code) -> bool {
     matches!(code.kind().status, 401 | 403 | 429)
 }
 
-/// Records why a part of a request is refused, if it is: an entry of a Bundle, or a line of an upload. What cannot be
-/// recorded is refused for that reason.
-pub(crate) async fn audited_part<G: Gate, T>(
+/// Records that a part of a request is refused with `code`, if that is a refusal: an entry of a Bundle, or a line of an
+/// upload.
+pub(crate) async fn refused_part<G: Gate>(
     gate: &G,
     who: Who,
     client: ClientId,
     batch: Option<Uuid>,
     number: usize,
-    outcome: Result<T, Problem>,
-) -> Result<T, Problem> {
-    if let Err(problem) = &outcome
-        && let code = problem.code()
-        && refusal(code, false)
-    {
-        let action = if shuts_out(code) { Action::Access } else { Action::Request };
-        let event = Event::new(action, who, clock::now()).client(Some(client));
-        let event = event.object(batch.map(Object::batch)).detail(json!({ "number": number }));
-        gate.trail().refused(event, code).await?;
+    code: Code,
+) -> Result<(), Code> {
+    if !refusal(code, false) {
+        return Ok(());
     }
-    outcome
+    let action = if shuts_out(code) { Action::Access } else { Action::Request };
+    let event = Event::new(action, who, clock::now()).client(Some(client));
+    let event = event.object(batch.map(Object::batch)).detail(json!({ "number": number }));
+    gate.trail().refused(event, code).await
 }

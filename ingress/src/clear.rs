@@ -12,24 +12,30 @@ use dermflow_auth::{
     revocation,
 };
 use dermflow_schemas::{clock, error::Code};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{access::Verdict, app::App};
 
 /// Revokes an access token of ours that came in clear, and records it; of a login that came in clear, whose body nobody
 /// has read, it records that.
 pub(crate) async fn seen(app: Arc<App>, request: Parts, source: IpAddr) {
-    let now = clock::now();
     let who = Who { actor: Actor::Unknown, source: Some(source), request: None };
-    let detail = json!({ "reason": "sent-in-clear" });
+    revoke(&app, &request.headers, who).await;
     let path = request.uri.path();
     if request.method == Method::POST && (path == "/login" || path.starts_with("/oauth/")) {
         tracing::info!("a login was sent in clear");
-        app.trail
-            .refused_unanswered(Event::new(Action::Login, who, now).detail(detail.clone()), Code::LoginFailed)
-            .await;
+        let event = Event::new(Action::Login, who, clock::now()).detail(reason());
+        app.trail.unanswered(app.trail.refused(event, Code::LoginFailed).await);
     }
-    let Some(caller) = token(&request.headers).and_then(|token| app.tokens.verify(token, now).ok()) else {
+}
+
+fn reason() -> Value {
+    json!({ "reason": "sent-in-clear" })
+}
+
+async fn revoke(app: &App, headers: &HeaderMap, who: Who) {
+    let now = clock::now();
+    let Some(caller) = token(headers).and_then(|token| app.tokens.verify(token, now).ok()) else {
         return;
     };
     if app.access.judge(&caller) == Verdict::Revoked {
@@ -44,10 +50,8 @@ pub(crate) async fn seen(app: Arc<App>, request: Parts, source: IpAddr) {
     // This replica knows at once.
     app.access.refresh(app.store.pool()).await;
     let event = Event::new(Action::TokenRevoked, who, now).client(Some(client));
-    let event = event.object(Some(Object::account(client))).detail(detail);
-    if app.trail.record(vec![event]).await.is_err() {
-        tracing::error!(%client, "that is not in the audit trail");
-    }
+    let event = event.object(Some(Object::account(client))).detail(reason());
+    app.trail.unanswered(app.trail.record(vec![event]).await);
 }
 
 fn token(headers: &HeaderMap) -> Option<&str> {

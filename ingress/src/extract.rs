@@ -160,7 +160,7 @@ async fn note<G: Gate>(
 ) -> Result<(), Problem> {
     let event = Event::new(Action::Login, origin.who(), now).client(Some(caller.client));
     let event = event.object(Some(Object::account(caller.client)));
-    gate.trail().record(vec![event.detail(json!({ "issuer": proof.identity.issuer }))]).await?;
+    gate.trail().repeated(event.detail(json!({ "issuer": proof.identity.issuer }))).await?;
     Ok(users::used(gate.users(), caller.client, None, now).await?)
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct Metrics {
     pub(crate) waiters: IntGauge,
     /// What external identity providers were asked, by issuer, kind (keys, introspection) and outcome.
     pub(crate) provider_questions: IntCounterVec,
-    /// Refusals that are not in the audit trail: an alarm.
+    /// What is not in the audit trail though it happened: an alarm.
     pub(crate) audit_lost: IntCounter,
     /// Connections of networks that had as many as they may.
     pub(crate) turned_away: IntCounter,

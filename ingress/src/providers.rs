@@ -140,9 +140,9 @@ impl Providers {
             return Err(Trouble::Refused("of a provider that signs nothing"));
         }
         let mut keys = remote.keys().ok_or(Trouble::Unavailable)?;
-        let remembered = self.signed.get(&(number, jti)).filter(|believed| believed.sha256 == sha256);
+        let remembered = self.signed.get(&(number, jti));
         if let Some(believed) = &remembered
-            && believed.proof.keys == keys.number
+            && (believed.sha256, believed.proof.keys) == (sha256, keys.number)
         {
             return Ok(believed.proof.clone());
         }
@@ -155,7 +155,9 @@ impl Providers {
             Refusal::Never(why) => Trouble::Refused(why),
             Refusal::UnknownKey => Trouble::Refused("unknown key"),
         })?;
-        let noted = remembered.map(|believed| believed.proof.noted.clone()).unwrap_or_default();
+        // Another form of the same token has been seen with it.
+        let same = remembered.filter(|believed| believed.proof.identity == identity);
+        let noted = same.map(|believed| believed.proof.noted.clone()).unwrap_or_default();
         let proof = Arc::new(Proof { identity, noted, keys: keys.number });
         self.signed.insert((number, jti), Arc::new(Believed { sha256, proof: proof.clone() }));
         Ok(proof)

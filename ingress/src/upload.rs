@@ -38,7 +38,7 @@ use crate::{
     access::Verdict,
     answer::{Problem, error_json},
     app::{App, Place},
-    audited::audited_part,
+    audited::refused_part,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::claim::Member,
@@ -197,7 +197,7 @@ impl Uploading {
                 };
                 let (app, upload) = (self.app.clone(), self.upload.clone());
                 self.running.spawn(async move {
-                    let outcome = audited(&app, &upload, number, Err(error.into())).await;
+                    let outcome = refuse(&app, &upload, number, error.into()).await;
                     Answered { number, custom_id: None, outcome, bytes: 0 }
                 });
                 !over
@@ -258,34 +258,35 @@ async fn line(
     let (length, form) = (bytes.len(), upload.form);
     let parsed = blocking(move || lines::parse(form, &bytes)).await;
     let (custom_id, outcome) = match parsed {
-        Err(problem) => (None, Err(problem)),
-        Ok(Line { custom_id, payload }) => {
-            let outcome = match payload {
-                Err(error) => refuse(&app, &upload, number, custom_id.as_deref(), error).await,
-                Ok(payload) => {
-                    let name = custom_id.clone().unwrap_or_default();
-                    if seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(&name)) {
-                        let member = Member { batch: upload.batch, line: number, custom_id: name };
-                        accept(&app, &upload, member, payload, memory).await
-                    } else {
-                        Err(ApiError::from(Code::CustomIdRepeated).at("custom_id").into())
-                    }
-                }
+        Err(problem) => (None, refuse(&app, &upload, number, problem).await),
+        Ok(Line { custom_id, payload: Err(error) }) => {
+            drop(memory);
+            let refused = refuse_for_good(&app, &upload, number, custom_id.as_deref(), error).await;
+            (custom_id, refused)
+        }
+        Ok(Line { custom_id, payload: Ok(payload) }) => {
+            let name = custom_id.clone().unwrap_or_default();
+            let outcome = if seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(&name)) {
+                let member = Member { batch: upload.batch, line: number, custom_id: name };
+                accept(&app, &upload, member, payload, memory).await
+            } else {
+                drop((payload, memory));
+                Err(ApiError::from(Code::CustomIdRepeated).at("custom_id").into())
+            };
+            let outcome = match outcome {
+                Err(problem) => refuse(&app, &upload, number, problem).await,
+                accepted => accepted,
             };
             (custom_id, outcome)
         }
     };
-    let outcome = audited(&app, &upload, number, outcome).await;
     Answered { number, custom_id, outcome, bytes: length }
 }
 
-async fn audited(
-    app: &App,
-    upload: &Upload,
-    number: usize,
-    outcome: Result<JobId, Problem>,
-) -> Result<JobId, Problem> {
-    audited_part(app, upload.who, upload.client, Some(upload.batch), number, outcome).await
+/// The answer to a line that is refused, when that is in the audit trail.
+async fn refuse(app: &App, upload: &Upload, number: usize, problem: Problem) -> Result<JobId, Problem> {
+    refused_part(app, upload.who, upload.client, Some(upload.batch), number, problem.code()).await?;
+    Err(problem)
 }
 
 fn digest(name: &str) -> u128 {
@@ -321,13 +322,17 @@ async fn accept(
 }
 
 /// A line that can never be accepted is kept among the batch's errors.
-async fn refuse(
+async fn refuse_for_good(
     app: &App,
     upload: &Upload,
     number: usize,
     custom_id: Option<&str>,
     error: ApiError,
 ) -> Result<JobId, Problem> {
-    app.store.refuse_line(upload.client, upload.batch, number, custom_id, &error_json(&error)).await?;
-    Err(error.into())
+    let json = error_json(&error);
+    let refused = refuse(app, upload, number, error.into()).await;
+    if refused.as_ref().is_err_and(|problem| problem.retry() == Retry::Never) {
+        app.store.refuse_line(upload.client, upload.batch, number, custom_id, &json).await?;
+    }
+    refused
 }

@@ -614,6 +614,8 @@ async fn counted_before_answered(lab: &mut Lab, job: &str) -> Result<()> {
         let (given, found) = (answers.load(Ordering::Relaxed), lab.count(&all).await? - before);
         println!("{status}: {given} answers, {found} in the trail");
         ensure!((given..=given + 32).contains(&found), "{status}: {given} answers, {found} in the trail");
+        let rows = all.replace("coalesce(sum(coalesce((detail->>'times')::int, 1)), 0)::bigint", "count(*)");
+        ensure!(lab.count(&rows).await? < found, "none were counted together");
         lab.restart_ingress(0).await?;
     }
     Ok(())
@@ -739,6 +741,7 @@ async fn without_a_trail_there_is_no_success_and_a_flood_is_counted() -> Result<
     assert_eq!(unavailable(&anonymous.get(&path).await?), expected);
     assert_eq!(unavailable(&anonymous.try_login("demo", "wrong").await?), expected);
     assert_eq!(unavailable(&lab.client().get("/jobs/nothing").await?), expected);
+    assert_eq!(lab.metric("dermflow_audit_lost_total").await, Some(0.0));
     let lines = lab.client().request(Method::POST, "/batches").header("content-type", "application/x-ndjson");
     let uploaded = send(lines.body("nonsense\n")).await?;
     ensure!(uploaded.text.contains("\"database-unavailable\""), "{}", uploaded.text);

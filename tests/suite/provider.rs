@@ -314,6 +314,12 @@ async fn the_other_form_of_a_revoked_token_is_refused() -> Result<()> {
     for (what, good) in [("the other form is as good", &first_twin), ("another token", &second)] {
         assert_eq!(good.get("/jobs").await?.status, 200, "{what}");
     }
+    let logins = "SELECT count(*) FROM auth.audit WHERE action = 'login' AND detail ? 'issuer'";
+    let before = lab.count(logins).await?;
+    for _ in 0..10 {
+        assert_eq!((first.get("/jobs").await?.status, first_twin.get("/jobs").await?.status), (200, 200));
+    }
+    assert_eq!(lab.count(logins).await?, before, "both forms are one sign-in");
     lab.auth(&["user", "revoke", "demo"])?;
     until_status("a revoked token", SOON, &first, 401).await?;
     for (what, revoked) in [("seen", &first_twin), ("one form seen", &second), ("unseen", &unseen_twin)] {

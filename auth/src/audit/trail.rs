@@ -11,7 +11,7 @@ use std::{
     collections::HashMap,
     mem,
     net::{IpAddr, Ipv6Addr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -42,13 +42,18 @@ type Reply = oneshot::Sender<Result<(), Code>>;
 type Written = oneshot::Receiver<Result<(), Code>>;
 
 /// Events that are written together or not at all, and who waits for that.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Entry {
     events: Vec<Event>,
     replies: Vec<Reply>,
 }
 
 impl Entry {
+    fn add(&mut self, more: Self) {
+        self.events.extend(more.events);
+        self.replies.extend(more.replies);
+    }
+
     fn reply(self, outcome: Result<(), Code>) {
         for reply in self.replies {
             // Whoever asked may have hung up: its event is written all the same.
@@ -141,11 +146,13 @@ struct Counts {
     /// Events of their own since then.
     singles: HashMap<Kind, u32>,
     together: HashMap<Kind, Together>,
+    /// They are about to be written.
+    is_due: bool,
 }
 
 impl Counts {
     fn new() -> Self {
-        Self { since: Instant::now(), singles: HashMap::new(), together: HashMap::new() }
+        Self { since: Instant::now(), singles: HashMap::new(), together: HashMap::new(), is_due: false }
     }
 
     /// The kind that an event goes with, unless it is one of its own.
@@ -159,9 +166,24 @@ impl Counts {
         *singles += 1;
         (*singles > AUDIT_SINGLES).then_some(kind)
     }
+
+    /// Adds an event to others of its kind. Says whether somebody has to see to it that they are written, and returns
+    /// those of the kind when there is no room for more.
+    fn join(&mut self, kind: Kind, event: &Event, reply: Reply) -> (bool, Option<Together>) {
+        let is_first = !mem::replace(&mut self.is_due, true);
+        let together = self.together.entry(kind).or_default();
+        together.add(event, kind.user.is_some(), reply);
+        let is_full = together.about.len() == AUDIT_ABOUT;
+        (is_first, if is_full { self.together.remove(&kind) } else { None })
+    }
+
+    fn take(&mut self) -> HashMap<Kind, Together> {
+        self.is_due = false;
+        mem::take(&mut self.together)
+    }
 }
 
-/// Counts, for [`Trail::start`], refusals that had no answer and could not be written: an alarm.
+/// Counts, for [`Trail::start`], events that no answer waited for and that could not be written: an alarm.
 ///
 /// # Errors
 /// When the registry has one already.
@@ -217,51 +239,50 @@ impl Trail {
         self.grouped(event.outcome(Outcome::Refused, code), Some(code)).await
     }
 
-    /// As [`Trail::refused`], for what has no answer that could wait for it: that it is missing is counted.
-    pub async fn refused_unanswered(&self, event: Event, code: Code) {
-        if self.refused(event, code).await.is_err() {
+    /// For what has no answer that could wait for its event: that it is missing is counted.
+    pub fn unanswered(&self, written: Result<(), Code>) {
+        if written.is_err() {
             self.lost.inc();
-            tracing::error!("a refusal is not in the audit trail");
+            tracing::error!("an event is not in the audit trail");
         }
     }
 
     async fn grouped(&self, event: Event, code: Option<Code>) -> Result<(), Code> {
-        let written = {
-            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            counts.group(Kind::of(&event, code)).map(|kind| self.join(&mut counts, kind, &event))
-        };
-        match written {
+        let kind = self.counts().group(Kind::of(&event, code));
+        match kind {
             None => self.record(vec![event]).await,
-            Some(written) => told(written).await,
+            Some(kind) => told(self.join(kind, &event)).await,
         }
     }
 
-    /// Counts an event with others of its kind. The first one sees to it that they are written.
-    fn join(&self, counts: &mut Counts, kind: Kind, event: &Event) -> Written {
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts an event with others of its kind. The first one sees to it that all are written.
+    fn join(&self, kind: Kind, event: &Event) -> Written {
         let (reply, written) = oneshot::channel();
-        if counts.together.is_empty() {
+        let (is_first, full) = self.counts().join(kind, event, reply);
+        if is_first {
             let trail = self.clone();
             tokio::spawn(async move {
                 sleep(AUDIT_TOGETHER).await;
                 trail.write_together();
             });
         }
-        let together = counts.together.entry(kind).or_default();
-        together.add(event, kind.user.is_some(), reply);
-        let is_full = together.about.len() == AUDIT_ABOUT;
-        if is_full && let Some(together) = counts.together.remove(&kind) {
-            self.enter(together.entry(kind));
+        if let Some(full) = full {
+            self.enter(full.entry(kind));
         }
         written
     }
 
     fn write_together(&self) {
-        let together = {
-            let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            mem::take(&mut counts.together)
-        };
-        for (kind, together) in together {
-            self.enter(together.entry(kind));
+        let together = self.counts().take();
+        let mut entries = together.into_iter().map(|(kind, together)| together.entry(kind)).peekable();
+        while entries.peek().is_some() {
+            let mut group = Entry::default();
+            entries.by_ref().take(AUDIT_GROUP).for_each(|entry| group.add(entry));
+            self.enter(group);
         }
     }
 
@@ -272,6 +293,7 @@ impl Trail {
         }
     }
 }
+
 async fn told(written: Written) -> Result<(), Code> {
     written.await.unwrap_or(Err(Code::DatabaseUnavailable))
 }
@@ -285,8 +307,7 @@ async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
         while group.events.len() < AUDIT_GROUP
             && let Ok(more) = entries.try_recv()
         {
-            group.events.extend(more.events);
-            group.replies.extend(more.replies);
+            group.add(more);
         }
         let pool = pool.clone();
         tokio::spawn(async move {
@@ -365,7 +386,7 @@ mod tests {
         let who = Who { actor: Actor::User(user), ..Who::part("test") };
         let (jobs, times) = (AUDIT_ABOUT + 8, 3);
         let objects: Vec<Object> = (0..jobs).map(|_| Object::job(Uuid::new_v4().into())).collect();
-        let mut asked: Vec<_> = objects
+        let asked: Vec<_> = objects
             .iter()
             .flat_map(|object| vec![object.clone(); times])
             .map(|object| {
@@ -380,17 +401,17 @@ mod tests {
             let about = detail["about"].as_array();
             assert!(about.is_none_or(|about| about.len() <= AUDIT_ABOUT));
             seen += about.map_or(1, Vec::len);
+            let before = total;
             total += detail["times"].as_u64().unwrap_or(1) as usize;
-            asked.retain(|asked| !asked.is_finished());
-            assert!(asked.len() >= entry.replies.len(), "somebody did not wait");
-            let waiting = entry.replies.len();
+            let waiting = |asked: &Vec<tokio::task::JoinHandle<_>>| {
+                asked.iter().filter(|asked| !asked.is_finished()).count()
+            };
+            assert_eq!(waiting(&asked), jobs * times - before, "somebody did not wait");
             entry.reply(Ok(()));
-            let (mut ended, before) = (0, asked.len());
-            while ended < waiting {
+            for _ in 0..jobs * times {
                 tokio::task::yield_now().await;
-                ended = before - asked.iter().filter(|asked| !asked.is_finished()).count();
             }
-            assert_eq!(ended, waiting, "somebody else did not wait");
+            assert_eq!(waiting(&asked), jobs * times - total, "others were answered");
         }
         assert_eq!(total, jobs * times);
         assert!((jobs..=jobs + AUDIT_SINGLES as usize + 2).contains(&seen), "{seen}");
@@ -398,14 +419,15 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_written_is_an_error_and_counted_where_nobody_waits() {
-        let (trail, _) = trail(1);
+        let (trail, _waiting) = trail(1);
+        trail.enter(Entry::default());
         let event = || Event::new(Action::Access, Who::part("test"), clock::now());
         assert!(trail.record(vec![event()]).await.is_err());
         for _ in 0..2 * AUDIT_SINGLES {
             assert!(trail.refused(event(), Code::Forbidden).await.is_err());
         }
         assert_eq!(trail.lost.get(), 0);
-        trail.refused_unanswered(event(), Code::Forbidden).await;
+        trail.unanswered(trail.refused(event(), Code::Forbidden).await);
         assert_eq!(trail.lost.get(), 1);
     }
 }

@@ -117,7 +117,8 @@ pub(super) async fn handshake(service: &Service, source: IpAddr, error: &rustls:
     tracing::info!(%error, %source, "handshake");
     service.metrics.refuse(code);
     let who = Who { actor: Actor::Unknown, source: Some(source), request: None };
-    service.trail.refused_unanswered(Event::new(Action::Access, who, clock::now()), code).await;
+    let event = Event::new(Action::Access, who, clock::now());
+    service.trail.unanswered(service.trail.refused(event, code).await);
 }
 
 fn reason(error: &rustls::Error) -> Code {

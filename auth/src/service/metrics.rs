@@ -56,7 +56,7 @@ pub(super) struct Metrics {
     requests: IntCounterVec,
     /// Refused attempts, by reason: an alarm when they rise.
     refused: IntCounterVec,
-    /// Refusals that are not in the audit trail: an alarm.
+    /// What is not in the audit trail though it happened: an alarm.
     pub(super) audit_lost: IntCounter,
     /// Connections of networks that had as many as they may.
     pub(super) turned_away: IntCounter,

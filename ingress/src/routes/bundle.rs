@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
-    audited::{Deed, Deeds, audited_part},
+    audited::{Deed, Deeds, refused_part},
     element::{Faults, Node},
     extract::{Allowed, Body, Held, Submit},
     json::Json,
@@ -80,7 +80,11 @@ pub(crate) async fn post(
                 };
                 submit(app.clone(), submission).await
             };
-            audited_part(app.as_ref(), who, client, None, n + 1, submitted.await).await
+            let submitted = submitted.await;
+            if let Err(problem) = &submitted {
+                refused_part(app.as_ref(), who, client, None, n + 1, problem.code()).await?;
+            }
+            submitted
         }
     });
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
