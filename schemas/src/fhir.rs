@@ -278,8 +278,10 @@ resource! {
     Component {
         /// What is observed.
         code: CodeableConcept,
-        /// The value.
-        value_quantity: Quantity,
+        /// The value, a number.
+        value_quantity: Option<Quantity>,
+        /// The value, a text.
+        value_string: Option<String>,
     }
     /// A finding of the analysis.
     Observation {
@@ -421,6 +423,16 @@ pub fn percent(basis_points: u32) -> Quantity {
         unit: Some("%"),
         system: Some(UCUM),
         code: Some("%"),
+    }
+}
+
+/// A length in pixels, from tenths of one.
+pub fn pixels(tenths: u32) -> Quantity {
+    Quantity {
+        value: serde_json::Number::from_f64(f64::from(tenths) / 10.0),
+        unit: Some("pixels"),
+        system: Some(UCUM),
+        code: Some("{pixels}"),
     }
 }
 

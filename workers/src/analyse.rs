@@ -6,8 +6,9 @@ use dermflow_schemas::envelope::Payload;
 
 use crate::{
     decode::{DecodeError, Picture},
-    engine::{Engine, EngineError, Question},
+    engine::{Answer, Engine, EngineError, Question},
     model::Model,
+    outline::Outline,
 };
 
 /// What is known about one image after the analysis.
@@ -23,6 +24,8 @@ pub struct Finding {
     pub sha1: String,
     /// In the order of the model's classes; the sum is 1.
     pub probabilities: Vec<f64>,
+    /// Where the lesion is; absent when there is none, or the model does not say.
+    pub outline: Option<Outline>,
 }
 
 /// A finished analysis.
@@ -40,8 +43,8 @@ pub enum AnalysisError {
     /// The image with this index, from 0, does not decode. Permanent.
     #[error("image {0} does not decode: {1}")]
     Undecodable(usize, DecodeError),
-    /// The model's answer is not one finite number per class. Permanent: models are deterministic.
-    #[error("the model's answer is not one finite number per class")]
+    /// The model's answer is not one finite number per class and place. Permanent: models are deterministic.
+    #[error("the model's answer is not one finite number per class and place")]
     Unusable,
     /// The engine failed. Transient.
     #[error(transparent)]
@@ -71,15 +74,21 @@ pub fn analyse(
             .map_err(|error| AnalysisError::Undecodable(index, error))?;
         let sha256 = file.sha256();
         let start = Instant::now();
-        let logits = engine.classify(Question { picture: &picture, digest: &sha256, attempt })?;
+        let Answer { logits, lesion } =
+            engine.classify(Question { picture: &picture, digest: &sha256, attempt })?;
         analysis.in_model += start.elapsed();
         let probabilities = model.probabilities(&logits).ok_or(AnalysisError::Unusable)?;
+        let (width, height) = (picture.width(), picture.height());
+        if lesion.as_ref().is_some_and(|map| map.logits.iter().any(|logit| !logit.is_finite())) {
+            return Err(AnalysisError::Unusable);
+        }
         analysis.findings.push(Finding {
-            width: picture.width(),
-            height: picture.height(),
+            width,
+            height,
             sha256,
             sha1: file.sha1_base64(),
             probabilities,
+            outline: lesion.and_then(|map| Outline::of(&map, width, height)),
         });
     }
     Ok(analysis)
@@ -133,9 +142,9 @@ mod tests {
     fn a_withdrawn_job_ends_before_its_next_image() {
         struct Counting<'a>(&'a AtomicUsize);
         impl Engine for Counting<'_> {
-            fn classify(&mut self, _: Question<'_>) -> Result<Vec<f32>, EngineError> {
+            fn classify(&mut self, _: Question<'_>) -> Result<Answer, EngineError> {
                 self.0.fetch_add(1, Ordering::SeqCst);
-                Ok(vec![0.0; 3])
+                Ok(Answer { logits: vec![0.0; 3], lesion: None })
             }
         }
         let (model, image) = (simulated(&[]), jpeg(96, 80, None));

@@ -8,6 +8,7 @@ use ort::{environment::Environment, session::Session, value::TensorRef};
 use crate::{
     decode::Picture,
     model::{Fault, Input, Model, Network, Output, Simulated},
+    outline::Map,
 };
 
 /// Why there is no engine, or no logits.
@@ -41,13 +42,22 @@ pub struct Question<'a> {
     pub attempt: u32,
 }
 
-/// Computes logits; belongs to one thread.
+/// What comes out of the network, not yet checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// In the order of the model's classes.
+    pub logits: Vec<f32>,
+    /// Where the lesion is, if the model says so.
+    pub lesion: Option<Map>,
+}
+
+/// Computes answers; belongs to one thread.
 pub trait Engine: Send {
-    /// The logits of one image, in the order of the model's classes, not yet checked.
+    /// The answer to one image.
     ///
     /// # Errors
     /// When the engine fails; the same image may succeed elsewhere.
-    fn classify(&mut self, question: Question<'_>) -> Result<Vec<f32>, EngineError>;
+    fn classify(&mut self, question: Question<'_>) -> Result<Answer, EngineError>;
 }
 
 /// Makes an engine, once per executor and again after a panic.
@@ -111,18 +121,17 @@ impl OnnxEngine {
         if inputs != [input.name.as_str()] {
             return Err(EngineError::Misfit(format!("its inputs are {inputs:?}, not [{:?}]", input.name)));
         }
-        if !outputs.contains(&output.logits) {
-            return Err(EngineError::Misfit(format!(
-                "its outputs are {outputs:?}, without {:?}",
-                output.logits
-            )));
+        for named in std::iter::once(&output.logits).chain(&output.lesion) {
+            if !outputs.contains(named) {
+                return Err(EngineError::Misfit(format!("its outputs are {outputs:?}, without {named:?}")));
+            }
         }
         Ok(Self { session, input, output, tensor: Vec::new() })
     }
 
     /// Runs the network once, so that a wrong shape shows at start.
     fn try_out(&mut self, classes: usize) -> Result<(), EngineError> {
-        let logits = self.logits(&RgbImage::new(self.input.width, self.input.height))?.len();
+        let logits = self.answer(&RgbImage::new(self.input.width, self.input.height))?.logits.len();
         if logits == classes {
             Ok(())
         } else {
@@ -130,22 +139,36 @@ impl OnnxEngine {
         }
     }
 
-    fn logits(&mut self, small: &RgbImage) -> Result<Vec<f32>, EngineError> {
+    fn answer(&mut self, small: &RgbImage) -> Result<Answer, EngineError> {
         fill(&mut self.tensor, small, &self.input);
         let shape = [1, 3, i64::from(self.input.height), i64::from(self.input.width)];
         let tensor = TensorRef::from_array_view((shape, self.tensor.as_slice()))?;
         let outputs = self.session.run(ort::inputs![self.input.name.as_str() => tensor])?;
-        let logits =
-            outputs.get(&self.output.logits).ok_or_else(|| EngineError::Misfit("no logits".into()))?;
-        let (_, logits) = logits.try_extract_tensor::<f32>()?;
-        Ok(logits.to_vec())
+        let tensor = |name: &str| -> Result<(Vec<i64>, Vec<f32>), EngineError> {
+            let output = outputs.get(name).ok_or_else(|| EngineError::Misfit(format!("no {name:?}")))?;
+            let (shape, values) = output.try_extract_tensor::<f32>()?;
+            Ok((shape.to_vec(), values.to_vec()))
+        };
+        let (_, logits) = tensor(&self.output.logits)?;
+        let lesion = self.output.lesion.as_deref().map(tensor).transpose()?.map(lesion).transpose()?;
+        Ok(Answer { logits, lesion })
     }
 }
 
 impl Engine for OnnxEngine {
-    fn classify(&mut self, question: Question<'_>) -> Result<Vec<f32>, EngineError> {
+    fn classify(&mut self, question: Question<'_>) -> Result<Answer, EngineError> {
         let small = question.picture.squash(self.input.width, self.input.height);
-        self.logits(&small)
+        self.answer(&small)
+    }
+}
+
+/// The map of one image: 1 x 1 x rows x columns.
+fn lesion((shape, logits): (Vec<i64>, Vec<f32>)) -> Result<Map, EngineError> {
+    match shape[..] {
+        [1, 1, rows, columns] if rows >= 2 && columns >= 2 => {
+            Ok(Map { width: usize::try_from(columns).unwrap_or(usize::MAX), logits })
+        }
+        _ => Err(EngineError::Misfit(format!("the map of the lesion is {shape:?}, not 1 x 1 x rows x columns"))),
     }
 }
 
@@ -166,20 +189,21 @@ struct SimulatedEngine {
 }
 
 impl Engine for SimulatedEngine {
-    fn classify(&mut self, question: Question<'_>) -> Result<Vec<f32>, EngineError> {
+    fn classify(&mut self, question: Question<'_>) -> Result<Answer, EngineError> {
         thread::sleep(Duration::from_millis(self.simulated.latency_ms));
         let Simulated { fault_attempts, fault_image, .. } = &self.simulated;
         let faulty = fault_attempts.is_none_or(|last| question.attempt <= last)
             && fault_image.as_ref().is_none_or(|image| question.digest.starts_with(image));
-        match self.simulated.fault.filter(|_| faulty) {
-            None => Ok(simulated_logits(question.digest, self.classes)),
-            Some(Fault::Nan) => Ok(vec![f32::NAN; self.classes]),
+        let logits = match self.simulated.fault.filter(|_| faulty) {
+            None => simulated_logits(question.digest, self.classes),
+            Some(Fault::Nan) => vec![f32::NAN; self.classes],
             Some(Fault::Panic) => panic!("the simulated model panics"),
             Some(Fault::Abort) => std::process::abort(),
             Some(Fault::Hang) => loop {
                 thread::park();
             },
-        }
+        };
+        Ok(Answer { logits, lesion: None })
     }
 }
 

@@ -165,7 +165,7 @@ mod tests {
     use futures_util::poll;
 
     use super::*;
-    use crate::engine::Question;
+    use crate::engine::{Answer, Question};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     const LIMIT: Duration = Duration::from_secs(10);
@@ -173,7 +173,7 @@ mod tests {
     struct Silent;
 
     impl Engine for Silent {
-        fn classify(&mut self, _: Question<'_>) -> Result<Vec<f32>, EngineError> {
+        fn classify(&mut self, _: Question<'_>) -> Result<Answer, EngineError> {
             unreachable!("these tests bring their own work")
         }
     }

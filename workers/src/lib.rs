@@ -8,7 +8,8 @@
 //! numbers; whatever a model does, short of ending the process, costs its own job only.
 //!
 //! `schedule`, `fair` (whom to ask: pure), `watch` (who has jobs), `pull` (the requests), `cancel` (what was
-//! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread and its engine) → `analyse` → `report`.
+//! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread and its engine) → `analyse` → `report`;
+//! `outline` is what a report says of a lesion's place.
 
 pub mod analyse;
 pub mod attempt;
@@ -19,6 +20,7 @@ pub mod engine;
 pub mod executor;
 pub mod fair;
 pub mod model;
+pub mod outline;
 pub mod pull;
 pub mod quarantine;
 pub mod report;

@@ -15,6 +15,7 @@
 //! deviation = [1.0, 1.0, 1.0]     # and divided by
 //! [output]
 //! logits = "logits"               # 1 x the number of classes, in the order below
+//! lesion = "outline"              # optional, 1 x 1 x rows x columns: logits of where the lesion is in the frame
 //! [[class]]
 //! code = "mel"
 //! display = "Melanoma"
@@ -82,6 +83,8 @@ pub struct Input {
 pub struct Output {
     /// The name of the tensor of logits.
     pub logits: String,
+    /// The name of the tensor that says where the lesion is.
+    pub lesion: Option<String>,
 }
 
 /// A code of ICD-11 MMS.
@@ -253,6 +256,11 @@ impl Model {
             digest,
             network,
         })
+    }
+
+    /// Whether the model says where the lesion is.
+    pub fn outlines(&self) -> bool {
+        matches!(&self.network, Network::Onnx { output: Output { lesion: Some(_), .. }, .. })
     }
 
     /// Whether reports must say that no model looked at the images.

@@ -1,16 +1,16 @@
 //! From probabilities to a FHIR R4 `DiagnosticReport`. Pure: times and ids come in as arguments.
 //!
-//! What the model does not measure (quality, domain, modality, outline) is absent. Every number that is printed
+//! What the model does not measure (quality, domain, modality) is absent. Every number that is printed
 //! follows from printed numbers: a distribution sums to 100.00 %, the suspicion of malignancy is the sum of its
-//! classes, the entropy is that of the distribution as it stands there.
+//! classes, the entropy is that of the distribution as it stands there, an area is that of its outline.
 
 use dermflow_schemas::{
     envelope::{ImageEntry, Manifest},
     fhir::{
         Annotation, Attachment, CANONICAL, CodeableConcept, Coding, Component, Contained, Device, DeviceName,
         DeviceProperty, DeviceVersion, DiagnosticReport, ICD11, ICD11_VERSION, Identifier, Media, Meta,
-        Narrative, Observation, ReferenceRange, ReportMedia, Resource, coding, contained, hl7, local,
-        percent, xhtml,
+        Narrative, Observation, Quantity, ReferenceRange, ReportMedia, Resource, coding, contained, hl7, local,
+        percent, pixels, xhtml,
     },
     id::JobId,
 };
@@ -277,18 +277,63 @@ impl Case<'_> {
         if let Some(points) = reading.malignancy(self.model) {
             all.push(contained_as(name("malignancy"), self.malignancy(reading, points)));
         }
+        if !pooled && self.model.outlines() {
+            all.push(contained_as(name("extent"), self.extent(reading)));
+        }
         all
+    }
+
+    /// Where the lesion is in an image, and how much of it.
+    fn extent(&self, reading: &Reading) -> Resource {
+        let finding = &self.findings[*reading.images.start() - 1];
+        let measured = |code: &str, display: &str, value: Quantity| Component {
+            code: local(code, display).into(),
+            value_quantity: Some(value),
+            ..Component::default()
+        };
+        let (share, component) = finding.outline.as_ref().map_or((0, Vec::new()), |outline| {
+            let [left, top, width, height] = outline.bounds();
+            let polygon = Component {
+                code: local("lesion-polygon", "Lesion outline in pixel coordinates").into(),
+                value_string: Some(outline.wkt()),
+                ..Component::default()
+            };
+            let parts = vec![
+                polygon,
+                measured("bbox-x", "Bounding box left", pixels(left)),
+                measured("bbox-y", "Bounding box top", pixels(top)),
+                measured("bbox-width", "Bounding box width", pixels(width)),
+                measured("bbox-height", "Bounding box height", pixels(height)),
+                measured("ai-confidence", "Confidence of the model", percent(outline.confidence())),
+            ];
+            (outline.share(finding.width, finding.height), parts)
+        });
+        let text = if finding.outline.is_some() {
+            "The largest connected lesion. Columns and rows of the image as displayed, from its upper left corner. No \
+             measure of length: the image has no scale."
+        } else {
+            "No lesion was found in the image."
+        };
+        let code = local("lesion-area-fraction", "Lesion area as a fraction of the image");
+        Resource::Observation(Box::new(Observation {
+            value_quantity: Some(percent(share)),
+            note: note(text),
+            component,
+            ..self.observation(code, reading)
+        }))
     }
 
     fn classification(&self, reading: &Reading, pooled: bool) -> Resource {
         let classes = &self.model.classes;
         let component = |class: &usize| Component {
             code: class_concept(&classes[*class]),
-            value_quantity: percent(reading.points[*class]),
+            value_quantity: Some(percent(reading.points[*class])),
+            ..Component::default()
         };
         let entropy = Component {
             code: local("normalised-entropy", "Normalised entropy of the distribution").into(),
-            value_quantity: percent(normalised_entropy(&reading.points)),
+            value_quantity: Some(percent(normalised_entropy(&reading.points))),
+            ..Component::default()
         };
         let mut text =
             "The value is only the class with the highest probability. It is not a diagnosis.".to_owned();
@@ -431,6 +476,7 @@ mod tests {
             sha256: "ab".repeat(32),
             sha1: "5NR6OqOJf+99TunbuwywnkxtcnA=".into(),
             probabilities: probabilities.to_vec(),
+            outline: None,
         }
     }
 

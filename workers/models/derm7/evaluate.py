@@ -5,19 +5,22 @@
     python3 evaluate.py --data DIR [--json FILE] [--check]
 
 README.md describes what DIR holds. The malignancy threshold is chosen on the `val` split and reported on
-`test`. With --check the exit status is 1 when model.toml states another threshold or other metrics.
+`test`. With --check the exit status is 1 when model.toml states another threshold or other metrics. --network
+takes another ONNX file with the same description.
 """
 
 import argparse
 import csv
+import io
 import json
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 FOLDER = Path(__file__).parent
 TARGET_SENSITIVITY = 0.90  # of the malignancy threshold, on the val split
@@ -44,7 +47,7 @@ def bicubic(image, size):
 class Model:
     """The network with its description; knows nothing about the data sets."""
 
-    def __init__(self, folder, threads):
+    def __init__(self, folder, threads, network=None):
         self.description = tomllib.loads((folder / "model.toml").read_text())
         classes = self.description["class"]
         self.codes = [c["code"] for c in classes]
@@ -52,7 +55,9 @@ class Model:
         self.log_prior = np.log([c["prior"] for c in classes])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
+        file = network or folder / "model.onnx"
+        self.session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        self.outputs = [o.name for o in self.session.get_outputs()]
 
     def tensor(self, image, resize):
         """The whole frame squashed to the input size, channels first."""
@@ -62,15 +67,17 @@ class Model:
         values = (values - np.float32(given["mean"])) / np.float32(given["deviation"])
         return values.transpose(2, 0, 1)
 
-    def logits(self, images, resize=bilinear, batch=32):
-        """`images`: paths or PIL images. One row per image."""
+    def run(self, names, images, resize=bilinear, batch=32):
+        """`images`: paths or PIL images. One array per name of an output, one row per image."""
         rows = []
         for start in range(0, len(images), batch):
             group = [i if isinstance(i, Image.Image) else Image.open(i) for i in images[start : start + batch]]
             tensors = np.stack([self.tensor(i, resize) for i in group])
-            names = [self.description["output"]["logits"]]
-            rows.append(self.session.run(names, {self.description["input"]["name"]: tensors})[0])
-        return np.concatenate(rows).astype(np.float64)
+            rows.append(self.session.run(names, {self.description["input"]["name"]: tensors}))
+        return [np.concatenate(column).astype(np.float64) for column in zip(*rows)]
+
+    def logits(self, images, resize=bilinear):
+        return self.run([self.description["output"]["logits"]], images, resize)[0]
 
     def probabilities(self, logits, adjust=True):
         """softmax(logits - ln prior) over all classes; plain softmax without `adjust`."""
@@ -94,6 +101,11 @@ class Data:
         self.labels = np.array([r[label] for r in rows])
         names = [r[group] for r in rows] if group else range(len(rows))
         _, self.groups = np.unique(list(names), return_inverse=True)
+
+    def keep(self, chosen):
+        self.files = [f for f, c in zip(self.files, chosen) if c]
+        self.labels = self.labels[chosen]
+        _, self.groups = np.unique(self.groups[chosen], return_inverse=True)
 
     def draw(self, random):
         """Weights of the images in one bootstrap sample: how often each one's group was drawn."""
@@ -125,6 +137,11 @@ def calibration_error(confidence, right, weights):
     return float(np.abs(gap).sum() / weights.sum())
 
 
+def binary_calibration_error(chance, positive, weights):
+    """The same for one probability."""
+    return calibration_error(chance, positive.astype(float), weights)
+
+
 def classification(model, data, probabilities):
     """Statistics of one classified data set as {code: function of the weights}."""
     first = np.array(model.codes)[probabilities.argmax(1)]
@@ -152,6 +169,7 @@ def classification(model, data, probabilities):
         "malignancy-auc": Auc(model.malignancy(probabilities), malignant),
         "calibration-error": lambda w: calibration_error(confidence, right, w),
         "mean-confidence": lambda w: mean(confidence, w),
+        "malignancy-calibration-error": lambda w: binary_calibration_error(model.malignancy(probabilities), malignant, w),
     }
     for code in lesions:
         result[f"{code}/sensitivity"] = sensitivity(code)
@@ -200,11 +218,129 @@ def compare(model, data, usual, changed):
     return f"{moved} of {len(data.files)} first choices differ, top1-sensitivity {value:.3f}"
 
 
-def synthetic():
-    """Frames without any content, which a user may well send by mistake."""
-    noise = np.random.default_rng(SEED).integers(0, 256, (168, 224, 3), np.uint8)
-    flat = {"black": (0, 0, 0), "white": (255, 255, 255), "flat skin colour": (224, 180, 160)}
-    return {k: Image.new("RGB", (224, 168), v) for k, v in flat.items()} | {"noise": Image.fromarray(noise)}
+FRAMES = 50  # of each kind without content
+
+
+def frames(lesions):
+    """Pictures that show nothing, which a user may well send by mistake. Made otherwise than those of training."""
+    random = np.random.default_rng(SEED)
+    size = (600, 450)
+
+    def flat(colour):
+        return Image.new("RGB", size, tuple(int(v) for v in colour))
+
+    def noise(grey, cell):
+        shape = (size[1] // cell, size[0] // cell) if grey else (size[1] // cell, size[0] // cell, 3)
+        image = Image.fromarray(random.integers(0, 256, shape, np.uint8)).convert("RGB")
+        return image.resize(size, Image.Resampling.BILINEAR)
+
+    def scribbled(image, strokes, width):
+        image = image.convert("RGB").resize(size)
+        draw = ImageDraw.Draw(image)
+        for _ in range(strokes):
+            x, y = random.integers(-200, size[0]), random.integers(-200, size[1])
+            w, h = random.integers(50, 500, 2)
+            turn = int(random.integers(0, 360))
+            colour = tuple(int(v) for v in random.integers(0, 256, 3))
+            draw.arc((x, y, x + w, y + h), turn, turn + int(random.integers(60, 360)), colour, width)
+        return image
+
+    def skin():
+        red = random.uniform(110, 245)
+        return np.array([red, red * random.uniform(0.6, 0.85), red * random.uniform(0.45, 0.75)])
+
+    def written():
+        image = flat(random.integers(200, 256, 3))
+        draw = ImageDraw.Draw(image)
+        for line in range(14):
+            text = "".join(chr(97 + int(c)) if c < 26 else " " for c in random.integers(0, 32, 70))
+            draw.text((20, 15 + 30 * line), text, fill=(20, 20, 40), font_size=int(random.integers(14, 26)))
+        return image
+
+    some = [Image.open(lesions[i]) for i in random.choice(len(lesions), FRAMES, replace=False)]
+    dim = [np.clip(random.normal(random.uniform(0, 6), 2, (*size[::-1], 3)), 0, 255) for _ in range(FRAMES)]
+    glare = [np.clip(random.normal(random.uniform(249, 255), 2, (*size[::-1], 3)), 0, 255) for _ in range(FRAMES)]
+    return {
+        "black, with sensor noise": [Image.fromarray(v.astype(np.uint8)) for v in dim],
+        "white, with sensor noise": [Image.fromarray(v.astype(np.uint8)) for v in glare],
+        "flat grey": [flat([v] * 3) for v in np.linspace(0, 255, FRAMES)],
+        "flat skin colour": [flat(skin()) for _ in range(FRAMES)],
+        "flat, any colour": [flat(random.integers(0, 256, 3)) for _ in range(FRAMES)],
+        "coloured noise": [noise(False, cell) for cell in np.repeat([1, 2, 5, 10, 30], FRAMES // 5)],
+        "grey noise": [noise(True, cell) for cell in np.repeat([1, 2, 5, 10, 30], FRAMES // 5)],
+        "scribble on paper": [scribbled(flat([255] * 3), random.integers(3, 20), 5) for _ in range(FRAMES)],
+        "scribble on skin colour": [scribbled(flat(skin()), random.integers(3, 20), 5) for _ in range(FRAMES)],
+        "lesion scribbled over": [scribbled(i, 45, 26) for i in some],
+        "text": [written() for _ in range(FRAMES)],
+        "lesion blurred beyond recognition": [i.filter(ImageFilter.GaussianBlur(60)) for i in some],
+    }
+
+
+def outline_of(logits, size):
+    """Inside or not, for each pixel of `size`: the logits, bilinear, above 0."""
+    grown = Image.fromarray(logits.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(grown) > 0
+
+
+def box_of(mask):
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+
+
+def box_overlap(a, b):
+    across, down = (max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
+    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
+    return across * down / max(1, sum(areas) - across * down)
+
+
+def outlines(model, root, data):
+    """Overlap with the drawn masks, and how often the heat map of the first choice is hottest inside."""
+    maps, logits, made = model.run(["cam", model.description["output"]["logits"], "outline"], data.files)
+    places = np.exp(maps - model.log_prior[:, None, None])
+    heat = places / places.sum(1, keepdims=True)
+    first = (logits - model.log_prior).argmax(1)
+    found = []
+    for file, row, warmth in zip(data.files, made[:, 0], heat[np.arange(len(first)), first], strict=True):
+        drawn = np.asarray(Image.open(root / "ham10000-masks" / f"{file.stem}_segmentation.png")) > 0
+        mask = outline_of(row, drawn.shape[::-1])
+        union, side = (mask | drawn).sum(), np.array(warmth.shape)
+        top = (np.array(np.unravel_index(warmth.argmax(), side)) + 0.5) / side * drawn.shape
+        found.append(
+            (
+                (mask & drawn).sum() / union,
+                2 * (mask & drawn).sum() / (mask.sum() + drawn.sum()),
+                box_overlap(box_of(mask), box_of(drawn)),
+                abs(mask.mean() - drawn.mean()),
+                (mask & drawn).sum() / union < 0.5,
+                drawn[tuple(top.astype(int))],
+                drawn.mean(),
+            )
+        )
+    codes = ["iou", "dice", "box-iou", "area-error", "share-below-half", "heat-map-inside", "heat-map-inside-by-chance"]
+    columns = np.array(found, float).T
+    return {f"outline/{c}": lambda w, column=column: mean(column, w) for c, column in zip(codes, columns)}
+
+
+def modality(model, root):
+    """Photographs that were not used, against dermoscopic test images."""
+    phone = Data(root, "pad-ufes-20-samples", label="diagnostic", group="patient_id")
+    phone.keep(phone.groups % 2 == 1)
+    parts = [phone, Data(root, "ham10000", "test", group="lesion_id"), Data(root, "isic2017", "test")]
+    scores = np.concatenate([model.run(["modality"], p.files)[0][:, 0] for p in parts])
+    clinical = np.repeat([True, False, False], [len(p.files) for p in parts])
+    # The same photographs, stored as HAM10000 is: what is told apart is not only the size of the file.
+    small = []
+    for file in phone.files:
+        copy = io.BytesIO()
+        Image.open(file).convert("RGB").resize((224, 168), Image.Resampling.LANCZOS).save(copy, "JPEG", quality=84)
+        small.append(Image.open(copy))
+    again = model.run(["modality"], small)[0][:, 0] > 0
+    return parts, {
+        "modality/auc": Auc(scores, clinical),
+        "modality/photographs-recognised": lambda w: mean(scores[clinical] > 0, w[clinical]),
+        "modality/photographs-recognised-as-224x168": lambda w: mean(again, w[clinical]),
+        "modality/dermoscopic-recognised": lambda w: mean(scores[~clinical] <= 0, w[~clinical]),
+    }
 
 
 def evaluate(model, root, resamples):
@@ -217,6 +353,7 @@ def evaluate(model, root, resamples):
 
     other, mel = model.codes.index("other"), model.codes.index("mel")
     resized = {f.__name__: model.logits(test.files, f) for f in (unrounded, bicubic)}
+    empty = {name: model.logits(images) for name, images in frames(test.files).items()}
     result = {}
     for column, adjust in (("adjusted", True), ("unadjusted", False)):
         p = {d: model.probabilities(rows, adjust) for d, rows in logits.items()}
@@ -226,11 +363,20 @@ def evaluate(model, root, resamples):
         is_object = np.repeat([False, True], [len(test.files), len(objects.files)])
         area = Auc(np.concatenate([p[test][:, other], p[objects][:, other]]), is_object)
         figures |= with_intervals({"out-of-domain-auc": area}, [test, objects], resamples)
-        area = Auc(p[foreign][:, mel], foreign.labels == "mel")
-        figures |= with_intervals({"isic2017-melanoma-auc": area}, [foreign], resamples)
+        functions = {
+            f"isic2017-{name}-auc": Auc(p[foreign][:, model.codes.index(code)], foreign.labels == code)
+            for name, code in (("melanoma", "mel"), ("keratosis", "bkl"))
+        }
+        three = [model.codes.index(c) for c in ("bkl", "mel", "nv")]
+        choice = np.array(model.codes)[three][p[foreign][:, three].argmax(1)]
+        functions["isic2017-three-class-sensitivity"] = lambda w: float(
+            np.mean([mean((choice == c)[foreign.labels == c], w[foreign.labels == c]) for c in ("bkl", "mel", "nv")])
+        )
+        above = at_threshold(model, foreign, p[foreign], threshold)
+        functions |= {f"isic2017-{c}": above[c] for c in ("malignancy-sensitivity", "malignancy-specificity")}
+        figures |= with_intervals(functions, [foreign], resamples)
         chosen = {d: rows.argmax(1) == other for d, rows in p.items()}
-        frames = synthetic()
-        blank = model.probabilities(model.logits(list(frames.values())), adjust)
+        refused = {name: model.probabilities(rows, adjust).argmax(1) == other for name, rows in empty.items()}
         result[column] = {
             "threshold": threshold,
             "figures": figures,
@@ -242,13 +388,27 @@ def evaluate(model, root, resamples):
                 "objects (Caltech-101 test)": f"{chosen[objects].sum()} of {len(objects.files)}",
                 "lesions (ISIC 2017 test)": f"{chosen[foreign].sum()} of {len(foreign.files)}",
                 "phone photographs (PAD-UFES-20)": f"{chosen[phone].sum()} of {len(phone.files)}",
-            },
-            "synthetic frames": {
-                name: f"{model.codes[row.argmax()]} {row.max():.3f}, other {row[other]:.3f}"
-                for name, row in zip(frames, blank, strict=True)
-            },
+            }
+            | {name: f"{rows.sum()} of {len(rows)}" for name, rows in refused.items()},
         }
+    if "outline" in model.outputs:
+        found = with_intervals(outlines(model, root, val), [val], resamples)
+        parts, functions = modality(model, root)
+        found |= with_intervals(functions, parts, resamples)
+        for column in result.values():
+            column["figures"] |= found
     return result
+
+
+def milliseconds(model, file, runs=200):
+    """Median time of one image on one thread, with decoding and resizing left out."""
+    tensor = model.tensor(Image.open(file), bilinear)[None]
+    times = []
+    for _ in range(runs):
+        start = time.process_time()
+        model.session.run(None, {model.description["input"]["name"]: tensor})
+        times.append(time.process_time() - start)
+    return 1000 * float(np.median(times))
 
 
 def show(result):
@@ -261,7 +421,7 @@ def show(result):
         print(f"| {code} | " + " | ".join(cells) + " |")
     for column in columns:
         print(f"\n{column}: threshold {result[column]['threshold']:.2f}")
-        for kind in ("other resizing", "taken for other", "synthetic frames"):
+        for kind in ("other resizing", "taken for other"):
             for name, value in result[column][kind].items():
                 print(f"  {kind}: {name}: {value}")
 
@@ -283,12 +443,16 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--resamples", type=int, default=2000, help="bootstrap samples")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--network", type=Path, help="instead of model.onnx")
     parser.add_argument("--json", type=Path, help="write everything here too")
     parser.add_argument("--check", action="store_true", help="compare with model.toml")
     given = parser.parse_args()
-    model = Model(FOLDER, given.threads)
+    model = Model(FOLDER, given.threads, given.network)
     result = evaluate(model, given.data, given.resamples)
     show(result)
+    alone = Model(FOLDER, 1, given.network)
+    sample = given.data / "ham10000" / "images" / "ISIC_0024306.jpg"
+    print(f"\n{milliseconds(alone, sample):.1f} ms of one core for each image")
     if given.json:
         given.json.write_text(json.dumps(result, indent=2) + "\n")
     if given.check:
