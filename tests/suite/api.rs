@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use dermflow_schemas::{clock, envelope::ResultHeader};
 use dermflow_tests::{
     client::{distribution, observations, parameters, sample, sample_bytes},
@@ -44,12 +44,14 @@ async fn a_synchronous_call_answers_with_the_report() -> Result<()> {
     lab.stop().await
 }
 
-// REQ_004: the Rust pipeline gives the probabilities of the training pipeline, whatever the file format.
+// REQ_004: the Rust pipeline gives the probabilities and the lesion's area of the training pipeline, whatever the file
+// format; the area is that of the outline that is printed, and the box is around it.
 #[tokio::test(flavor = "multi_thread")]
-async fn probabilities_match_the_reference_implementation() -> Result<()> {
+async fn a_report_matches_the_reference_implementation() -> Result<()> {
     let lab = Lab::start(Setup::derm7()).await?;
     let expected: Value = serde_json::from_slice(&sample_bytes("expected.json"))?;
-    for (name, classes) in expected.as_object().unwrap() {
+    for (name, expected) in expected.as_object().unwrap() {
+        let classes = &expected["classes"];
         let report = lab.client().analyze(&sample(name), &[]).await?.body;
         let found = distribution(observations(&report, "condition-distribution")[0]);
         assert_eq!(found.len(), classes.as_object().unwrap().len());
@@ -57,8 +59,54 @@ async fn probabilities_match_the_reference_implementation() -> Result<()> {
             let reference = classes[&class].as_f64().unwrap() * 100.0;
             assert!((percent - reference).abs() <= 2.0, "{name} {class}: {percent} against {reference}");
         }
+        let extent = observations(&report, "lesion-area-fraction")[0];
+        let (area, reference) = (value(&extent["valueQuantity"]), expected["area"].as_f64().unwrap() * 100.0);
+        assert!((area - reference).abs() <= 2.0, "{name}: {area} % lesion against {reference}");
+        outline_is_consistent(&report, extent).with_context(|| name.clone())?;
     }
     lab.stop().await
+}
+
+fn value(quantity: &Value) -> f64 {
+    quantity["value"].as_f64().unwrap_or(f64::NAN)
+}
+
+fn outline_is_consistent(report: &Value, extent: &Value) -> Result<()> {
+    let part = |code: &str| {
+        let parts = extent["component"].as_array().context("no components")?;
+        let found = parts.iter().find(|part| part["code"]["coding"][0]["code"] == code);
+        found.with_context(|| format!("no {code}"))
+    };
+    let text = part("lesion-polygon")?["valueString"].as_str().context("no text")?;
+    let ring =
+        text.strip_prefix("POLYGON ((").and_then(|text| text.strip_suffix("))")).context("no polygon")?;
+    let point = |at: &str| {
+        let (x, y) = at.split_once(' ').context("no point")?;
+        Ok((x.parse::<f64>()?, y.parse::<f64>()?))
+    };
+    let points = ring.split(", ").map(point).collect::<Result<Vec<_>>>()?;
+    ensure!(points.len() > 3 && points.first() == points.last(), "{text}");
+    let image = &report["contained"].as_array().context("nothing contained")?[1];
+    let (width, height) =
+        (image["width"].as_f64().context("no width")?, image["height"].as_f64().context("no height")?);
+    let doubled: f64 = points.windows(2).map(|edge| edge[0].0 * edge[1].1 - edge[1].0 * edge[0].1).sum();
+    let area = doubled.abs() / 2.0 / (width * height) * 100.0;
+    ensure!((area - value(&extent["valueQuantity"])).abs() < 0.006, "{area} {}", extent["valueQuantity"]);
+    let side = |side: &str| anyhow::Ok(value(&part(side)?["valueQuantity"]));
+    for (start, length, whole, along) in [
+        ("bbox-x", "bbox-width", width, points.iter().map(|at| at.0).collect::<Vec<_>>()),
+        ("bbox-y", "bbox-height", height, points.iter().map(|at| at.1).collect()),
+    ] {
+        let (least, most) =
+            (along.iter().copied().fold(whole, f64::min), along.iter().copied().fold(0.0, f64::max));
+        ensure!(
+            (side(start)? - least).abs() < 1e-6 && (side(length)? - (most - least)).abs() < 0.051,
+            "{start}"
+        );
+        ensure!(least >= 0.0 && most <= whole, "{start}: outside of the image");
+    }
+    ensure!((50.0..=100.0).contains(&side("ai-confidence")?), "no confidence");
+    Ok(())
 }
 
 // A picture that is stored turned and marked so by EXIF is analysed as it is displayed.

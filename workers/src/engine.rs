@@ -168,7 +168,9 @@ fn lesion((shape, logits): (Vec<i64>, Vec<f32>)) -> Result<Map, EngineError> {
         [1, 1, rows, columns] if rows >= 2 && columns >= 2 => {
             Ok(Map { width: usize::try_from(columns).unwrap_or(usize::MAX), logits })
         }
-        _ => Err(EngineError::Misfit(format!("the map of the lesion is {shape:?}, not 1 x 1 x rows x columns"))),
+        _ => Err(EngineError::Misfit(format!(
+            "the map of the lesion is {shape:?}, not 1 x 1 x rows x columns"
+        ))),
     }
 }
 

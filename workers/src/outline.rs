@@ -37,7 +37,9 @@ impl Outline {
         let logits: Vec<f64> = map.logits.iter().map(|logit| f64::from(*logit)).collect();
         let contours = ContourBuilder::new(columns, rows, true).contours(&logits, &[0.0]).ok()?;
         let scale = |value: f64, places: usize, pixels: u32| {
-            (value / places as f64 * f64::from(pixels) * TENTHS).round().clamp(0.0, f64::from(pixels) * TENTHS) as u32
+            (value / places as f64 * f64::from(pixels) * TENTHS)
+                .round()
+                .clamp(0.0, f64::from(pixels) * TENTHS) as u32
         };
         let outlines = contours.iter().flat_map(|contour| contour.geometry()).map(|part| {
             let ring: Vec<Point<2, f64>> = part.exterior().coords().map(|at| point!(at.x, at.y)).collect();

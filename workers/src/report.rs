@@ -9,8 +9,8 @@ use dermflow_schemas::{
     fhir::{
         Annotation, Attachment, CANONICAL, CodeableConcept, Coding, Component, Contained, Device, DeviceName,
         DeviceProperty, DeviceVersion, DiagnosticReport, ICD11, ICD11_VERSION, Identifier, Media, Meta,
-        Narrative, Observation, Quantity, ReferenceRange, ReportMedia, Resource, coding, contained, hl7, local,
-        percent, pixels, xhtml,
+        Narrative, Observation, Quantity, ReferenceRange, ReportMedia, Resource, coding, contained, hl7,
+        local, percent, pixels, xhtml,
     },
     id::JobId,
 };

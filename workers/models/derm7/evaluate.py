@@ -276,6 +276,11 @@ def frames(lesions):
     }
 
 
+def mask_of(root, file):
+    """The mask that was drawn for an image of HAM10000; for a few there is none."""
+    return root / "ham10000-masks" / f"{file.stem}_segmentation.png"
+
+
 def outline_of(logits, size):
     """Inside or not, for each pixel of `size`: the logits, bilinear, above 0."""
     grown = Image.fromarray(logits.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
@@ -301,7 +306,7 @@ def outlines(model, root, data):
     first = (logits - model.log_prior).argmax(1)
     found = []
     for file, row, warmth in zip(data.files, made[:, 0], heat[np.arange(len(first)), first], strict=True):
-        drawn = np.asarray(Image.open(root / "ham10000-masks" / f"{file.stem}_segmentation.png")) > 0
+        drawn = np.asarray(Image.open(mask_of(root, file))) > 0
         mask = outline_of(row, drawn.shape[::-1])
         union, side = (mask | drawn).sum(), np.array(warmth.shape)
         top = (np.array(np.unravel_index(warmth.argmax(), side)) + 0.5) / side * drawn.shape
@@ -318,7 +323,7 @@ def outlines(model, root, data):
         )
     codes = ["iou", "dice", "box-iou", "area-error", "share-below-half", "heat-map-inside", "heat-map-inside-by-chance"]
     columns = np.array(found, float).T
-    return {f"outline/{c}": lambda w, column=column: mean(column, w) for c, column in zip(codes, columns)}
+    return {f"outline-{c}": lambda w, column=column: mean(column, w) for c, column in zip(codes, columns)}
 
 
 def modality(model, root):
@@ -392,7 +397,9 @@ def evaluate(model, root, resamples):
             | {name: f"{rows.sum()} of {len(rows)}" for name, rows in refused.items()},
         }
     if "outline" in model.outputs:
-        found = with_intervals(outlines(model, root, val), [val], resamples)
+        drawn = Data(root, "ham10000", "val", group="lesion_id")
+        drawn.keep(np.array([mask_of(root, f).exists() for f in drawn.files]))
+        found = with_intervals(outlines(model, root, drawn), [drawn], resamples)
         parts, functions = modality(model, root)
         found |= with_intervals(functions, parts, resamples)
         for column in result.values():
