@@ -3,7 +3,7 @@
 //! The map is of the squashed frame, as the network sees it; a point of it lies at the same share of the width and of
 //! the height of the image as displayed. Every number of a report follows from the vertices as they are printed.
 
-use contour::ContourBuilder;
+use contour::{Contour, ContourBuilder};
 use simplify_polyline::{Point, point, simplify};
 
 /// What the network says of each place: above 0 it is more likely lesion than not.
@@ -41,7 +41,7 @@ impl Outline {
                 .round()
                 .clamp(0.0, f64::from(pixels) * TENTHS) as u32
         };
-        let outlines = contours.iter().flat_map(|contour| contour.geometry()).map(|part| {
+        let outlines = contours.iter().flat_map(Contour::geometry).map(|part| {
             let ring: Vec<Point<2, f64>> = part.exterior().coords().map(|at| point!(at.x, at.y)).collect();
             let ring = simplify(&ring, TOLERANCE, true);
             let mut vertices: Vec<[u32; 2]> = ring
