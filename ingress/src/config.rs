@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Parser;
 use dermflow_auth::{db::DatabaseOptions, password::PepperOptions};
-use dermflow_http::serve::Loopback;
+use dermflow_http::{balancer::Network, serve::Loopback};
 use dermflow_schemas::{limits, queue::NatsOptions, seal::SealingOptions};
 
 pub use crate::acme::{AcmeOptions, ChallengeKind};
@@ -25,8 +25,19 @@ pub struct Options {
     /// The origin that clients see, `https://host[:port]`: in links, redirects and tokens.
     #[arg(long, env = "DERMFLOW_PUBLIC_URL", default_value = "https://localhost:8443")]
     pub public_url: Origin,
-    /// Open connections of one IPv4 address or IPv6 /64, per listener; behind a balancer that hides its clients'
-    /// addresses, those of all of them.
+    /// Networks of balancers that begin every connection, to HTTPS and to plain HTTP, with a PROXY header (version 1 or
+    /// 2): the caller's address is the one in it. CIDR; repeated, or with commas between.
+    #[arg(long = "balancer", env = "DERMFLOW_BALANCERS", value_name = "NETWORK", value_delimiter = ',')]
+    pub balancers: Vec<Network>,
+    /// Networks of balancers that speak HTTP with us and name their caller in `Forwarded` (RFC 7239).
+    #[arg(
+        long = "http-balancer",
+        env = "DERMFLOW_HTTP_BALANCERS",
+        value_name = "NETWORK",
+        value_delimiter = ','
+    )]
+    pub http_balancers: Vec<Network>,
+    /// Open connections of one IPv4 address or IPv6 /64, per listener; those of an HTTP balancer are its own.
     #[arg(long, env = "DERMFLOW_NETWORK_CONNECTIONS", default_value_t = limits::NETWORK_CONNECTIONS as u32,
           value_parser = clap::value_parser!(u32).range(1..=limits::MAX_CONNECTIONS as i64))]
     pub network_connections: u32,

@@ -54,8 +54,10 @@ use dermflow_auth::{
     users::Doorkeeper,
 };
 use dermflow_http::{
+    balancer::Balancers,
     certificate::CertificateFiles,
     crowd::Crowd,
+    door::Door,
     rates::Rates,
     serve::{self, tls_config},
 };
@@ -161,9 +163,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let in_clear = app.clone();
     let seen = move |request, source| clear::seen(in_clear.clone(), request, source);
     let crowd = || Crowd::new(options.network_connections as usize, turned_away.clone());
+    let balancers = Balancers::new(&options.balancers, &options.http_balancers);
+    let door = || Door::new(crowd(), balancers.clone());
     let listeners = [
-        tokio::spawn(serve::https(public, public_tls, routes::public(app.clone()), crowd(), stop.clone())),
-        tokio::spawn(serve::redirect(plain, public_url.into(), challenge, seen, crowd(), stop.clone())),
+        tokio::spawn(serve::https(public, public_tls, routes::public(app.clone()), door(), stop.clone())),
+        tokio::spawn(serve::redirect(plain, public_url.into(), challenge, seen, door(), stop.clone())),
         tokio::spawn(serve::https(internal, tls, routes::internal(app), crowd(), stop.clone())),
     ];
     tracing::info!(listen = %options.listen, "ready");

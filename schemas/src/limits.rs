@@ -115,6 +115,10 @@ pub const COUNT_LINES: usize = 1_000;
 /// Networks beyond which further ones share counts: 6 MB at each replica, and as much again for each other one.
 pub const COUNTED_NETWORKS: usize = 16_384;
 
+/// From a balancer's connection to the end of its PROXY header, which it sends at once.
+pub const PROXY_HEADER_TIMEOUT: Duration = Duration::from_secs(3);
+/// Bytes of such a header: addresses, and what else balancers put there, such as the name in a client's certificate.
+pub const MAX_PROXY_HEADER_BYTES: usize = 4 * 1024;
 /// A TLS handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a replica looks at what replicas share about an ACME server's certificate.

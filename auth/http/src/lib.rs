@@ -4,9 +4,12 @@
 //! This crate knows neither routes nor callers: `ingress` serves clients with it, `auth` serves staff.
 
 pub mod answer;
+pub mod balancer;
 pub mod certificate;
 pub mod crowd;
+pub mod door;
 pub mod dress;
+mod forwarded;
 mod linger;
 pub mod meter;
 pub mod metrics;

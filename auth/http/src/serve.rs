@@ -41,7 +41,7 @@ use rustls::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{Semaphore, watch},
     time::{Duration, sleep, timeout},
 };
@@ -49,8 +49,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    balancer::Stream,
     certificate::{ServerCertificate, chain},
-    crowd::Crowd,
+    door::{Door, Entered},
 };
 
 /// What an ACME server speaks to see a challenge answered (RFC 8737 §6.2).
@@ -71,7 +72,8 @@ const LAST_ANSWERS: Duration = Duration::from_hours(1);
 /// The pause after an accept that failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Where a request's connection comes from, an extension of every request. Behind a proxy, the proxy.
+/// Where a request comes from, an extension of every request: the other end of its connection, or the caller that a
+/// balancer of [`Balancers`](crate::balancer::Balancers) names.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer(pub IpAddr);
 
@@ -146,10 +148,10 @@ pub async fn https(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
     router: Router,
-    crowd: Crowd,
+    door: impl Into<Door>,
     stop: CancellationToken,
 ) {
-    https_or(listener, tls, router, async |_, _| (), crowd, stop).await;
+    https_or(listener, tls, router, async |_, _| (), door, stop).await;
 }
 
 /// The same; `refused` is told of every handshake that failed with an error of TLS, with the caller's address.
@@ -158,14 +160,16 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
     tls: Arc<ServerConfig>,
     router: Router,
     refused: impl Fn(IpAddr, rustls::Error) -> F + Clone + Send + 'static,
-    crowd: Crowd,
+    door: impl Into<Door>,
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let stopped = stop.clone();
-    let serve = move |stream: TcpStream, peer: SocketAddr| {
+    let (door, stopped) = (door.into(), stop.clone());
+    let balancers = door.balancers.clone();
+    let serve = move |stream: Stream, origin: IpAddr| {
         let (acceptor, router, refused, stop) =
             (acceptor.clone(), router.clone(), refused.clone(), stopped.clone());
+        let balancers = balancers.clone();
         async move {
             let accepted = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream).into_fallible()).await;
             let stream = match accepted {
@@ -173,7 +177,7 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 Ok(Err((error, stream))) => {
                     // Anything else is a connection that broke before it said who it is.
                     if let Ok(error) = error.downcast::<rustls::Error>() {
-                        refused(peer.ip(), error).await;
+                        refused(origin, error).await;
                         hang_up(stream).await;
                     }
                     return;
@@ -191,7 +195,8 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
             let (router, (heard, spoke)) = (TowerToHyperService::new(router), watch::channel(false));
             let service = service_fn(move |mut request: Request<Incoming>| {
                 heard.send_replace(true);
-                request.extensions_mut().insert(Peer(peer.ip()));
+                let caller = balancers.caller(origin, request.headers());
+                request.extensions_mut().insert(Peer(caller));
                 if let Some(certificate) = certificate {
                     request.extensions_mut().insert(certificate);
                 }
@@ -201,7 +206,7 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 .await;
         }
     };
-    accept(listener, crowd, stop, serve).await;
+    accept(listener, door, stop, serve).await;
 }
 
 /// Serves a connection to its end, which we bring about when it is time to `stop` and when no request has come for too
@@ -280,13 +285,14 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
     public_url: Arc<str>,
     challenge: impl Fn(&str) -> Option<String> + Clone + Send + 'static,
     seen: impl Fn(Parts, IpAddr) -> F + Clone + Send + 'static,
-    crowd: Crowd,
+    door: impl Into<Door>,
     stop: CancellationToken,
 ) {
-    let stopped = stop.clone();
-    let serve = move |stream: TcpStream, peer: SocketAddr| {
+    let (door, stopped) = (door.into(), stop.clone());
+    let balancers = door.balancers.clone();
+    let serve = move |stream: Stream, origin: IpAddr| {
         let (public_url, challenge) = (public_url.clone(), challenge.clone());
-        let (seen, stop) = (seen.clone(), stopped.clone());
+        let (seen, balancers, stop) = (seen.clone(), balancers.clone(), stopped.clone());
         async move {
             let (heard, spoke) = watch::channel(false);
             let service = service_fn(move |request: Request<Incoming>| {
@@ -302,7 +308,8 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
                         .status(StatusCode::PERMANENT_REDIRECT)
                         .header(header::LOCATION, format!("{public_url}{path}"));
                     // In a task of its own: who hangs up at once has sent it all the same.
-                    (response.body(Body::empty()), Some(tokio::spawn(seen(request, peer.ip()))))
+                    let caller = balancers.caller(origin, &request.headers);
+                    (response.body(Body::empty()), Some(tokio::spawn(seen(request, caller))))
                 };
                 async move {
                     if let Some(seen) = seen {
@@ -316,17 +323,17 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
                 .await;
         }
     };
-    accept(listener, crowd, stop, serve).await;
+    accept(listener, door, stop, serve).await;
 }
 
-/// Hands each connection to its own task; [`MAX_CONNECTIONS`] at once, more wait in the kernel's queue. One that its
-/// network has too many of is closed at once. When it is time to stop, those that are open have [`INGRESS_DRAIN`] to
+/// Hands each connection to its own task; [`MAX_CONNECTIONS`] at once, more wait in the kernel's queue. One that does not
+/// get through the door is closed; until a balancer has said where it comes from, it has one of those places. When it is time to stop, those that are open have [`INGRESS_DRAIN`] to
 /// come to their end.
 async fn accept<F: Future<Output = ()> + Send + 'static>(
     listener: TcpListener,
-    crowd: Crowd,
+    door: Door,
     stop: CancellationToken,
-    serve: impl Fn(TcpStream, SocketAddr) -> F,
+    serve: impl Fn(Stream, IpAddr) -> F + Clone + Send + 'static,
 ) {
     let (connections, tasks) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), TaskTracker::new());
     loop {
@@ -339,13 +346,15 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
         };
         match accepted {
             Ok(((stream, peer), permit)) => {
-                let Some(place) = crowd.admit(peer.ip()) else { continue };
                 // Nagle's algorithm would hold an HTTP/2 answer back for 40 ms.
                 let _ = stream.set_nodelay(true);
-                let connection = serve(stream, peer);
+                let (door, serve) = (door.clone(), serve.clone());
                 tasks.spawn(async move {
-                    connection.await;
-                    drop((permit, place));
+                    if let Some(Entered { stream, origin, place }) = door.enter(stream, peer.ip()).await {
+                        serve(stream, origin).await;
+                        drop(place);
+                    }
+                    drop(permit);
                 });
             }
             Err(error) => {
