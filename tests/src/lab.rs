@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use async_nats::jetstream::{self, Context};
+use base64::{Engine, engine::general_purpose::STANDARD};
 use deadpool_postgres::Pool;
 use dermflow_auth::db::DatabaseOptions;
 use dermflow_local::{
@@ -28,6 +29,7 @@ use rustls::{
     ClientConfig, RootCertStore, SupportedProtocolVersion,
     pki_types::{CertificateDer, pem::PemObject},
 };
+use serde_json::{Value, json};
 use tokio_postgres::Row;
 
 use crate::{
@@ -788,6 +790,40 @@ impl Lab {
     /// When it had to be killed in the end.
     pub async fn stop_ingress(&mut self, n: usize) -> Result<()> {
         self.stack.ingress[n].process.stop(Signal::TERM, STOP_WITHIN).await
+    }
+
+    /// Where in the broker's files the sealed payload of a job begins that waits in JOBS, from which nothing was removed.
+    ///
+    /// The files are encrypted without moving a byte. They hold the messages in order, each as 22 bytes, the subject, the
+    /// header with four bytes of its length, the body, and 8 bytes of checksum.
+    ///
+    /// # Errors
+    /// When it does not wait there, or the broker is away.
+    pub async fn payload_place(&self, job: &str) -> Result<(PathBuf, usize)> {
+        let last = self.count(&format!("SELECT stream_seq FROM ingress.jobs WHERE id = '{job}'")).await?;
+        let (context, folder) = (self.jetstream().await?, self.stack.nats.store());
+        let block = |number: usize| -> Result<(PathBuf, usize)> {
+            let path = folder.join(format!("jetstream/$G/streams/{}/msgs/{number}.blk", queue::JOBS));
+            let size = fs::metadata(&path).with_context(|| path.display().to_string())?.len();
+            Ok((path, usize::try_from(size)?))
+        };
+        let (mut number, mut at) = (1, 0);
+        for sequence in 1..=last {
+            let request = json!({ "seq": sequence });
+            let found: Value = context.request(format!("STREAM.MSG.GET.{}", queue::JOBS), &request).await?;
+            let bytes = |name: &str| STANDARD.decode(found["message"][name].as_str().unwrap_or_default());
+            let subject = found["message"]["subject"].as_str().context("it is gone")?;
+            let (header, body) = (bytes("hdrs")?.len(), bytes("data")?.len());
+            if at == block(number)?.1 {
+                (number, at) = (number + 1, 0);
+            }
+            let begin = at + 22 + subject.len() + 4 + header;
+            if sequence == last {
+                return Ok((block(number)?.0, begin));
+            }
+            at = begin + body + 8;
+        }
+        anyhow::bail!("{job} was never in JOBS")
     }
 
     /// SIGKILL for the broker.

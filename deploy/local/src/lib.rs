@@ -16,4 +16,5 @@ pub mod process;
 pub mod servers;
 pub mod stack;
 pub mod state;
+mod store;
 pub mod unprivileged;

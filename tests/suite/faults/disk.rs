@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read, Seek, SeekFrom, Write},
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -28,20 +28,6 @@ const LOST_JOBS: &str = "SELECT count(*) FROM ingress.jobs WHERE failure->>'code
 /// How many jobs are in the queue when the disk fails.
 fn jobs() -> usize {
     scale(60, 2_000)
-}
-
-fn files(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            found.extend(files(&path, ending)?);
-        } else if path.to_string_lossy().ends_with(ending) {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// The broker loses its power: it stands still, its disk is copied without what the kernel has not written yet, and
@@ -130,28 +116,21 @@ enum Damage {
     Truncate,
 }
 
-/// Damages the payload of `job` in the broker's files.
-fn damage(lab: &Lab, job: &str, damage: Damage) -> Result<()> {
-    for path in files(&lab.storage()[0], ".blk")? {
-        let mut bytes = Vec::new();
-        fs::File::open(&path)?.read_to_end(&mut bytes)?;
-        let header = format!("\"job\":\"{job}\"");
-        let Some(at) = bytes.windows(header.len()).position(|window| window == header.as_bytes()) else {
-            continue;
-        };
-        let at = at + 2_000;
-        let mut file = fs::OpenOptions::new().write(true).open(&path)?;
-        match damage {
-            Damage::Flip => {
-                file.seek(SeekFrom::Start(at as u64))?;
-                file.write_all(&[bytes[at] ^ 4])?;
-            }
-            Damage::Truncate => file.set_len(at as u64)?,
+/// Damages a file behind a payload's first bytes.
+fn damage(path: &Path, at: usize, damage: Damage) -> Result<()> {
+    let at = at + 1_500;
+    let mut file = fs::OpenOptions::new().read(true).write(true).open(path)?;
+    match damage {
+        Damage::Flip => {
+            let mut byte = [0];
+            file.seek(SeekFrom::Start(at as u64))?;
+            file.read_exact(&mut byte)?;
+            file.seek(SeekFrom::Start(at as u64))?;
+            file.write_all(&[byte[0] ^ 4])?;
         }
-        file.sync_all()?;
-        return Ok(());
+        Damage::Truncate => file.set_len(at as u64)?,
     }
-    bail!("the payload of {job} is in none of the broker's files")
+    Ok(file.sync_all()?)
 }
 
 /// Damages one payload while the broker is down, and lets the workers come. Whatever that costs is reported, and the
@@ -160,13 +139,14 @@ async fn damaged_payload(kind: Damage, in_order: bool) -> Result<()> {
     let mut lab = Lab::start(Setup::without_workers()).await?;
     let ledger = Ledger::default();
     let accepted = ledger.submit_all(lab.client(), 0..jobs(), 16).await?;
+    let damaged = &accepted[accepted.len() / 2];
+    let (path, at) = lab.payload_place(damaged).await?;
     if in_order {
         lab.node(0).stop().await?;
     } else {
         lab.kill_nats().await?;
     }
-    let damaged = &accepted[accepted.len() / 2];
-    damage(&lab, damaged, kind)?;
+    damage(&path, at, kind)?;
     lab.restart_nats().await?;
     println!("{} of {} payloads are left", left_in_queue(&lab).await, accepted.len());
     lab.start_worker(Worker::simulated(1)).await?;
