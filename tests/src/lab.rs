@@ -20,7 +20,7 @@ use dermflow_local::{
     ports,
     postgres::{Postgres, SUPERUSER},
     process::{Process, Signal},
-    servers::{Given, Servers},
+    servers::{Given, Servers, tls_postgres},
     stack::{Options, Ports, READY_WITHIN, STOP_WITHIN, Stack, programs, repo},
     state::State,
 };
@@ -188,6 +188,8 @@ pub struct Setup {
     pub brokers: usize,
     /// Whether a proxy is on each link of [`Link`].
     pub proxies: bool,
+    /// Whether ingress reaches PostgreSQL over TLS, at a port of this machine.
+    pub database_tls: bool,
     /// Whether a second PostgreSQL follows the first one, which waits for it at every commit.
     pub standby: bool,
     /// The identity providers whose tokens ingress takes, `--providers`.
@@ -215,6 +217,7 @@ impl Default for Setup {
             sync_interval: "always",
             brokers: 1,
             proxies: false,
+            database_tls: false,
             standby: false,
             providers: None,
         }
@@ -257,7 +260,11 @@ impl Lab {
     /// When a part does not become ready.
     pub async fn start(setup: Setup) -> Result<Self> {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let servers = Servers::obtain(repo(), &Given::default(), |step| println!("{step}")).await?;
+        let say = |step: &str| println!("{step}");
+        let mut servers = Servers::obtain(repo(), &Given::default(), say).await?;
+        if setup.database_tls {
+            servers.postgres_bin = tls_postgres(repo(), say).await?;
+        }
         let mut cluster = Cluster::plan(setup.brokers).await?;
         let member = cluster.member(0);
         let nats = Settings { sync_interval: setup.sync_interval.into(), member, ..Settings::default() };
@@ -266,6 +273,11 @@ impl Lab {
         let options = Options { servers, programs: programs()?, model, nats: nats.clone() };
         let dir = std::env::temp_dir().join(format!("dermflow-lab-{}", uuid::Uuid::new_v4().simple()));
         let mut stack = Stack::prepare(State::open(&dir)?, options)?;
+        if setup.database_tls {
+            let identity = pki::server(&stack.state, "database", &["localhost"])?;
+            stack.postgres.listen(Some(&identity))?;
+            stack.detours.database = Some("localhost".into());
+        }
         cluster.prepare(&stack, &nats_server, &nats)?;
         tokio::try_join!(stack.start_servers(), cluster.start())?;
         if setup.brokers > 1 {
@@ -280,6 +292,10 @@ impl Lab {
         let mut flags = vec!["--ack-wait", &ack_wait, "--replicas", &brokers];
         let providers = setup.providers.map(|path| path.display().to_string());
         flags.extend(providers.iter().flat_map(|path| ["--providers", path]));
+        let ca = stack.pki.ca.display().to_string();
+        if setup.database_tls {
+            flags.extend(["--database-ca", &ca]);
+        }
         for _ in 0..setup.replicas {
             let ingress = stack.add_ingress(Ports::free()?, &flags)?;
             ingress.process.set_env("RUST_LOG", setup.log);
@@ -492,18 +508,34 @@ impl Lab {
         Ok(self.sql.query(statement, &[]).await?)
     }
 
+    /// What one of our programs is told of the database: through its socket.
+    ///
+    /// # Errors
+    /// When there is no such role.
+    pub fn database(&self, role: &str) -> Result<DatabaseOptions> {
+        let postgres = &self.stack.postgres;
+        Ok(DatabaseOptions {
+            database: postgres.url(role),
+            database_password_file: postgres.password_file(role)?.to_owned(),
+            database_ca: None,
+        })
+    }
+
+    /// The same over the network, see [`Setup::database_tls`].
+    ///
+    /// # Errors
+    /// When there is no such role.
+    pub fn database_over_tls(&self, role: &str) -> Result<DatabaseOptions> {
+        let (database, ca) = (self.stack.postgres.url_at("localhost", role), self.ca());
+        Ok(DatabaseOptions { database, database_ca: Some(ca), ..self.database(role)? })
+    }
+
     /// Connections to the database, as one of our programs has them.
     ///
     /// # Errors
     /// When there is no such role.
     pub fn pool(&self, role: &str) -> Result<Pool> {
-        let postgres = &self.stack.postgres;
-        let options = DatabaseOptions {
-            database: postgres.url(role),
-            database_password_file: postgres.password_file(role)?.to_owned(),
-            database_ca: None,
-        };
-        Ok(options.pool("ingress", 4)?)
+        Ok(self.database(role)?.pool("ingress", 4)?)
     }
 
     /// The one number that a query gives; 0 when it gives no row, or NULL.

@@ -12,6 +12,7 @@ mod audit;
 mod batches;
 mod commands;
 mod dead;
+mod encryption;
 mod fairness;
 mod faults;
 mod https;

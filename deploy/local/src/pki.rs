@@ -57,13 +57,8 @@ impl Pki {
         let ca_key_file = state.keep("ca-key.pem", || new_key(&PKCS_ECDSA_P256_SHA256))?;
         let ca_key = KeyPair::from_pem(&read(&ca_key_file)?).context("the key of the CA is damaged")?;
         let ca = state.keep("ca.pem", || Ok(ca_params("Dermflow local CA").self_signed(&ca_key)?.pem()))?;
-        let key = state.keep("server-key.pem", || new_key(&PKCS_ECDSA_P256_SHA256))?;
-        let leaf_key = KeyPair::from_pem(&read(&key)?).context("the key of the server is damaged")?;
-        let issuer = Issuer::new(ca_params("Dermflow local CA"), &ca_key);
-        let leaf =
-            leaf_params()?.signed_by(&leaf_key, &issuer).context("cannot issue the server's certificate")?;
-        let cert = state.path("server.pem");
-        write_private(&cert, &leaf.pem())?;
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let Identity { cert, key } = server(state, "server", &["localhost", "127.0.0.1", "::1", &host])?;
         let staff = staff(state, "staff")?;
         let signing_keys = state.folder("signing-keys")?;
         state.keep("signing-keys/19700101T000000Z.pem", || new_key(&PKCS_ED25519))?;
@@ -89,6 +84,24 @@ impl Pki {
             peppers: state.keep("password-pepper", pepper)?,
         })
     }
+}
+
+/// A certificate of the CA for a server of these names, in files that begin with `file`, with a new one of 90 days every
+/// time. The private key stays.
+///
+/// # Errors
+/// As [`Pki::prepare`].
+pub fn server(state: &State, file: &str, names: &[&str]) -> Result<Identity> {
+    let ca_key =
+        KeyPair::from_pem(&read(&state.path("ca-key.pem"))?).context("the key of the CA is damaged")?;
+    let key = state.keep(&format!("{file}-key.pem"), || new_key(&PKCS_ECDSA_P256_SHA256))?;
+    let leaf_key = KeyPair::from_pem(&read(&key)?).context("the key of the server is damaged")?;
+    let issuer = Issuer::new(ca_params("Dermflow local CA"), &ca_key);
+    let leaf =
+        leaf_params(names)?.signed_by(&leaf_key, &issuer).context("cannot issue the server's certificate")?;
+    let cert = state.path(&format!("{file}.pem"));
+    write_private(&cert, &leaf.pem())?;
+    Ok(Identity { cert, key })
 }
 
 /// A certificate of staff for the file name `name`, with a new one of 90 days every time. The CA (10 years), and the
@@ -134,12 +147,11 @@ fn ca_params(name: &str) -> CertificateParams {
     params
 }
 
-fn leaf_params() -> Result<CertificateParams> {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let names = ["localhost".to_owned(), "127.0.0.1".into(), "::1".into(), host];
+fn leaf_params(names: &[&str]) -> Result<CertificateParams> {
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
     let mut leaf = params("Dermflow", LEAF_LIFE);
     leaf.subject_alt_names =
-        CertificateParams::new(names).context("the name of this machine is no DNS name")?.subject_alt_names;
+        CertificateParams::new(names).context("a name of the server is no DNS name")?.subject_alt_names;
     leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     Ok(leaf)

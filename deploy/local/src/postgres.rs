@@ -12,6 +12,8 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::{Client, Config, NoTls};
 
 use crate::{
+    pki::Identity,
+    ports,
     process::{Process, Signal, TICK},
     state::{State, read, write_private},
     unprivileged::{self, User},
@@ -21,6 +23,8 @@ const READY_WITHIN: Duration = Duration::from_mins(1);
 /// How long a start that fails is repeated, for the sake of a server that was killed a moment ago.
 const HANDOVER: Duration = Duration::from_secs(5);
 const STOP_WITHIN: Duration = Duration::from_secs(30);
+/// What sockets are named after, whether or not it listens there.
+const PORT: u16 = 5_432;
 /// The database of all services.
 pub const DATABASE: &str = "dermflow";
 /// The operator's role, who may do everything.
@@ -60,6 +64,7 @@ pub struct Postgres {
     ready: PathBuf,
     data: PathBuf,
     sockets: Sockets,
+    port: u16,
     user: Option<User>,
     passwords: Vec<(&'static str, PathBuf)>,
 }
@@ -94,7 +99,8 @@ impl Postgres {
             .arg(&data)
             .user(user);
         let process = server("postgres", bin, &data, &sockets, log).user(user);
-        Ok(Self { process, initdb, ready: state.path("postgres.ready"), data, sockets, user, passwords })
+        let ready = state.path("postgres.ready");
+        Ok(Self { process, initdb, ready, data, sockets, port: PORT, user, passwords })
     }
 
     /// A second server with a copy of this one, which runs. Once started with [`Postgres::follow`] it repeats every
@@ -122,7 +128,7 @@ impl Postgres {
         let process = server("postgres-standby", bin, &data, &sockets, log).user(self.user);
         let initdb = Process::new("initdb", bin.join("initdb"), state.log("postgres-standby")?);
         let (ready, user, passwords) = (self.ready.clone(), self.user, self.passwords.clone());
-        Ok(Self { process, initdb, ready, data, sockets, user, passwords })
+        Ok(Self { process, initdb, ready, data, sockets, port: PORT, user, passwords })
     }
 
     /// Starts a standby and waits until it can be read.
@@ -148,6 +154,34 @@ impl Postgres {
             if folder.exists() {
                 fs::remove_dir_all(&folder).with_context(|| format!("cannot erase {}", folder.display()))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Lets it take connections at a port of 127.0.0.1 as well, from its next start on, with TLS if there is a
+    /// certificate: then its programs must be of a build with TLS.
+    ///
+    /// # Errors
+    /// When no port is free, or the certificate cannot be handed over.
+    pub fn listen(&mut self, identity: Option<&Identity>) -> Result<()> {
+        self.port = ports::free()?;
+        // The port is also in the name of the socket.
+        let mut settings = vec!["listen_addresses=127.0.0.1".into(), format!("port={}", self.port)];
+        if let Some(Identity { cert, key }) = identity {
+            settings.push("ssl=on".into());
+            for (setting, file) in [("ssl_cert_file", cert), ("ssl_key_file", key)] {
+                // Its own user reads it there, and nobody else.
+                let own = self.data.with_file_name(setting);
+                write_private(&own, &read(file)?)?;
+                if let Some(user) = self.user {
+                    chown(&own, Some(user.uid), Some(user.gid))
+                        .context("cannot hand over the certificate")?;
+                }
+                settings.push(format!("{setting}={}", own.display()));
+            }
+        }
+        for setting in settings {
+            self.process.add_args(["-c".into(), setting]);
         }
         Ok(())
     }
@@ -201,9 +235,10 @@ impl Postgres {
         self.url_at(&self.sockets.0.display().to_string(), role)
     }
 
-    /// The same through sockets in another folder, or in several with commas between them.
+    /// The same through sockets in another folder, or in several with commas between them; or `localhost` after
+    /// [`Postgres::listen`].
     pub fn url_at(&self, sockets: &str, role: &str) -> String {
-        format!("host={sockets} dbname={DATABASE} user={role}")
+        format!("host={sockets} port={} dbname={DATABASE} user={role}", self.port)
     }
 
     /// The folder of its socket.
@@ -236,6 +271,7 @@ impl Postgres {
     async fn connect_to(&self, role: &str, database: &str) -> Result<Client> {
         let (client, connection) = Config::new()
             .host_path(&self.sockets.0)
+            .port(self.port)
             .user(role)
             .password(read(self.password_file(role)?)?)
             .dbname(database)
@@ -277,7 +313,7 @@ impl Postgres {
             && !String::from_utf8_lossy(&owner).contains(&*self.data.to_string_lossy())
         {
             let _ = fs::remove_file(file);
-            let _ = fs::remove_file(self.sockets.0.join(".s.PGSQL.5432.lock"));
+            let _ = fs::remove_file(self.sockets.0.join(format!(".s.PGSQL.{}.lock", self.port)));
         }
     }
 

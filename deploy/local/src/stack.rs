@@ -109,7 +109,7 @@ pub struct Detours {
     pub ingress_broker: Option<String>,
     /// The broker, for workers.
     pub worker_broker: Option<String>,
-    /// The folders of PostgreSQL's sockets, for ingress, with commas between them.
+    /// The folders of PostgreSQL's sockets, for ingress, with commas between them; or `localhost`.
     pub database: Option<String>,
 }
 
