@@ -139,7 +139,7 @@ pub(crate) async fn burst(model: &Path) -> Result<()> {
     }
     honest(&lab, places.await??).await?;
     lab.stop().await?;
-    capped(&bodies).await
+    Box::pin(capped(&bodies)).await
 }
 
 /// Where the slowest synchronous requests spent their time.
