@@ -9,6 +9,7 @@ mod api;
 mod architecture;
 mod assertions;
 mod audit;
+mod balancer;
 mod batches;
 mod commands;
 mod dead;
