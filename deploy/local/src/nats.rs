@@ -194,6 +194,7 @@ impl Nats {
     /// # Errors
     /// When it runs already, ends at its start, or does not answer in time.
     pub async fn start(&mut self) -> Result<()> {
+        self.store.discard_unreadable()?;
         self.process.spawn()?;
         let deadline = Instant::now() + if self.store.is_copy() { ENCRYPTED_WITHIN } else { READY_WITHIN };
         loop {

@@ -82,6 +82,25 @@ impl Store {
         Ok(Self { folder, key: Some(key), original })
     }
 
+    /// Removes the streams whose key was not on the disk yet when the power failed: nobody can read them, and nats-server
+    /// 2.15 ends when one is made in their place.
+    ///
+    /// # Errors
+    /// When a folder cannot be read or removed.
+    pub(crate) fn discard_unreadable(&self) -> Result<()> {
+        let discard = || {
+            for account in folders(&self.folder.join("jetstream"))? {
+                for stream in folders(&account.join("streams"))? {
+                    if fs::metadata(stream.join("meta.key")).is_ok_and(|key| key.len() == 0) {
+                        fs::remove_dir_all(&stream)?;
+                    }
+                }
+            }
+            io::Result::Ok(())
+        };
+        discard().with_context(|| format!("cannot look at {}", self.folder.display()))
+    }
+
     /// Whether the server has a copy to encrypt before it answers, which takes longer than a start.
     pub(crate) fn is_copy(&self) -> bool {
         self.original.exists()
@@ -127,6 +146,15 @@ fn mark(folder: &Path) -> Result<Option<String>> {
         Ok(mark) => Ok(Some(mark)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).with_context(|| format!("cannot read {}", folder.join(MARK).display())),
+    }
+}
+
+/// What is in a folder, if it is there.
+fn folders(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e),
     }
 }
 
