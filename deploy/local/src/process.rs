@@ -17,7 +17,9 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 pub use rustix::process::Signal;
-use rustix::process::{Pid, WaitId, WaitIdOptions, kill_process, waitid};
+use rustix::process::{
+    Pid, Resource, Rlimit, WaitId, WaitIdOptions, getrlimit, kill_process, setrlimit, waitid,
+};
 use tokio::{
     net::UnixDatagram,
     time::{Instant, sleep, timeout},
@@ -172,6 +174,7 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
+        raise_descriptors();
         // Its own process group: Ctrl-C is for us, who then stop things in order.
         command.process_group(0).env_remove("NOTIFY_SOCKET");
         if let Some(path) = notify {
@@ -315,6 +318,14 @@ pub fn describe(status: ExitStatus) -> String {
         (None, Some(signal)) => format!("signal {signal}"),
         (None, None) => "unknown cause".into(),
     }
+}
+
+/// Lets this process and those that it starts have as many descriptors as the system allows: the usual 1,024 are fewer
+/// than the connections that ingress takes.
+fn raise_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    // Who may not have more goes on with what there is.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// Starts a command whose process the kernel kills when this process ends.
