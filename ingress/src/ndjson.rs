@@ -63,29 +63,24 @@ impl Lines {
     /// The next line. Cancel safe: what was received stays in the buffer.
     pub(crate) async fn next(&mut self) -> Result<Next, Cut> {
         loop {
+            // First of all: whoever gave up the last time may have done so while it waited for memory.
+            self.account().await?;
             if let Some(next) = self.take() {
                 return Ok(next);
             }
             if self.ended {
                 return Ok(Next::End);
             }
-            // Memory first: a chunk that was taken off the socket has a place to be.
-            let more = async {
-                let chunk = self.body.next().await.transpose().map_err(|_| Cut)?;
-                Ok(chunk)
-            };
-            let chunk = timeout(UPLOAD_SILENCE, more).await.map_err(|_| Cut)??;
-            match chunk {
+            let chunk = timeout(UPLOAD_SILENCE, self.body.next()).await.map_err(|_| Cut)?;
+            match chunk.transpose().map_err(|_| Cut)? {
                 None => self.ended = true,
-                Some(chunk) => {
-                    self.buffer.extend_from_slice(&chunk);
-                    self.account().await?;
-                }
+                Some(chunk) => self.buffer.extend_from_slice(&chunk),
             }
         }
     }
 
-    /// What is in the buffer is accounted for, or waited for. A body is not read any further meanwhile.
+    /// What is in the buffer is accounted for, no less and no more, or waited for. A body is not read any further
+    /// meanwhile.
     async fn account(&mut self) -> Result<(), Cut> {
         let needed = kib(self.buffer.len());
         let held = self.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
@@ -96,11 +91,13 @@ impl Lines {
                 Some(memory) => memory.merge(more),
                 None => self.memory = Some(more),
             }
+        } else if let Some(memory) = &mut self.memory {
+            drop(memory.split(held - needed));
         }
         Ok(())
     }
 
-    /// A whole line from the buffer, if there is one.
+    /// A whole line from the buffer, if there is one, with the part of the memory that stands for it.
     fn take(&mut self) -> Option<Next> {
         loop {
             let feed = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n');
@@ -117,30 +114,26 @@ impl Lines {
                 let _ = self.buffer.split_to(1);
             }
             self.searched = 0;
-            let memory = self
-                .memory
-                .as_mut()
-                .and_then(|memory| memory.split(kib(line.len()).min(memory.num_permits())));
-            if line.last() == Some(&b'\r') {
-                line.truncate(line.len() - 1);
-            }
+            line.truncate(content(&line));
             if std::mem::take(&mut self.skipping) {
                 continue;
             }
             self.count += 1;
-            match memory {
-                _ if line.is_empty() => {}
-                Some(memory) if line.len() <= self.limit => {
-                    return Some(Next::Line { number: self.count, bytes: line.freeze(), memory });
-                }
-                _ => return Some(Next::TooLong { number: self.count }),
+            if line.is_empty() {
+                continue;
             }
+            if line.len() > self.limit {
+                return Some(Next::TooLong { number: self.count });
+            }
+            let memory = self.memory.as_mut().and_then(|memory| memory.split(kib(line.len())));
+            let memory = memory.expect("the buffer, whose first line this is, has been accounted for");
+            return Some(Next::Line { number: self.count, bytes: line.freeze(), memory });
         }
     }
 
     /// A line that is too long already is told of once, and thrown away as it comes.
     fn skip_long(&mut self) -> Option<Next> {
-        if self.buffer.len() <= self.limit && !self.skipping {
+        if content(&self.buffer) <= self.limit && !self.skipping {
             return None;
         }
         self.buffer.clear();
@@ -158,8 +151,13 @@ impl Lines {
     }
 }
 
+/// The length of a line without the carriage return that may end it.
+fn content(line: &[u8]) -> usize {
+    line.strip_suffix(b"\r").map_or(line.len(), <[u8]>::len)
+}
+
 fn kib(bytes: usize) -> usize {
-    bytes.div_ceil(1024).max(1)
+    bytes.div_ceil(1024)
 }
 
 #[cfg(test)]
@@ -201,6 +199,7 @@ mod tests {
             assert_eq!(lines("0123456789ab\n", size).await, [(1, "too long".to_owned())]);
             assert_eq!(lines("0123456789ab", size).await, [(1, "too long".to_owned())]);
             assert_eq!(lines("0123456789\n1", size).await.len(), 2);
+            assert_eq!(lines("0123456789\r\n", size).await, [(1, "0123456789".to_owned())]);
         }
     }
 }
