@@ -2,7 +2,7 @@
 //!
 //! Every fault is collected with its FHIRPath, up to a limit, so that one answer mends a whole request.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt::Write};
 
 use dermflow_schemas::{
     error::{Code, Fault},
@@ -16,10 +16,11 @@ use crate::json::Json;
 pub(crate) struct Faults(pub(crate) Vec<Fault>);
 
 impl Faults {
-    /// Notes a fault, unless there are too many already.
+    /// Notes a fault, unless there are too many already. The root of a plain object has no path.
     pub(crate) fn add(&mut self, code: Code, path: impl Into<String>, detail: Option<String>) {
         if self.0.len() < MAX_FAULTS {
-            self.0.push(Fault { code, field: Some(path.into()), detail });
+            let field = Some(path.into()).filter(|path| !path.is_empty());
+            self.0.push(Fault { code, field, detail });
         }
     }
 }
@@ -59,7 +60,7 @@ impl<'n, 'a> Node<'n, 'a> {
             return None;
         };
         for (name, value) in members {
-            let path = printable(&join(&self.path, name));
+            let path = join(&self.path, name);
             match refuse(name) {
                 Some(code) => faults.add(code, path, None),
                 None if matches!(value, Json::Null) => {
@@ -152,10 +153,26 @@ impl<'n, 'a> Element<'n, 'a> {
 
 /// The path of a member; the members of the root of a plain object stand alone.
 fn join(path: &str, name: &str) -> String {
-    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+    let name = identifier(name);
+    if path.is_empty() { name.into_owned() } else { format!("{path}.{name}") }
 }
 
-/// A name from outside, cut to what an error message may hold.
-fn printable(path: &str) -> String {
-    path.chars().filter(|c| !c.is_control()).take(MAX_TEXT_CHARS).collect()
+/// A name from outside as an identifier of FHIRPath (N1, grammar): one that is more than letters and digits stands
+/// between backticks, with its control characters escaped.
+fn identifier(name: &str) -> Cow<'_, str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if name.chars().all(plain) && name.starts_with(|c: char| !c.is_ascii_digit()) {
+        return name.into();
+    }
+    let mut text = String::from("`");
+    for c in name.chars() {
+        let written = match c {
+            '`' | '\\' => write!(text, "\\{c}"),
+            c if c.is_control() => write!(text, "\\u{:04x}", u32::from(c)),
+            c => write!(text, "{c}"),
+        };
+        written.expect("a string can be written");
+    }
+    text.push('`');
+    text.into()
 }

@@ -292,6 +292,7 @@ mod tests {
         let attachment = "/parameter/0/part/0/valueAttachment";
         let data = format!("{content}.data");
         expect_one("/vendor", json!(1), "element-unknown", "Parameters.vendor");
+        expect_one("/a \u{1}`b", json!(1), "element-unknown", "Parameters.`a \\u0001\\`b`");
         expect_one("/implicitRules", json!("http://x"), "modifier-extension", "Parameters.implicitRules");
         expect_one(
             "/parameter/1/modifierExtension",
