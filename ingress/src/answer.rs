@@ -11,6 +11,8 @@ use dermflow_schemas::{
     fhir::{CodeableConcept, Issue, OperationOutcome, Resource},
 };
 
+use crate::list;
+
 /// The outcome of a line of a batch, from the error as [`error_json`] gives it.
 pub(crate) fn line_outcome(error: &serde_json::Value, place: &str) -> Vec<u8> {
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
@@ -58,7 +60,7 @@ pub(crate) fn accepts_fhir(headers: &HeaderMap) -> bool {
         .get_all(header::ACCEPT)
         .iter()
         .filter_map(|v| v.to_str().ok())
-        .flat_map(|v| v.split(','))
+        .flat_map(|v| list::split(v, ','))
         .peekable();
     ranges.peek().is_none() || ranges.any(is_fhir_json)
 }
@@ -72,7 +74,7 @@ pub(crate) fn sends_fhir(headers: &HeaderMap) -> bool {
 }
 
 fn is_fhir_json(range: &str) -> bool {
-    let mut parts = range.split(';').map(|part| part.trim().to_ascii_lowercase());
+    let mut parts = list::split(range, ';').map(|part| part.trim().to_ascii_lowercase());
     let types = ["*/*", "application/*", "application/json", "application/fhir+json"];
     let known = parts.next().is_some_and(|kind| types.contains(&kind.as_str()));
     let refused = |part: String| match part.split_once('=') {
@@ -104,8 +106,12 @@ mod tests {
         ] {
             assert!(accepts_fhir(&headers(header::ACCEPT, good)), "{good}");
         }
-        for bad in ["application/fhir+xml", "application/fhir+json; fhirVersion=5.0", "application/json;q=0"]
-        {
+        for bad in [
+            "text/html; x=\", application/json;\"",
+            "application/fhir+xml",
+            "application/fhir+json; fhirVersion=5.0",
+            "application/json;q=0",
+        ] {
             assert!(!accepts_fhir(&headers(header::ACCEPT, bad)), "{bad}");
         }
         assert!(accepts_fhir(&HeaderMap::new()));

@@ -24,6 +24,7 @@ mod json;
 mod keeper;
 mod lanes;
 mod lines;
+mod list;
 mod lost;
 mod metrics;
 mod ndjson;

@@ -8,6 +8,8 @@ use dermflow_schemas::{
     limits::{DEFAULT_WAIT, MAX_WAIT},
 };
 
+use crate::list;
+
 static PREFER: HeaderName = HeaderName::from_static("prefer");
 
 /// What the caller prefers.
@@ -25,16 +27,13 @@ impl Prefer {
     pub(crate) fn from_headers(headers: &HeaderMap) -> Self {
         let mut prefer = Self { respond_async: false, wait: None };
         for preference in
-            headers.get_all(&PREFER).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','))
+            headers.get_all(&PREFER).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| list::split(v, ','))
         {
-            let token = preference.split(';').next().unwrap_or_default();
+            let token = list::split(preference, ';').next().unwrap_or_default();
             let (name, value) = token.split_once('=').unwrap_or((token, ""));
             match name.trim().to_ascii_lowercase().as_str() {
                 "respond-async" => prefer.respond_async = true,
-                "wait" if prefer.wait.is_none() => {
-                    let seconds = value.trim().trim_matches('"').parse::<u32>().ok();
-                    prefer.wait = seconds.map(|s| Duration::from_secs(s.into()).min(MAX_WAIT));
-                }
+                "wait" if prefer.wait.is_none() => prefer.wait = seconds(value.trim()),
                 _ => {}
             }
         }
@@ -54,6 +53,13 @@ impl Prefer {
     pub(crate) fn lane(self) -> Lane {
         if self.budget().is_zero() { Lane::Bulk } else { Lane::Interactive }
     }
+}
+
+/// A number of seconds, at most [`MAX_WAIT`], however large it is.
+fn seconds(value: &str) -> Option<Duration> {
+    let digits = value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap_or(value);
+    let number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    number.then(|| digits.parse().map_or(MAX_WAIT, |seconds| Duration::from_secs(seconds).min(MAX_WAIT)))
 }
 
 #[cfg(test)]
@@ -77,7 +83,11 @@ mod tests {
         assert_eq!(prefer(&["Wait = 10 ; x=1", "respond-async"]), (true, Some(10)));
         assert_eq!(prefer(&["wait=5, wait=9"]), (false, Some(5)));
         assert_eq!(prefer(&["wait=600"]), (false, Some(60)));
+        assert_eq!(prefer(&["wait=99999999999999999999"]), (false, Some(60)));
+        assert_eq!(prefer(&["wait=\"10\""]), (false, Some(10)));
         assert_eq!(prefer(&["wait=-1, return=minimal"]), (false, None));
+        assert_eq!(prefer(&["wait=+1", "wait=\"1", "wait="]), (false, None));
+        assert_eq!(prefer(&["x=\"respond-async, wait=5\""]), (false, None));
     }
 
     #[test]

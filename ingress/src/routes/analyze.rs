@@ -100,7 +100,7 @@ impl Drop for Waiter {
     }
 }
 
-pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ApiError> {
+pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ApiError> {
     let mut values = headers.get_all(&IDEMPOTENCY_KEY).iter();
     let Some(value) = values.next() else { return Ok(None) };
     let invalid = || {
@@ -114,7 +114,7 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyK
 }
 
 /// `Cancel-After`: a number of seconds, or of minutes, hours or days with the letter `m`, `h` or `d`.
-pub(super) fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+pub(crate) fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
     let Some(value) = headers.get(&CANCEL_AFTER) else { return Ok(None) };
     let text = value.to_str().unwrap_or_default().trim();
     let (number, unit) = match text.strip_suffix(['s', 'm', 'h', 'd']) {
@@ -127,7 +127,9 @@ pub(super) fn cancel_after(headers: &HeaderMap) -> Result<Option<Duration>, ApiE
         "m" => 60,
         _ => 1,
     };
-    let seconds = number.parse::<u32>().ok().map(|number| u64::from(number) * unit);
+    // A number of Rust may have a sign.
+    let number = Some(number).filter(|number| !number.starts_with('+'));
+    let seconds = number.and_then(|number| number.parse::<u32>().ok()).map(|number| u64::from(number) * unit);
     let after = seconds.map(Duration::from_secs).filter(|after| *after >= MIN_CANCEL_AFTER);
     after.map(Some).ok_or_else(|| {
         let rule = "at least 5 seconds, such as 90, 90s, 15m or 12h";
