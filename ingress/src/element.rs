@@ -157,11 +157,12 @@ fn join(path: &str, name: &str) -> String {
     if path.is_empty() { name.into_owned() } else { format!("{path}.{name}") }
 }
 
-/// A name from outside as an identifier of FHIRPath (N1, grammar): one that is more than letters and digits stands
-/// between backticks, with its control characters escaped.
+/// A name from outside as an identifier of FHIRPath (N1, grammar): one that is more than letters and digits, or an
+/// operator or literal, stands between backticks, with its control characters escaped.
 fn identifier(name: &str) -> Cow<'_, str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    if name.chars().all(plain) && name.starts_with(|c: char| !c.is_ascii_digit()) {
+    let is_keyword = ["and", "or", "xor", "implies", "div", "mod", "true", "false"].contains(&name);
+    if name.chars().all(plain) && name.starts_with(|c: char| !c.is_ascii_digit()) && !is_keyword {
         return name.into();
     }
     let mut text = String::from("`");

@@ -6,7 +6,7 @@
 use contour::{Contour, ContourBuilder};
 use simplify_polyline::{Point, point, simplify};
 
-/// What the network says of each place: above 0 it is more likely lesion than not.
+/// What the network says of each place: from 0 on it is not less likely lesion than not.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Map {
     /// Columns.
@@ -25,8 +25,8 @@ const TENTHS: f64 = 10.0;
 pub struct Outline {
     /// Columns and rows from the upper left corner, in tenths of a pixel. The first is not repeated at the end.
     vertices: Vec<[u32; 2]>,
-    /// The mean probability that a place within is lesion, between 0 and 1.
-    confidence: f64,
+    /// The mean probability that a place within is lesion, between 0 and 1; absent when it lies around no place.
+    confidence: Option<f64>,
 }
 
 impl Outline {
@@ -52,7 +52,7 @@ impl Outline {
             if vertices.first() == vertices.last() {
                 vertices.pop();
             }
-            Self { vertices, confidence: 0.0 }
+            Self { vertices, confidence: None }
         });
         let outline = outlines.max_by_key(Self::doubled_area).filter(|outline| outline.doubled_area() > 0)?;
         let confidence = outline.mean_within(map, rows, width, height);
@@ -60,7 +60,7 @@ impl Outline {
     }
 
     /// The mean probability of the places whose centre is within.
-    fn mean_within(&self, map: &Map, rows: usize, width: u32, height: u32) -> f64 {
+    fn mean_within(&self, map: &Map, rows: usize, width: u32, height: u32) -> Option<f64> {
         let centre = |n: usize, places: usize, pixels: u32| {
             (n as f64 + 0.5) / places as f64 * f64::from(pixels) * TENTHS
         };
@@ -71,8 +71,7 @@ impl Outline {
         let (sum, number) = within.fold((0.0, 0u32), |(sum, number), place| {
             (sum + 1.0 / (1.0 + (-f64::from(map.logits[place])).exp()), number + 1)
         });
-        // A lesion that is smaller than a place lies around none of the centres.
-        if number == 0 { 0.5 } else { sum / f64::from(number) }
+        (number > 0).then(|| sum / f64::from(number))
     }
 
     /// Whether a point, in tenths of a pixel, is within: a ray from it crosses the outline an odd number of times.
@@ -114,9 +113,10 @@ impl Outline {
         [left, top, width, height]
     }
 
-    /// The mean probability that a place within is lesion, in hundredths of a per cent.
-    pub fn confidence(&self) -> u32 {
-        (self.confidence * 10_000.0).round() as u32
+    /// The mean probability that a place within is lesion, in hundredths of a per cent; `None` when it is smaller than a
+    /// place of the map.
+    pub fn confidence(&self) -> Option<u32> {
+        self.confidence.map(|confidence| (confidence * 10_000.0).round() as u32)
     }
 
     /// As well-known text (OGC 06-103r4), in pixels.
@@ -164,7 +164,7 @@ mod tests {
         }
         assert!(outline.vertices.len() < 40, "{}", outline.vertices.len());
         assert!(outline.contains(2_000.0, 3_000.0) && !outline.contains(2_000.0, 1_000.0));
-        assert!((9_300..=9_821).contains(&outline.confidence()), "{}", outline.confidence());
+        assert!((9_300..=9_821).contains(&outline.confidence().unwrap()), "{:?}", outline.confidence());
     }
 
     #[test]

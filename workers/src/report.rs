@@ -298,18 +298,19 @@ impl Case<'_> {
                 value_string: Some(outline.wkt()),
                 ..Component::default()
             };
-            let parts = vec![
+            let mut parts = vec![
                 polygon,
                 measured("bbox-x", "Bounding box left", pixels(left)),
                 measured("bbox-y", "Bounding box top", pixels(top)),
                 measured("bbox-width", "Bounding box width", pixels(width)),
                 measured("bbox-height", "Bounding box height", pixels(height)),
-                measured("ai-confidence", "Confidence of the model", percent(outline.confidence())),
             ];
+            let confidence = outline.confidence().map(percent);
+            parts.extend(confidence.map(|value| measured("ai-confidence", "Confidence of the model", value)));
             (outline.share(finding.width, finding.height), parts)
         });
         let text = if finding.outline.is_some() {
-            "The largest connected lesion. Columns and rows of the image as displayed, from its upper left corner. No \
+            "The largest connected lesion, holes in it filled. Columns and rows of the image as displayed, from its upper left corner. No \
              measure of length: the image has no scale."
         } else {
             "No lesion was found in the image."

@@ -35,8 +35,15 @@ pub(crate) struct Store {
 
 impl Store {
     /// The store `name` in clear, as earlier builds have it.
+    ///
+    /// # Errors
+    /// When its encryption has begun.
     pub(crate) fn in_clear(state: &State, name: &str) -> Result<Self> {
-        Ok(Self { folder: state.folder(name)?, key: None, original: original(state, name) })
+        let (folder, original) = (state.folder(name)?, original(state, name));
+        if original.exists() {
+            bail!("{} is being encrypted: start it with its key", folder.display());
+        }
+        Ok(Self { folder, key: None, original })
     }
 
     /// The store `name` under the key of `<name>-key.conf`, both of which are made when they are missing.
@@ -119,6 +126,8 @@ impl Store {
         let done = self.original.with_extension("done");
         let remove = || {
             fs::rename(&self.original, &done)?;
+            // An original that comes back with the power would be copied again, without what has come since.
+            rustix::fs::sync();
             fs::remove_dir_all(&done)
         };
         remove().with_context(|| format!("cannot remove {}", done.display()))
@@ -149,13 +158,14 @@ fn mark(folder: &Path) -> Result<Option<String>> {
     }
 }
 
-/// What is in a folder, if it is there.
+/// The folders in a folder, if it is there.
 fn folders(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    match fs::read_dir(folder) {
-        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-        Err(e) => Err(e),
-    }
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let paths = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    Ok(paths.into_iter().filter(|path| path.is_dir()).collect())
 }
 
 /// Whether a file of this name is anywhere below a folder.
