@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     access::{Access, Gate},
+    bodies::Bodies,
     commit::Commits,
     drain::Drain,
     lanes::Lanes,
@@ -77,10 +78,11 @@ impl Gate for App {
 /// What bounds the work in flight.
 #[derive(Debug)]
 pub(crate) struct Bounds {
-    /// A permit a KiB of request body in memory.
-    pub(crate) body_kib: Arc<Semaphore>,
+    pub(crate) bodies: Arc<Bodies>,
     /// For callers who wait.
     pub(crate) waiters: Places,
+    /// For those who do not.
+    pub(crate) submitters: Places,
     /// For uploads to batches.
     pub(crate) uploads: Places,
 }
@@ -89,8 +91,9 @@ impl Bounds {
     /// The bounds of [`limits`].
     pub(crate) fn new() -> Self {
         Self {
-            body_kib: Arc::new(Semaphore::new(limits::BODY_MEMORY_BYTES / 1024)),
+            bodies: Bodies::new(limits::BODY_MEMORY_BYTES / 1024),
             waiters: Places::new(limits::MAX_WAITERS),
+            submitters: Places::new(limits::MAX_SUBMITTERS),
             uploads: Places::new(limits::MAX_UPLOADS),
         }
     }

@@ -13,7 +13,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     id::{ClientId, JobId},
     job::Lane,
-    limits::{GROUP_BYTES, GROUP_JOBS, GROUP_QUEUE, GROUPS, PUBLISH_DEADLINE},
+    limits::{GROUP_BYTES, GROUP_JOBS, GROUP_LEAST, GROUP_QUEUE, GROUPS, PUBLISH_DEADLINE},
     queue::{Message, PublishError},
 };
 use tokio::{
@@ -80,8 +80,12 @@ impl Commits {
     /// Commits an entry with the next group that has room.
     pub(crate) async fn commit(&self, entry: Entry) -> Result<Committed, Problem> {
         let (reply, answer) = oneshot::channel();
-        let way = if entry.job.member.is_some() { &self.lines } else { &self.requests };
-        way.send((entry, reply)).await.map_err(|_| Code::Overloaded)?;
+        // A line's sender can be made to wait; a request that finds no room is one too many.
+        if entry.job.member.is_some() {
+            self.lines.send((entry, reply)).await.map_err(|_| Code::Overloaded)?;
+        } else {
+            self.requests.try_send((entry, reply)).map_err(|_| Code::Overloaded)?;
+        }
         answer.await.unwrap_or_else(|_| Err(Code::Internal.into()))
     }
 }
@@ -127,6 +131,16 @@ fn size((entry, _): &(Entry, Reply)) -> usize {
 }
 
 async fn commit(app: &Arc<App>, group: Vec<(Entry, Reply)>) {
+    // With a broker or a database that is slow, callers spend their time waiting for a group: nothing is recorded for who
+    // would be told so only then.
+    let least = Instant::now() + GROUP_LEAST;
+    let (late, group): (Vec<_>, Vec<_>) = group.into_iter().partition(|(entry, _)| entry.end < least);
+    for (_, reply) in late {
+        let _ = reply.send(Err(Code::QueueUnavailable.into()));
+    }
+    if group.is_empty() {
+        return;
+    }
     app.metrics.group_jobs.with_label_values::<&str>(&[]).observe(group.len() as f64);
     let (entries, replies): (Vec<Entry>, Vec<Reply>) = group.into_iter().unzip();
     let outcomes = match record_and_publish(app, entries).await {
@@ -143,13 +157,7 @@ async fn record_and_publish(
     app: &Arc<App>,
     entries: Vec<Entry>,
 ) -> Result<Vec<Result<Committed, Problem>>, Problem> {
-    // With a broker that does not answer, groups take all the time that they have, and callers spend theirs waiting
-    // for one: nothing is recorded for who would be told so only now.
-    let now = Instant::now();
-    let end = entries.iter().map(|entry| entry.end).fold(now + PUBLISH_DEADLINE, Instant::min);
-    if end <= now {
-        return Err(Code::QueueUnavailable.into());
-    }
+    let end = entries.iter().map(|entry| entry.end).fold(Instant::now() + PUBLISH_DEADLINE, Instant::min);
     let jobs: Vec<NewJob> = entries.iter().map(|entry| entry.job.clone()).collect();
     let claims = app.store.claim(&jobs).await?;
     let (mut outcomes, mut fresh, mut messages) = (Vec::new(), Vec::new(), Vec::new());

@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderMap, header, request::Parts},
 };
 use bytes::{Bytes, BytesMut};
+use deadpool_postgres::Pool;
 use dermflow_auth::{
     audit::{Action, Event, Object, Who},
     scope::Permission,
@@ -17,12 +18,12 @@ use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
     id::{ClientId, JobId},
-    limits::BODY_TIMEOUT,
+    limits::{BODY_TIMEOUT, DATABASE_QUEUE},
 };
 use futures_util::StreamExt;
 use serde_json::json;
 use time::OffsetDateTime;
-use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio::{select, sync::OwnedSemaphorePermit, time::timeout};
 
 use crate::{
     access::{Gate, Stale, Verdict},
@@ -72,6 +73,7 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
+        has_room(gate.users())?;
         let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
         let caller = bearer(&parts.headers, gate.as_ref(), &origin).await?;
         rates::charge_request(gate.as_ref(), caller.client, parts)?;
@@ -80,6 +82,14 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
         }
         Ok(Self { client: caller.client, caller, who: origin.who(), _permission: PhantomData })
     }
+}
+
+/// New requests are not let in while too many wait for a connection of this pool: who waits already is answered first.
+///
+/// # Errors
+/// [`Code::Overloaded`].
+pub(crate) fn has_room(pool: &Pool) -> Result<(), Code> {
+    if pool.status().waiting < DATABASE_QUEUE { Ok(()) } else { Err(Code::Overloaded) }
 }
 
 /// Who calls. The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
@@ -199,33 +209,34 @@ impl Body {
     }
 
     /// Reads the body: `limit` bytes, within [`BODY_TIMEOUT`], and only while there is memory for it. Memory is
-    /// taken as the bytes arrive: who announces much and sends little keeps nobody else out.
+    /// taken as the bytes arrive: who announces much and sends little keeps nobody else out. When it runs out, see [`Bodies`](crate::bodies::Bodies).
     pub(crate) async fn read(self, bounds: &Bounds, limit: usize) -> Result<Held, Problem> {
         if self.announced.is_some_and(|length| length > limit) {
             return Err(too_large(limit));
         }
         let read = async {
             let mut chunks = self.body.into_data_stream();
-            let mut memory = take(bounds, 1)?;
+            let mut arrival = bounds.bodies.begin();
+            arrival.hold(1).await?;
             let mut bytes = BytesMut::new();
-            while let Some(chunk) = chunks.next().await {
+            loop {
+                let chunk = select! {
+                    chunk = chunks.next() => chunk,
+                    () = arrival.given_up() => return Err(Code::Overloaded.into()),
+                };
+                let Some(chunk) = chunk else { break };
                 // The sender is gone: nobody reads the answer.
                 let chunk = chunk.map_err(|_| Code::BodyTimeout)?;
                 if bytes.len() + chunk.len() > limit {
                     return Err(too_large(limit));
                 }
                 bytes.extend_from_slice(&chunk);
-                let missing = bytes.len().div_ceil(1024).saturating_sub(memory.num_permits());
-                memory.merge(take(bounds, missing)?);
+                arrival.hold(bytes.len().div_ceil(1024)).await?;
             }
-            Ok(Held { bytes: bytes.freeze(), memory })
+            Ok(Held { bytes: bytes.freeze(), memory: arrival.arrived()? })
         };
         timeout(BODY_TIMEOUT, read).await.map_err(|_| Code::BodyTimeout)?
     }
-}
-
-fn take(bounds: &Bounds, kib: usize) -> Result<OwnedSemaphorePermit, Problem> {
-    Ok(bounds.body_kib.clone().try_acquire_many_owned(kib as u32).map_err(|_| Code::Overloaded)?)
 }
 
 fn too_large(limit: usize) -> Problem {

@@ -12,6 +12,7 @@ mod answer;
 mod app;
 mod audited;
 mod batches;
+mod bodies;
 mod chainer;
 mod clear;
 mod commit;
@@ -107,7 +108,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     files.served().register(&metrics.registry)?;
     let acme = Acme::new(&options.acme, &options.public_url, &metrics.registry)?;
     let public_tls = acme.as_ref().map_or_else(|| Ok(tls.clone()), |acme| tls_config(acme.served()))?;
-    let turned_away = metrics.turned_away.clone();
+    let (turned_away, unnamed) = (metrics.turned_away.clone(), metrics.proxy_headers_refused.clone());
     let public_url = options.public_url.as_str();
     let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
     let trail = Trail::start(store.pool().clone(), metrics.audit_lost.clone());
@@ -165,7 +166,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let seen = move |request, source| clear::seen(in_clear.clone(), request, source);
     let crowd = || Crowd::new(options.network_connections as usize, turned_away.clone());
     let balancers = Balancers::new(&options.balancers, &options.http_balancers);
-    let door = || Door::new(crowd(), balancers.clone());
+    let door = || Door::new(crowd(), balancers.clone(), unnamed.clone());
     let listeners = [
         tokio::spawn(serve::https(public, public_tls, routes::public(app.clone()), door(), stop.clone())),
         tokio::spawn(serve::redirect(plain, public_url.into(), challenge, seen, door(), stop.clone())),

@@ -2,7 +2,7 @@
 
 use dermflow_auth::audit::trail;
 use dermflow_http::{
-    crowd,
+    crowd, door,
     metrics::{self, add},
 };
 use prometheus::{
@@ -47,12 +47,16 @@ pub(crate) struct Metrics {
     pub(crate) stream_messages: IntGaugeVec,
     /// Callers waiting for a result.
     pub(crate) waiters: IntGauge,
+    /// Callers who do not wait, while their jobs are accepted.
+    pub(crate) submitters: IntGauge,
     /// What external identity providers were asked, by issuer, kind (keys, introspection) and outcome.
     pub(crate) provider_questions: IntCounterVec,
     /// What is not in the audit trail though it happened: an alarm.
     pub(crate) audit_lost: IntCounter,
     /// Connections of networks that had as many as they may.
     pub(crate) turned_away: IntCounter,
+    /// Connections of balancers without a good PROXY header.
+    pub(crate) proxy_headers_refused: IntCounter,
 }
 
 impl Metrics {
@@ -118,6 +122,10 @@ impl Metrics {
                 )?,
             )?,
             waiters: add(&registry, IntGauge::new("dermflow_waiters", "Callers waiting for a result.")?)?,
+            submitters: add(
+                &registry,
+                IntGauge::new("dermflow_submitters", "Callers whose jobs are being accepted.")?,
+            )?,
             provider_questions: counter(
                 "dermflow_provider_questions_total",
                 "What external identity providers were asked.",
@@ -125,6 +133,7 @@ impl Metrics {
             )?,
             audit_lost: trail::counter(&registry)?,
             turned_away: crowd::counter(&registry)?,
+            proxy_headers_refused: door::counter(&registry)?,
             registry: registry.clone(),
         })
     }

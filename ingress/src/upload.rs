@@ -109,7 +109,7 @@ struct Uploading {
 }
 
 async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<Bytes>) {
-    let lines = Lines::new(body, app.bounds.body_kib.clone(), MAX_BODY_BYTES);
+    let lines = Lines::new(body, app.bounds.bodies.kib(), MAX_BODY_BYTES);
     let uploading = Uploading {
         app,
         upload: Arc::new(upload),

@@ -37,6 +37,8 @@ pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
 pub const PUBLISH_MEMORY_BYTES: usize = 64 * 1024 * 1024;
 /// Open connections per listener.
 pub const MAX_CONNECTIONS: usize = 1_024;
+/// Connections beyond them, whose first request is answered with 503. Further ones wait in the kernel's queue.
+pub const SHED_CONNECTIONS: usize = 64;
 /// Of them, those of one network, unless ingress is told otherwise.
 pub const NETWORK_CONNECTIONS: usize = 512;
 /// Jobs that are recorded in one transaction and published together: those that came in while the group before
@@ -46,8 +48,12 @@ pub const GROUP_JOBS: usize = 64;
 pub const GROUP_BYTES: usize = 12 * 1024 * 1024;
 /// Groups on their way at once, per ingress process.
 pub const GROUPS: usize = 4;
-/// Jobs that wait for a group, per ingress process; the next one waits for a place.
-pub const GROUP_QUEUE: usize = 1_024;
+/// What a group may lack of [`PUBLISH_DEADLINE`]: who has waited longer for one is refused before anything is recorded,
+/// and does not cost the others of the group their time.
+pub const GROUP_LEAST: Duration = Duration::from_millis(500);
+/// Jobs of requests that wait for a group, per ingress process; the next one gets a 503. At 350 a second the last one
+/// waits for less than [`PUBLISH_DEADLINE`]. Of lines of uploads as many wait, and the next one waits for a place.
+pub const GROUP_QUEUE: usize = 512;
 
 /// Jobs of one client that may be open at once, unless staff gave it another quota; the next one gets a 429.
 pub const QUOTA_JOBS: i64 = 100_000;
@@ -82,6 +88,8 @@ pub const RESULTS_CHUNK: usize = 32;
 
 /// Callers waiting for a result at once, per ingress process, half of them of one client.
 pub const MAX_WAITERS: usize = 512;
+/// Callers who do not wait, while their jobs are accepted, per ingress process, half of them of one client.
+pub const MAX_SUBMITTERS: usize = 512;
 /// The longest synchronous wait.
 pub const MAX_WAIT: Duration = Duration::from_mins(1);
 /// The synchronous wait when the caller names none. Below the time-outs that HTTP clients start from (30 s).
@@ -134,6 +142,8 @@ pub const ACME_LEASE: Duration = Duration::from_mins(2);
 pub const ACME_RETRY: Duration = Duration::from_mins(10);
 /// Its most, and the least between two certificates.
 pub const ACME_RETRY_MOST: Duration = Duration::from_hours(6);
+/// How long a peer may take nothing of what it is sent.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 /// From the handshake to the end of the first request's header.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// From one request to the end of the next one's header: longer than the pauses of clients that take turns on a
@@ -170,6 +180,9 @@ pub const BROKER_COMMANDS: usize = 32;
 pub const DATABASE_DEADLINE: Duration = Duration::from_secs(2);
 /// Connections to PostgreSQL per ingress process.
 pub const DATABASE_CONNECTIONS: usize = 16;
+/// Questions that wait for one of them; while there are as many, new requests get a 503. At a thousand a second the last
+/// one waits for an eighth of a second.
+pub const DATABASE_QUEUE: usize = 128;
 /// Between two looks at the certificate's files.
 pub const CERTIFICATE_LOOK: Duration = Duration::from_secs(1);
 /// Connections beside them for signing in, so that nobody's record waits behind logins.
@@ -365,6 +378,9 @@ pub const MIN_ACK_WAIT: Duration = Duration::from_secs(1);
 pub const AUDIT_QUEUE: usize = 4_096;
 /// Audit events in one statement: those that came in while the one before it was on its way.
 pub const AUDIT_GROUP: usize = 256;
+/// How long an event waits for its turn: what one question to a database that does not answer takes. Who waits for it is
+/// told then that it cannot be written.
+pub const AUDIT_PATIENCE: Duration = Duration::from_secs(4);
 /// Such statements at once, per ingress process.
 pub const AUDIT_WRITERS: usize = 2;
 /// Refusals, or questions how far something is, of one kind, caller and network that are an event each every second;

@@ -43,6 +43,7 @@ const SOON: Duration = Duration::from_secs(5);
 /// Until a header's deadline has certainly ended.
 const DEADLINE: Duration = Duration::from_secs(PROXY_HEADER_TIMEOUT.as_secs() + 3);
 const JWKS: &str = "/.well-known/jwks.json";
+const PROXY_REFUSED: &str = "dermflow_proxy_headers_refused_total";
 const TURNED_AWAY: &str = "dermflow_connections_turned_away_total";
 
 fn ip(address: &str) -> Result<IpAddr> {
@@ -263,6 +264,7 @@ async fn a_balancer_that_says_nothing_is_hung_up_on() -> Result<()> {
         };
         eventually("a header that comes drop by drop is cut off", DEADLINE, closed).await?;
     }
+    assert_eq!(behind.lab.metric_of(1, PROXY_REFUSED).await, Some(14.0));
     behind.lab.stop().await
 }
 
@@ -277,8 +279,10 @@ async fn silent_connections_of_a_balancer_do_not_keep_their_places() -> Result<(
     for _ in 0..MAX_CONNECTIONS {
         silent.push(connect(ip(BALANCER)?, behind.https).await?);
     }
-    // It waits until the first of them have to go.
-    assert_eq!(direct.get(JWKS).await?.status, 200);
+    assert_eq!(direct.get(JWKS).await?.status, 503);
+    // Until the first of them have to go.
+    let served = async || (direct.get(JWKS).await.ok()?.status == 200).then_some(());
+    eventually("others are served", DEADLINE, served).await?;
     let waited = begun.elapsed();
     println!("served after {waited:?}");
     assert!((PROXY_HEADER_TIMEOUT..DEADLINE).contains(&waited), "{waited:?}");
@@ -287,6 +291,7 @@ async fn silent_connections_of_a_balancer_do_not_keep_their_places() -> Result<(
         assert!(end.is_err());
     }
     assert_eq!(behind.lab.metric_of(1, TURNED_AWAY).await, Some(0.0));
+    assert_eq!(behind.lab.metric_of(1, PROXY_REFUSED).await, Some(MAX_CONNECTIONS as f64));
     let (_balancer, client) = behind.through(version_2(ip(CALLER)?)).await?;
     assert_eq!(client.get(JWKS).await?.status, 200);
     behind.lab.stop().await

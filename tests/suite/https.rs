@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use dermflow_schemas::limits::NETWORK_CONNECTIONS;
+use dermflow_schemas::limits::{NETWORK_CONNECTIONS, WRITE_TIMEOUT};
 use dermflow_tests::{
     client::{Client, sample},
     lab::{Lab, Setup},
@@ -184,6 +184,25 @@ async fn who_asks_for_nothing_is_told_to_leave() -> Result<()> {
     let last_words = last_words.await.context("a silent peer keeps its connection")?;
     assert!(frames(&last_words).contains(&GOAWAY), "{last_words:?}");
     assert_eq!(head(&mut kept).await?, "HTTP/1.1 200 OK");
+    lab.stop().await
+}
+
+// Who sends requests and reads no answer loses its connection; who reads gets all of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_no_answer_is_left() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let socket = TcpSocket::new_v4()?;
+    socket.set_recv_buffer_size(4_096)?;
+    let connector = TlsConnector::from(Arc::new(lab.tls(rustls::ALL_VERSIONS)?));
+    let stream = socket.connect(lab.address(0)).await?;
+    let mut stream = connector.connect("localhost".try_into()?, stream).await?;
+    let request =
+        "GET /.well-known/oauth-authorization-server HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(100);
+    let begun = tokio::time::Instant::now();
+    let sending =
+        async { while stream.write_all(request.as_bytes()).await.is_ok() && stream.flush().await.is_ok() {} };
+    timeout(WRITE_TIMEOUT + Duration::from_secs(20), sending).await.context("it is kept")?;
+    assert!(begun.elapsed() >= WRITE_TIMEOUT, "{:?}", begun.elapsed());
     lab.stop().await
 }
 

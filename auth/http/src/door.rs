@@ -2,11 +2,13 @@
 
 use std::{io::ErrorKind, net::IpAddr};
 
+use prometheus::{IntCounter, Registry};
 use tokio::net::TcpStream;
 
 use crate::{
     balancer::{Balancers, Stream},
     crowd::Crowd,
+    metrics::add,
     shares::Share,
 };
 
@@ -15,13 +17,24 @@ use crate::{
 pub struct Door {
     crowd: Crowd,
     pub(crate) balancers: Balancers,
+    /// Counts connections of balancers that do not say where they come from.
+    unnamed: Option<IntCounter>,
 }
 
 impl From<Crowd> for Door {
     /// Without balancers.
     fn from(crowd: Crowd) -> Self {
-        Self::new(crowd, Balancers::default())
+        Self { crowd, balancers: Balancers::default(), unnamed: None }
     }
+}
+
+/// Counts, for [`Door::new`], connections of balancers that begin with no PROXY header, or with a bad one.
+///
+/// # Errors
+/// When the registry has one already.
+pub fn counter(registry: &Registry) -> Result<IntCounter, prometheus::Error> {
+    let help = "Connections of balancers that begin with no PROXY header, or with a bad one.";
+    add(registry, IntCounter::new("dermflow_proxy_headers_refused_total", help)?)
 }
 
 /// A connection that may stay.
@@ -33,9 +46,10 @@ pub(crate) struct Entered {
 }
 
 impl Door {
-    /// Behind these balancers. The connections that they pass on count for the networks of their callers.
-    pub fn new(crowd: Crowd, balancers: Balancers) -> Self {
-        Self { crowd, balancers }
+    /// Behind these balancers. The connections that they pass on count for the networks of their callers; `unnamed` counts
+    /// those that do not say whose they are.
+    pub fn new(crowd: Crowd, balancers: Balancers, unnamed: IntCounter) -> Self {
+        Self { crowd, balancers, unnamed: Some(unnamed) }
     }
 
     /// Lets a connection of `peer` in; `None` when its network has as many as it may, or when a balancer does not say
@@ -49,6 +63,7 @@ impl Door {
             Err(error) => {
                 // Some look whether we are there in this way.
                 if error.kind() != ErrorKind::UnexpectedEof {
+                    self.unnamed.iter().for_each(IntCounter::inc);
                     tracing::info!(balancer = %peer, %error, "a balancer's connection begins without a PROXY header");
                 }
                 None

@@ -28,6 +28,11 @@ pub fn bounded<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S>
         .method_not_allowed_fallback(async || Problem::from(Code::MethodNotAllowed))
 }
 
+/// Answers every request with 503.
+pub(crate) fn overloaded() -> Router {
+    dressed(Router::new().fallback(async || Problem::from(Code::Overloaded)), ())
+}
+
 /// What every answer has: an id, the form of its errors, the headers that browsers and caches go by.
 pub fn dressed<S: Clone + Send + Sync + 'static>(routes: Router<S>, state: S) -> Router {
     let header = |name, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));

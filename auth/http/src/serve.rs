@@ -19,7 +19,7 @@ use axum::{
     http::{Request, request::Parts},
 };
 use dermflow_schemas::limits::{
-    HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, IDLE_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS,
+    HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, IDLE_TIMEOUT, INGRESS_DRAIN, MAX_CONNECTIONS, SHED_CONNECTIONS,
 };
 use hyper::{
     Response, StatusCode,
@@ -52,6 +52,8 @@ use crate::{
     balancer::Stream,
     certificate::{ServerCertificate, chain},
     door::{Door, Entered},
+    dress::overloaded,
+    patient::Patient,
 };
 
 /// What an ACME server speaks to see a challenge answered (RFC 8737 §6.2).
@@ -165,13 +167,18 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
 ) {
     let acceptor = TlsAcceptor::from(tls);
     let (door, stopped) = (door.into(), stop.clone());
-    let balancers = door.balancers.clone();
-    let serve = move |stream: Stream, origin: IpAddr| {
-        let (acceptor, router, refused, stop) =
-            (acceptor.clone(), router.clone(), refused.clone(), stopped.clone());
-        let balancers = balancers.clone();
+    let (balancers, overloaded) = (door.balancers.clone(), overloaded());
+    let serve = move |stream: Stream, origin: IpAddr, is_surplus: bool| {
+        let (acceptor, refused, balancers) = (acceptor.clone(), refused.clone(), balancers.clone());
+        // A surplus connection ends with its first answer.
+        let (router, stop) = if is_surplus {
+            (overloaded.clone(), stopped.child_token())
+        } else {
+            (router.clone(), stopped.clone())
+        };
         async move {
-            let accepted = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream).into_fallible()).await;
+            let accepted = acceptor.accept(Patient::new(stream)).into_fallible();
+            let accepted = timeout(HANDSHAKE_TIMEOUT, accepted).await;
             let stream = match accepted {
                 Ok(Ok(stream)) => stream,
                 Ok(Err((error, stream))) => {
@@ -193,8 +200,12 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
             let certificate = session.peer_certificates().and_then(|chain| chain.first()).map(fingerprint);
             let builder = builder(is_h2);
             let (router, (heard, spoke)) = (TowerToHyperService::new(router), watch::channel(false));
+            let stopping = stop.clone();
             let service = service_fn(move |mut request: Request<Incoming>| {
                 heard.send_replace(true);
+                if is_surplus {
+                    stopping.cancel();
+                }
                 let caller = balancers.caller(origin, request.headers());
                 request.extensions_mut().insert(Peer(caller));
                 if let Some(certificate) = certificate {
@@ -290,7 +301,7 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
 ) {
     let (door, stopped) = (door.into(), stop.clone());
     let balancers = door.balancers.clone();
-    let serve = move |stream: Stream, origin: IpAddr| {
+    let serve = move |stream: Stream, origin: IpAddr, _: bool| {
         let (public_url, challenge) = (public_url.clone(), challenge.clone());
         let (seen, balancers, stop) = (seen.clone(), balancers.clone(), stopped.clone());
         async move {
@@ -319,39 +330,47 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
                 }
             });
             let builder = builder(false);
-            converse(pin!(builder.serve_connection(TokioIo::new(stream), service)), spoke, false, &stop)
-                .await;
+            let stream = TokioIo::new(Patient::new(stream));
+            converse(pin!(builder.serve_connection(stream, service)), spoke, false, &stop).await;
         }
     };
     accept(listener, door, stop, serve).await;
 }
 
-/// Hands each connection to its own task; [`MAX_CONNECTIONS`] at once, more wait in the kernel's queue. One that does not
-/// get through the door is closed; until a balancer has said where it comes from, it has one of those places. When it is time to stop, those that are open have [`INGRESS_DRAIN`] to
-/// come to their end.
+/// Hands each connection to its own task: [`MAX_CONNECTIONS`] at once, and [`SHED_CONNECTIONS`] beyond them, of which
+/// `serve` is told that they are surplus; more wait in the kernel's queue. One that does not get through the door is closed;
+/// until a balancer has said where it comes from, it has one of those places. When it is time to stop, those that are open
+/// have [`INGRESS_DRAIN`] to come to their end.
 async fn accept<F: Future<Output = ()> + Send + 'static>(
     listener: TcpListener,
     door: Door,
     stop: CancellationToken,
-    serve: impl Fn(Stream, IpAddr) -> F + Clone + Send + 'static,
+    serve: impl Fn(Stream, IpAddr, bool) -> F + Clone + Send + 'static,
 ) {
-    let (connections, tasks) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), TaskTracker::new());
+    let [places, surplus] = [MAX_CONNECTIONS, SHED_CONNECTIONS].map(|most| Arc::new(Semaphore::new(most)));
+    let tasks = TaskTracker::new();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
             accepted = async {
-                let permit = connections.clone().acquire_owned().await;
-                listener.accept().await.map(|accepted| (accepted, permit))
+                // Asked for after the connection is there: what becomes free while we wait for one is not surplus.
+                let accepted = listener.accept().await?;
+                let (permit, is_surplus) = tokio::select! {
+                    biased;
+                    permit = places.clone().acquire_owned() => (permit, false),
+                    permit = surplus.clone().acquire_owned() => (permit, true),
+                };
+                io::Result::Ok((accepted, permit, is_surplus))
             } => accepted,
         };
         match accepted {
-            Ok(((stream, peer), permit)) => {
+            Ok(((stream, peer), permit, is_surplus)) => {
                 // Nagle's algorithm would hold an HTTP/2 answer back for 40 ms.
                 let _ = stream.set_nodelay(true);
                 let (door, serve) = (door.clone(), serve.clone());
                 tasks.spawn(async move {
                     if let Some(Entered { stream, origin, place }) = door.enter(stream, peer.ip()).await {
-                        serve(stream, origin).await;
+                        serve(stream, origin, is_surplus).await;
                         drop(place);
                     }
                     drop(permit);

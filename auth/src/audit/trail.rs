@@ -22,7 +22,8 @@ use dermflow_schemas::{
     error::Code,
     id::ClientId,
     limits::{
-        AUDIT_ABOUT, AUDIT_GROUP, AUDIT_QUEUE, AUDIT_SINGLES, AUDIT_SOURCES, AUDIT_TOGETHER, AUDIT_WRITERS,
+        AUDIT_ABOUT, AUDIT_GROUP, AUDIT_PATIENCE, AUDIT_QUEUE, AUDIT_SINGLES, AUDIT_SOURCES, AUDIT_TOGETHER,
+        AUDIT_WRITERS,
     },
 };
 use prometheus::{IntCounter, Registry};
@@ -46,12 +47,19 @@ type Written = oneshot::Receiver<Result<(), Code>>;
 struct Entry {
     events: Vec<Event>,
     replies: Vec<Reply>,
+    /// When it was put into the queue.
+    queued: Option<Instant>,
 }
 
 impl Entry {
     fn add(&mut self, more: Self) {
         self.events.extend(more.events);
         self.replies.extend(more.replies);
+    }
+
+    /// Its turn has come too late: whoever waits for it has waited long enough.
+    fn is_late(&self) -> bool {
+        self.queued.is_some_and(|queued| queued.elapsed() > AUDIT_PATIENCE)
     }
 
     fn reply(self, outcome: Result<(), Code>) {
@@ -128,7 +136,7 @@ impl Together {
         }
         let event = Event::new(action, who, clock::now()).client(client).detail(detail);
         let event = if let Some(code) = code { event.outcome(Outcome::Refused, code) } else { event };
-        Entry { events: vec![event], replies: self.replies }
+        Entry { events: vec![event], replies: self.replies, queued: None }
     }
 }
 
@@ -219,7 +227,7 @@ impl Trail {
     /// When too many wait, or the database is away.
     pub async fn record(&self, events: Vec<Event>) -> Result<(), Code> {
         let (reply, written) = oneshot::channel();
-        self.enter(Entry { events, replies: vec![reply] });
+        self.enter(Entry { events, replies: vec![reply], queued: None });
         told(written).await
     }
 
@@ -287,7 +295,8 @@ impl Trail {
     }
 
     /// Who waits for an entry for which there is no room is told that it is not written.
-    fn enter(&self, entry: Entry) {
+    fn enter(&self, mut entry: Entry) {
+        entry.queued = Some(Instant::now());
         if let Err(TrySendError::Full(entry) | TrySendError::Closed(entry)) = self.entries.try_send(entry) {
             entry.reply(Err(Code::Overloaded));
         }
@@ -303,6 +312,10 @@ async fn write(pool: Pool, mut entries: mpsc::Receiver<Entry>) {
     loop {
         let Ok(permit) = writers.clone().acquire_owned().await else { return };
         let Some(first) = entries.recv().await else { return };
+        if first.is_late() {
+            first.reply(Err(Code::DatabaseUnavailable));
+            continue;
+        }
         let mut group = first;
         while group.events.len() < AUDIT_GROUP
             && let Ok(more) = entries.try_recv()

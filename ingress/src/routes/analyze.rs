@@ -44,10 +44,7 @@ pub(crate) async fn post(
     let key = idempotency_key(&headers)?;
     let cancel_after = cancel_after(&headers)?;
     let prefer = Prefer::from_headers(&headers);
-    let _waiter = match prefer.lane() {
-        Lane::Interactive => Some(Waiter::new(&app, client)?),
-        Lane::Bulk => None,
-    };
+    let _turn = Turn::new(&app, client, prefer.lane())?;
     let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
     let payload = blocking(move || parameters::parse(&bytes)).await??;
     let key = key.map(|key| key.as_str().to_owned());
@@ -79,22 +76,26 @@ pub(crate) async fn post(
     }
 }
 
-/// A place among the callers who wait, taken before anything is recorded, given back however the call ends.
-pub(super) struct Waiter {
+/// A place among the callers who wait, or among those who do not, taken before anything is read, given back however the
+/// call ends.
+pub(super) struct Turn {
     gauge: IntGauge,
     _place: Place,
 }
 
-impl Waiter {
-    pub(super) fn new(app: &App, client: ClientId) -> Result<Self, Problem> {
-        let place = app.bounds.waiters.take(client)?;
-        let gauge = app.metrics.waiters.clone();
+impl Turn {
+    pub(super) fn new(app: &App, client: ClientId, lane: Lane) -> Result<Self, Problem> {
+        let (places, gauge) = match lane {
+            Lane::Interactive => (&app.bounds.waiters, &app.metrics.waiters),
+            Lane::Bulk => (&app.bounds.submitters, &app.metrics.submitters),
+        };
+        let (place, gauge) = (places.take(client)?, gauge.clone());
         gauge.inc();
         Ok(Self { gauge, _place: place })
     }
 }
 
-impl Drop for Waiter {
+impl Drop for Turn {
     fn drop(&mut self) {
         self.gauge.dec();
     }

@@ -18,7 +18,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     fhir::instant,
     id::ClientId,
-    job::{STATES, State as JobState},
+    job::{Lane, STATES, State as JobState},
     limits::{DRAIN_WINDOW, MAX_WAIT, POLL_INTERVAL, WAITER_POLL},
 };
 use futures_util::stream;
@@ -37,7 +37,7 @@ use crate::{
     extract::{Allowed, Body, Delete, Read, Submit},
     lines::Form,
     routes::{
-        analyze::{Waiter, idempotency_key},
+        analyze::{Turn, idempotency_key},
         status::failed_with,
     },
     store::batches::{Batch, BatchError, BatchResult, Cause, Tally},
@@ -273,7 +273,7 @@ async fn file(
     let client = caller.client;
     app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
     if wanted.wait > 0 {
-        let _waiter = Waiter::new(&app, client)?;
+        let _turn = Turn::new(&app, client, Lane::Interactive)?;
         wait(&app, client, batch, &wanted, file).await?;
     }
     let kind = if form == Form::Fhir { FHIR_NDJSON } else { NDJSON };

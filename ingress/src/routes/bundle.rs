@@ -12,7 +12,6 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     fhir::{Resource, instant},
     id::{ClientId, JobId},
-    job::Lane,
     limits::{MAX_BODY_BYTES, MAX_BUNDLE_ENTRIES},
 };
 use futures_util::future::join_all;
@@ -29,7 +28,7 @@ use crate::{
     parameters,
     prefer::Prefer,
     routes::{
-        analyze::{Waiter, cancel_after, idempotency_key},
+        analyze::{Turn, cancel_after, idempotency_key},
         status::finished_record,
     },
     submit::{Ended, Submission, Submitted, blocking, internal, status_url, submit, wait},
@@ -54,10 +53,7 @@ pub(crate) async fn post(
     }
     let key = idempotency_key(&headers)?;
     let (prefer, cancel_after) = (Prefer::from_headers(&headers), cancel_after(&headers)?);
-    let _waiter = match prefer.lane() {
-        Lane::Interactive => Some(Waiter::new(&app, client)?),
-        Lane::Bulk => None,
-    };
+    let _turn = Turn::new(&app, client, prefer.lane())?;
     let Held { bytes, mut memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
     let entries = blocking(move || parse(&bytes)).await??;
     let end = Instant::now() + prefer.budget();

@@ -34,7 +34,7 @@ use crate::{
     answer::{self, Problem},
     app::App,
     audited::{Deeds, Origin, Refused},
-    extract::{Body, Held, bearer},
+    extract::{Body, Held, bearer, has_room},
     rates::{self, Counted},
     submit::internal,
 };
@@ -112,6 +112,7 @@ struct Form(HashMap<String, String>);
 
 impl Form {
     async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Self, Refusal> {
+        has_room(&app.sign_ins).map_err(Problem::from)?;
         let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
         let malformed = || invalid_request("The body is a form, application/x-www-form-urlencoded.");
         let mut request = Request::post("/").body(bytes.into()).map_err(|_| malformed())?;
