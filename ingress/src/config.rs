@@ -1,10 +1,15 @@
 //! The options of an ingress process: flags, or the environment variables named beside them.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use clap::Parser;
+use clap::{Args, Parser, ValueEnum};
 use dermflow_auth::{db::DatabaseOptions, password::PepperOptions};
-use dermflow_http::{balancer::Network, serve::Loopback};
+use dermflow_http::{
+    balancer::Network,
+    certificate::ServerCertificate,
+    clients::Clients,
+    serve::{Loopback, Tls, TlsError, tls_config},
+};
 use dermflow_schemas::{limits, queue::NatsOptions, seal::SealingOptions};
 
 pub use crate::acme::{AcmeOptions, ChallengeKind};
@@ -47,6 +52,9 @@ pub struct Options {
     /// Private key (PEM).
     #[arg(long, env = "DERMFLOW_TLS_KEY")]
     pub tls_key: PathBuf,
+    /// Certificates of clients on the public listener.
+    #[command(flatten)]
+    pub clients: ClientOptions,
     /// The public listener's certificate from an ACME server.
     #[command(flatten)]
     pub acme: AcmeOptions,
@@ -93,6 +101,9 @@ pub struct OperateOptions {
     /// Private key (PEM).
     #[arg(long, env = "DERMFLOW_TLS_KEY")]
     pub tls_key: PathBuf,
+    /// Certificates of clients.
+    #[command(flatten)]
+    pub clients: ClientOptions,
     /// Folder of the keys that sign access tokens: `auth signing-key add` makes one, and all replicas read the same.
     #[arg(long, env = "DERMFLOW_SIGNING_KEYS")]
     pub signing_keys: PathBuf,
@@ -105,6 +116,49 @@ pub struct OperateOptions {
     /// The database.
     #[command(flatten)]
     pub database: DatabaseOptions,
+}
+
+/// Routes that may be closed to who shows no certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Group {
+    /// `/fhir`, `/batches` and `/jobs`.
+    Api,
+    /// `/login` and `/oauth`.
+    SignIn,
+    /// What operators reach, in a process of their own.
+    Operators,
+}
+
+/// Whose certificates are believed, and where one is needed.
+#[derive(Debug, Clone, Args)]
+pub struct ClientOptions {
+    /// The CA of certificates that clients may show (PEM); what is put in its place is believed within seconds.
+    #[arg(long, env = "DERMFLOW_CLIENT_CA", value_name = "FILE")]
+    pub client_ca: Option<PathBuf>,
+    /// What is closed to clients that show none: a 403. With commas between.
+    #[arg(
+        long,
+        env = "DERMFLOW_CLIENT_CERTIFICATES",
+        value_name = "GROUPS",
+        value_enum,
+        value_delimiter = ',',
+        requires = "client_ca"
+    )]
+    pub client_certificates: Vec<Group>,
+}
+
+impl ClientOptions {
+    /// With what a listener that serves `served` shakes hands.
+    pub(crate) fn tls(&self, served: Arc<ServerCertificate>) -> Result<Tls, TlsError> {
+        match &self.client_ca {
+            Some(file) => Ok(Tls::Asking(Clients::open(file, served)?)),
+            None => Ok(tls_config(served)?.into()),
+        }
+    }
+
+    pub(crate) fn need(&self, group: Group) -> bool {
+        self.client_certificates.contains(&group)
+    }
 }
 
 impl Options {

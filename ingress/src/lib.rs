@@ -43,7 +43,7 @@ mod sweeper;
 mod timekeeper;
 mod upload;
 
-pub use config::{AcmeOptions, ChallengeKind, OperateOptions, Options};
+pub use config::{AcmeOptions, ChallengeKind, ClientOptions, Group, OperateOptions, Options};
 
 use std::sync::{Arc, PoisonError};
 
@@ -61,7 +61,7 @@ use dermflow_http::{
     crowd::Crowd,
     door::Door,
     rates::Rates,
-    serve::{self, tls_config},
+    serve::{self, Tls, tls_config},
 };
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, NETWORK_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
@@ -107,7 +107,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let metrics = Metrics::new()?;
     files.served().register(&metrics.registry)?;
     let acme = Acme::new(&options.acme, &options.public_url, &metrics.registry)?;
-    let public_tls = acme.as_ref().map_or_else(|| Ok(tls.clone()), |acme| tls_config(acme.served()))?;
+    let public_tls = options.clients.tls(acme.as_ref().map_or_else(|| files.served(), Acme::served))?;
     let (turned_away, unnamed) = (metrics.turned_away.clone(), metrics.proxy_headers_refused.clone());
     let public_url = options.public_url.as_str();
     let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
@@ -155,6 +155,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(resealer::follow_keys(app.clone(), stop_recording.clone())),
     ];
     let mut followers = app.providers.start(&stop_recording);
+    if let Tls::Asking(clients) = &public_tls {
+        followers.push(tokio::spawn(clients.clone().follow(stop_recording.clone())));
+    }
     let answers = acme.as_ref().map(Acme::answers).unwrap_or_default();
     let challenge =
         move |path: &str| answers.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
@@ -167,8 +170,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let crowd = || Crowd::new(options.network_connections as usize, turned_away.clone());
     let balancers = Balancers::new(&options.balancers, &options.http_balancers);
     let door = || Door::new(crowd(), balancers.clone(), unnamed.clone());
+    let routes = routes::public(app.clone(), &options.clients);
     let listeners = [
-        tokio::spawn(serve::https(public, public_tls, routes::public(app.clone()), door(), stop.clone())),
+        tokio::spawn(serve::https(public, public_tls, routes, door(), stop.clone())),
         tokio::spawn(serve::redirect(plain, public_url.into(), challenge, seen, door(), stop.clone())),
         tokio::spawn(serve::https(internal, tls, routes::internal(app), crowd(), stop.clone())),
     ];
@@ -201,7 +205,7 @@ async fn prepare(store: &Store) -> anyhow::Result<()> {
 /// One clear sentence when something it needs at start is missing, broken or out of reach.
 pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let files = CertificateFiles::open(&options.tls_cert, &options.tls_key)?;
-    let tls = tls_config(files.served())?;
+    let tls = options.clients.tls(files.served())?;
     let tokens = Tokens::open(&options.signing_keys, options.public_url.as_str())?;
     let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
     prepare(&store).await?;
@@ -226,7 +230,10 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let listener = serve::bind("listen", address).await?;
     // Revocations are followed until the last request has ended.
     let (stop_following, stop) = (CancellationToken::new(), CancellationToken::new());
-    let followers = operators.providers.start(&stop_following);
+    let mut followers = operators.providers.start(&stop_following);
+    if let Tls::Asking(clients) = &tls {
+        followers.push(tokio::spawn(clients.clone().follow(stop_following.clone())));
+    }
     let tasks = [
         tokio::spawn(access::run(operators.clone(), stop_following.clone())),
         tokio::spawn(rates::exchange(operators.clone(), nats, stop_following.clone())),
@@ -234,9 +241,10 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
         tokio::spawn(files.follow(stop_following.clone())),
     ];
     let crowd = Crowd::new(NETWORK_CONNECTIONS, metrics.turned_away);
+    let routes = routes::operators(operators.clone(), &options.clients);
     let requests = [
         tokio::spawn(dead::resume(operators.clone(), stop.clone())),
-        tokio::spawn(serve::https(listener, tls, routes::operators(operators), crowd, stop.clone())),
+        tokio::spawn(serve::https(listener, tls, routes, crowd, stop.clone())),
     ];
     tracing::info!(listen = %address, "ready for operators");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -109,6 +109,7 @@ catalogue! {
     CertificateInvalid   "certificate-invalid"    401 "login"         Never   "The caller has shown a certificate that is not of staff, or no longer."
     HandshakeFailed      "handshake-failed"       401 "login"         Never   "The caller does not speak TLS as it is spoken here."
     Forbidden            "forbidden"              403 "forbidden"     Never   "The caller is not permitted to do this."
+    ClientCertificateNeeded "client-certificate-needed" 403 "forbidden"  Never   "This is answered on connections with a client certificate only."
     NotFound             "not-found"              404 "not-found"     Never   "There is nothing here for this client."
     MethodNotAllowed     "method-not-allowed"     405 "not-supported" Never   "This resource does not have this method."
     NotAcceptable        "not-acceptable"         406 "not-supported" Never   "The answer is only available as FHIR R4 JSON."

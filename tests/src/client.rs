@@ -96,6 +96,19 @@ impl Client {
         Self::build(ca, base, None, Some((certificate, key)), &[])
     }
 
+    /// The same over HTTP/2.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn with_certificate_over_http2(
+        ca: &Path,
+        base: &str,
+        certificate: &Path,
+        key: &Path,
+    ) -> anyhow::Result<Self> {
+        Self::build(ca, base, None, Some((certificate, key)), &[b"h2"])
+    }
+
     fn build(
         ca: &Path,
         base: &str,

@@ -455,6 +455,14 @@ impl Lab {
         self.stack.ingress[n].internal_url()
     }
 
+    /// A folder for what a test needs besides.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn folder(&self, name: &str) -> Result<PathBuf> {
+        self.stack.state.folder(name)
+    }
+
     /// Where replica `n` speaks TLS.
     pub fn address(&self, n: usize) -> SocketAddr {
         ([127, 0, 0, 1], self.stack.ingress[n].ports.https).into()

@@ -1,6 +1,7 @@
 //! The harness of the proof: a whole system per test, a client, a checker of jobs and one of documents, and the
 //! means to break things.
 
+pub mod authority;
 pub mod balancer;
 pub mod chaos;
 pub mod checker;

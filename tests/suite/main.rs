@@ -11,6 +11,7 @@ mod assertions;
 mod audit;
 mod balancer;
 mod batches;
+mod certificates;
 mod commands;
 mod dead;
 mod encryption;

@@ -75,10 +75,15 @@ impl Balancers {
         Ok((stream, source.map_or(peer, |source| source.to_canonical())))
     }
 
+    /// Whether requests on a connection from `origin` are others'.
+    pub(crate) fn forwards(&self, origin: IpAddr) -> bool {
+        is_in(&self.forwarding, origin)
+    }
+
     /// Who has sent a request with these headers on a connection from `origin`.
     pub(crate) fn caller(&self, origin: IpAddr, headers: &HeaderMap) -> IpAddr {
         let is_balancer = |address| is_in(&self.forwarding, address);
-        if is_balancer(origin) { forwarded::caller(headers, origin, is_balancer) } else { origin }
+        if self.forwards(origin) { forwarded::caller(headers, origin, is_balancer) } else { origin }
     }
 }
 

@@ -117,7 +117,7 @@ pub struct CertificateFiles {
 }
 
 /// What tells one state of a file from another.
-type Stamp = Option<(u64, u64, i64, i64)>;
+pub(crate) type Stamp = Option<(u64, u64, i64, i64)>;
 
 impl CertificateFiles {
     /// Reads both files.
@@ -143,33 +143,18 @@ impl CertificateFiles {
     /// Looks at the files every [`CERTIFICATE_LOOK`] until `stop`, and serves what is new in them. Files that cannot be
     /// served, one of them not written yet among others, leave the certificate that is served in its place.
     pub async fn follow(self, stop: CancellationToken) {
-        let mut look = interval(CERTIFICATE_LOOK);
-        let (mut served, mut refused) = (self.opened, [None; 2]);
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = look.tick() => {}
+        let read = || {
+            self.read()?;
+            tracing::info!("the certificate was renewed");
+            Ok(())
+        };
+        let refused = |error, is_new| {
+            self.served.refuse();
+            if is_new {
+                tracing::error!(%error, "the certificate stays as it was");
             }
-            // Before they are read: what is written meanwhile is seen at the next look.
-            let found = [stamp(&self.certificate), stamp(&self.key)];
-            if found == served {
-                continue;
-            }
-            match self.read() {
-                Ok(()) => {
-                    served = found;
-                    tracing::info!("the certificate was renewed");
-                }
-                Err(error) => {
-                    // Tried again at every look: what was in the way may go without a trace in the files.
-                    self.served.refuse();
-                    if found != refused {
-                        tracing::error!(%error, "the certificate stays as it was");
-                    }
-                    refused = found;
-                }
-            }
-        }
+        };
+        follow([&self.certificate, &self.key], self.opened, read, refused, stop).await;
     }
 
     fn read(&self) -> Result<(), TlsError> {
@@ -180,7 +165,39 @@ impl CertificateFiles {
     }
 }
 
-fn stamp(path: &Path) -> Stamp {
+/// Looks at files every [`CERTIFICATE_LOOK`] until `stop`, and reads them when they are not as they were when they were
+/// `read` last. `refused` is told of the error when they are no good, and whether that is of files not seen before.
+pub(crate) async fn follow<const N: usize>(
+    files: [&Path; N],
+    opened: [Stamp; N],
+    read: impl Fn() -> Result<(), TlsError>,
+    refused: impl Fn(TlsError, bool),
+    stop: CancellationToken,
+) {
+    let mut look = interval(CERTIFICATE_LOOK);
+    let (mut served, mut bad) = (opened, [None; N]);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = look.tick() => {}
+        }
+        // Before they are read: what is written meanwhile is seen at the next look.
+        let found = files.map(stamp);
+        if found == served {
+            continue;
+        }
+        match read() {
+            Ok(()) => served = found,
+            // Tried again at every look: what was in the way may go without a trace in the files.
+            Err(error) => {
+                refused(error, found != bad);
+                bad = found;
+            }
+        }
+    }
+}
+
+pub(crate) fn stamp(path: &Path) -> Stamp {
     let data = fs::metadata(path).ok()?;
     Some((data.ino(), data.size(), data.mtime(), data.mtime_nsec()))
 }

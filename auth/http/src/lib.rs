@@ -6,6 +6,7 @@
 pub mod answer;
 pub mod balancer;
 pub mod certificate;
+pub mod clients;
 pub mod crowd;
 pub mod door;
 pub mod dress;

@@ -36,7 +36,7 @@ use rustls::{
     RootCertStore, ServerConfig,
     crypto::CryptoProvider,
     pki_types::CertificateDer,
-    server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
+    server::{ClientCertVerifierBuilder, NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
     version::TLS13,
 };
 use tokio::{
@@ -51,6 +51,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     balancer::Stream,
     certificate::{ServerCertificate, chain},
+    clients::{Clients, Shown},
     door::{Door, Entered},
     dress::overloaded,
     patient::Patient,
@@ -80,9 +81,43 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Peer(pub IpAddr);
 
 /// SHA-256 of the certificate that a connection's client has proved to own, an extension of its requests on a listener
-/// that asks for one.
+/// that asks for one. The certificate of a balancer that ends TLS is not its callers'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Certificate(pub [u8; 32]);
+
+/// With what a listener shakes hands.
+#[derive(Debug, Clone)]
+pub enum Tls {
+    /// See [`tls_config`] and [`mutual_tls_config`].
+    Fixed(Arc<ServerConfig>),
+    /// Clients may show a certificate.
+    Asking(Arc<Clients>),
+}
+
+impl From<Arc<ServerConfig>> for Tls {
+    fn from(config: Arc<ServerConfig>) -> Self {
+        Self::Fixed(config)
+    }
+}
+
+impl Tls {
+    fn acceptor(&self) -> TlsAcceptor {
+        match self {
+            Self::Fixed(config) => config.clone().into(),
+            Self::Asking(clients) => clients.config().into(),
+        }
+    }
+
+    /// What gives the certificate that was shown in a handshake, as long as it is good.
+    fn shown(&self, chain: Option<&[CertificateDer<'_>]>) -> impl Fn() -> Option<Certificate> + use<> {
+        let chain = chain.unwrap_or_default();
+        let (fixed, shown) = match self {
+            Self::Fixed(_) => (chain.first().map(fingerprint), None),
+            Self::Asking(clients) => (None, Shown::new(clients.clone(), chain)),
+        };
+        move || shown.as_ref().map_or(fixed, Shown::certificate)
+    }
+}
 
 /// Why the certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -124,11 +159,7 @@ pub fn mutual_tls_config(
     certificate: Arc<ServerCertificate>,
     clients: &Path,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let mut roots = RootCertStore::empty();
-    for authority in chain(clients)? {
-        roots.add(authority)?;
-    }
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build()?;
+    let verifier = verifier(clients)?.build()?;
     let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
     let mut config = builder.with_client_cert_verifier(verifier).with_cert_resolver(certificate);
     config.alpn_protocols = alpn();
@@ -137,18 +168,27 @@ pub fn mutual_tls_config(
     Ok(Arc::new(config))
 }
 
+/// Believes certificates that a CA of the file has signed.
+pub(crate) fn verifier(authorities: &Path) -> Result<ClientCertVerifierBuilder, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for authority in chain(authorities)? {
+        roots.add(authority)?;
+    }
+    Ok(WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()))
+}
+
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
-fn alpn() -> Vec<Vec<u8>> {
+pub(crate) fn alpn() -> Vec<Vec<u8>> {
     vec![b"h2".to_vec(), b"http/1.1".to_vec()]
 }
 
 /// Serves `router` over HTTPS until `stop`, then lets requests in flight finish.
 pub async fn https(
     listener: TcpListener,
-    tls: Arc<ServerConfig>,
+    tls: impl Into<Tls>,
     router: Router,
     door: impl Into<Door>,
     stop: CancellationToken,
@@ -159,17 +199,16 @@ pub async fn https(
 /// The same; `refused` is told of every handshake that failed with an error of TLS, with the caller's address.
 pub async fn https_or<F: Future<Output = ()> + Send>(
     listener: TcpListener,
-    tls: Arc<ServerConfig>,
+    tls: impl Into<Tls>,
     router: Router,
     refused: impl Fn(IpAddr, rustls::Error) -> F + Clone + Send + 'static,
     door: impl Into<Door>,
     stop: CancellationToken,
 ) {
-    let acceptor = TlsAcceptor::from(tls);
-    let (door, stopped) = (door.into(), stop.clone());
+    let (tls, door, stopped) = (tls.into(), door.into(), stop.clone());
     let (balancers, overloaded) = (door.balancers.clone(), overloaded());
     let serve = move |stream: Stream, origin: IpAddr, is_surplus: bool| {
-        let (acceptor, refused, balancers) = (acceptor.clone(), refused.clone(), balancers.clone());
+        let (tls, refused, balancers) = (tls.clone(), refused.clone(), balancers.clone());
         // A surplus connection ends with its first answer.
         let (router, stop) = if is_surplus {
             (overloaded.clone(), stopped.child_token())
@@ -177,7 +216,7 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
             (router.clone(), stopped.clone())
         };
         async move {
-            let accepted = acceptor.accept(Patient::new(stream)).into_fallible();
+            let accepted = tls.acceptor().accept(Patient::new(stream)).into_fallible();
             let accepted = timeout(HANDSHAKE_TIMEOUT, accepted).await;
             let stream = match accepted {
                 Ok(Ok(stream)) => stream,
@@ -197,7 +236,8 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 return hang_up(stream).await;
             }
             let is_h2 = session.alpn_protocol() == Some(b"h2");
-            let certificate = session.peer_certificates().and_then(|chain| chain.first()).map(fingerprint);
+            let certificate = tls.shown(session.peer_certificates());
+            let is_own = !balancers.forwards(origin);
             let builder = builder(is_h2);
             let (router, (heard, spoke)) = (TowerToHyperService::new(router), watch::channel(false));
             let stopping = stop.clone();
@@ -208,7 +248,7 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 }
                 let caller = balancers.caller(origin, request.headers());
                 request.extensions_mut().insert(Peer(caller));
-                if let Some(certificate) = certificate {
+                if is_own && let Some(certificate) = certificate() {
                     request.extensions_mut().insert(certificate);
                 }
                 router.call(request)
@@ -267,7 +307,7 @@ async fn hang_up(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let _ = timeout(HANG_UP_TIMEOUT, discard).await;
 }
 
-fn fingerprint(certificate: &CertificateDer<'_>) -> Certificate {
+pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> Certificate {
     let mut fingerprint = [0; 32];
     fingerprint.copy_from_slice(digest(&SHA256, certificate).as_ref());
     Certificate(fingerprint)

@@ -6,13 +6,24 @@ use axum::{
     Router,
     extract::{MatchedPath, Request, State},
     http::StatusCode,
-    middleware::{Next, from_fn_with_state},
-    response::Response,
+    middleware::{Next, from_fn, from_fn_with_state},
+    response::{IntoResponse, Response},
     routing::{get, post},
 };
-use dermflow_http::dress::{bounded, dressed};
+use dermflow_http::{
+    dress::{bounded, dressed},
+    serve::Certificate,
+};
+use dermflow_schemas::error::Code;
 
-use crate::{app::App, audited::audited, dead::Operators, rates};
+use crate::{
+    answer::Problem,
+    app::App,
+    audited::audited,
+    config::{ClientOptions, Group},
+    dead::Operators,
+    rates,
+};
 
 mod analyze;
 mod batches;
@@ -27,15 +38,17 @@ mod tasks;
 mod trail;
 
 /// What clients reach.
-pub(crate) fn public(app: Arc<App>) -> Router {
-    let routes = Router::new()
+pub(crate) fn public(app: Arc<App>, clients: &ClientOptions) -> Router {
+    let sign_in = Router::new()
         .route("/login", post(login::post))
         .route("/oauth/token", post(oauth::token))
         .route("/oauth/revoke", post(oauth::revoke))
-        .route("/oauth/introspect", post(oauth::introspect))
+        .route("/oauth/introspect", post(oauth::introspect));
+    let documents = Router::new()
         .route("/.well-known/jwks.json", get(oauth::jwks))
         .route("/.well-known/oauth-authorization-server", get(oauth::metadata))
-        .route("/fhir/.well-known/smart-configuration", get(oauth::smart))
+        .route("/fhir/.well-known/smart-configuration", get(oauth::smart));
+    let api = Router::new()
         .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
         .route("/fhir/DiagnosticReport/{id}", get(status::report))
         .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
@@ -51,6 +64,9 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
         .route("/jobs/{id}", get(jobs::get));
+    let routes = guarded(sign_in, clients.need(Group::SignIn))
+        .merge(documents)
+        .merge(guarded(api, clients.need(Group::Api)));
     let routes = bounded(routes)
         .layer(from_fn_with_state(app.clone(), rates::count))
         .layer(from_fn_with_state(app.clone(), audited))
@@ -68,16 +84,28 @@ pub(crate) fn internal(app: Arc<App>) -> Router {
 }
 
 /// What operators reach in a process of its own, on the loopback interface only, with a token for it.
-pub(crate) fn operators(operators: Arc<Operators>) -> Router {
+pub(crate) fn operators(operators: Arc<Operators>, clients: &ClientOptions) -> Router {
     let routes = Router::new()
         .route("/dead", get(dead::list))
         .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
         .route("/dead/{sequence}/requeue", post(dead::requeue));
-    let routes = bounded(routes)
+    let routes = bounded(guarded(routes, clients.need(Group::Operators)))
         .layer(from_fn_with_state(operators.clone(), rates::count))
         .layer(from_fn_with_state(operators.clone(), audited))
         .layer(from_fn_with_state(operators.clone(), rates::tell));
     dressed(routes, operators)
+}
+
+/// Closed to who shows no certificate, if one is needed.
+fn guarded<S: Clone + Send + Sync + 'static>(routes: Router<S>, is_needed: bool) -> Router<S> {
+    if is_needed { routes.route_layer(from_fn(certified)) } else { routes }
+}
+
+async fn certified(request: Request, next: Next) -> Response {
+    match request.extensions().get::<Certificate>() {
+        Some(_) => next.run(request).await,
+        None => Problem::from(Code::ClientCertificateNeeded).into_response(),
+    }
 }
 
 fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {

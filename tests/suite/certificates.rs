@@ -1,0 +1,221 @@
+//! Certificates of clients: where one is needed, and tokens that are good with one only.
+
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use dermflow_local::stack::Ports;
+use dermflow_tests::{
+    authority::{Authority, Identity},
+    client::{Client, sample},
+    lab::{Lab, Setup},
+    wait::eventually,
+};
+use rustls::{
+    ClientConfig, HandshakeKind,
+    client::Resumption,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    version::{TLS12, TLS13},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+const SOON: Duration = Duration::from_secs(10);
+const YEAR: time::Duration = time::Duration::days(365);
+const NEEDED: &str = "client-certificate-needed";
+const HTTP_BALANCER: &str = "127.0.0.16";
+
+/// A system whose second replica asks for certificates of a CA.
+struct Asking {
+    lab: Lab,
+    folder: PathBuf,
+    authority: Authority,
+}
+
+impl Asking {
+    async fn start(groups: &str) -> Result<Self> {
+        let mut lab = Lab::start(Setup::without_workers()).await?;
+        let folder = lab.folder("clients")?;
+        let authority = Authority::new(&folder, "Clients")?;
+        let asking = folder.join("ca.pem");
+        fs::write(&asking, authority.pem())?;
+        let mut flags =
+            vec!["--client-ca", asking.to_str().context("path")?, "--http-balancer", HTTP_BALANCER];
+        if !groups.is_empty() {
+            flags.extend(["--client-certificates", groups]);
+        }
+        lab.start_ingress(Ports::free()?, &flags).await?;
+        Ok(Self { lab, folder, authority })
+    }
+
+    /// A client at the second replica with the token of `demo`, over both versions of HTTP.
+    fn with(&self, Identity { cert, key }: &Identity) -> Result<[Client; 2]> {
+        let (ca, url, token) = (self.lab.ca(), self.lab.url(1), self.lab.client().token());
+        let clients = [
+            Client::with_certificate(&ca, &url, cert, key)?,
+            Client::with_certificate_over_http2(&ca, &url, cert, key)?,
+        ];
+        Ok(clients.map(|client| client.with_token(token)))
+    }
+
+    fn without(&self) -> Client {
+        self.lab.client().clone().at(&self.lab.url(1))
+    }
+
+    fn tls(
+        &self,
+        version: &'static rustls::SupportedProtocolVersion,
+        Identity { cert, key }: &Identity,
+    ) -> Result<ClientConfig> {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(self.lab.ca())?)?;
+        let builder = ClientConfig::builder_with_provider(provider).with_protocol_versions(&[version])?;
+        let chain = vec![CertificateDer::from_pem_file(cert)?];
+        let builder = builder.with_root_certificates(roots);
+        let mut config = builder.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(key)?)?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(config)
+    }
+
+    async fn connect(&self, config: &ClientConfig, from: &str) -> Result<TlsStream<TcpStream>> {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((from.parse::<std::net::IpAddr>()?, 0).into())?;
+        let stream = socket.connect(self.lab.address(1)).await?;
+        Ok(TlsConnector::from(Arc::new(config.clone())).connect("localhost".try_into()?, stream).await?)
+    }
+
+    /// The status of `HEAD /jobs` on a connection that stays open.
+    async fn status(&self, stream: &mut TlsStream<TcpStream>) -> Result<u16> {
+        let authorization = format!("Authorization: Bearer {}", self.lab.client().token());
+        let request = format!("HEAD /jobs HTTP/1.1\r\nHost: localhost\r\n{authorization}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            answer.push(stream.read_u8().await.context("the connection was closed")?);
+        }
+        let text = String::from_utf8(answer)?;
+        Ok(text.split(' ').nth(1).context("no status")?.parse()?)
+    }
+}
+
+// The API is closed to who shows no certificate, with one code whatever the token, and open to who shows one; signing in,
+// what everybody may know, health and metrics are open to all. The other way round it is the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_of_routes_needs_a_certificate() -> Result<()> {
+    let mut asking = Asking::start("api").await?;
+    let identity = asking.authority.certify("device", YEAR)?;
+    for client in asking.with(&identity)? {
+        assert_eq!(client.get("/jobs").await?.status, 200);
+        assert_eq!(client.get("/nothing").await?.status, 404);
+        client.submit(&sample("ham10000-nv.jpg")).await?;
+    }
+    let without = asking.without();
+    for client in [&without, &without.clone().with_token(""), &without.clone().with_token("nonsense")] {
+        for path in ["/jobs", "/fhir/Task", "/fhir/DiagnosticReport/1", "/batches/1"] {
+            let answer = client.get(path).await?;
+            assert_eq!((answer.status, answer.code()), (403, NEEDED), "{path}");
+        }
+        let answer = client.analyze(&sample("ham10000-nv.jpg"), &[]).await?;
+        assert_eq!((answer.status, answer.code()), (403, NEEDED));
+        assert_eq!(client.get("/nothing").await?.status, 404);
+        for path in ["/.well-known/jwks.json", "/fhir/.well-known/smart-configuration"] {
+            assert_eq!(client.get(path).await?.status, 200, "{path}");
+        }
+    }
+    let recorded =
+        "SELECT count(*) FROM auth.audit WHERE action = 'access' AND code = 'client-certificate-needed'";
+    assert!(asking.lab.count(recorded).await? > 0);
+    let password = asking.lab.password("demo")?;
+    assert_eq!(without.try_login("demo", &password).await?.status, 200);
+    assert!(asking.lab.metric_of(1, "dermflow_waiters").await.is_some());
+    // Whoever ends TLS in front has a certificate of its own, which is none of its callers'.
+    let config = asking.tls(&TLS13, &identity)?;
+    assert_eq!(asking.status(&mut asking.connect(&config, "127.0.0.1").await?).await?, 200);
+    assert_eq!(asking.status(&mut asking.connect(&config, HTTP_BALANCER).await?).await?, 403);
+    let ca = asking.folder.join("ca.pem").display().to_string();
+    let flags = ["--client-ca", &ca, "--client-certificates", "sign-in,operators"];
+    asking.lab.start_ingress(Ports::free()?, &flags).await?;
+    let other = without.at(&asking.lab.url(2));
+    let answer = other.try_login("demo", &password).await?;
+    assert_eq!((answer.status, answer.code()), (403, NEEDED));
+    assert_eq!(other.get("/jobs").await?.status, 200);
+    asking.lab.stop().await
+}
+
+// A certificate of another CA and one that has ended fail the handshake. What is taken out of the file is good for nothing
+// from then on, on open connections too, and what is put back is good again there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_is_good_while_its_ca_is_in_the_file() -> Result<()> {
+    let asking = Asking::start("api").await?;
+    let (other, file) = (Authority::new(&asking.folder, "Others")?, asking.folder.join("ca.pem"));
+    let good = asking.authority.certify("good", YEAR)?;
+    let foreign = other.certify("foreign", YEAR)?;
+    let over = asking.authority.certify("over", -time::Duration::HOUR)?;
+    for identity in [&foreign, &over] {
+        for client in asking.with(identity)? {
+            assert!(client.get("/.well-known/jwks.json").await.is_err(), "the handshake was to fail");
+        }
+    }
+    let config = asking.tls(&TLS13, &good)?;
+    let mut kept = asking.connect(&config, "127.0.0.1").await?;
+    assert_eq!(asking.status(&mut kept).await?, 200);
+    fs::write(&file, "")?;
+    let taken_over =
+        async || asking.with(&foreign).ok()?[0].get("/jobs").await.ok().filter(|a| a.status == 200);
+    fs::write(&file, other.pem())?;
+    eventually("the other CA is believed", SOON, taken_over).await?;
+    assert_eq!(asking.status(&mut kept).await?, 403);
+    assert!(asking.with(&good)?[0].get("/jobs").await.is_err());
+    fs::write(&file, [other.pem(), asking.authority.pem()].concat())?;
+    let back = async || asking.with(&good).ok()?[0].get("/jobs").await.ok().filter(|a| a.status == 200);
+    eventually("both are believed", SOON, back).await?;
+    assert_eq!(asking.status(&mut kept).await?, 200);
+    // A file without a certificate changes nothing.
+    fs::write(&file, "nonsense")?;
+    let noticed =
+        async || asking.lab.logs().ok()?.contains("the CA of clients stays as it was").then_some(());
+    eventually("the file is refused", SOON, noticed).await?;
+    assert_eq!(asking.with(&good)?[0].get("/jobs").await?.status, 200);
+    // One that ends while its connection is open.
+    let short = asking.authority.certify("short", time::Duration::seconds(3))?;
+    let mut kept = asking.connect(&asking.tls(&TLS13, &short)?, "127.0.0.1").await?;
+    assert_eq!(asking.status(&mut kept).await?, 200);
+    let end = tokio::time::Instant::now() + SOON;
+    while asking.status(&mut kept).await? == 200 {
+        ensure!(tokio::time::Instant::now() < end, "a certificate that has ended is good");
+    }
+    assert_eq!(asking.status(&mut kept).await?, 403);
+    asking.lab.stop().await
+}
+
+// No session is resumed on a listener that asks, whatever a client keeps: every connection proves its certificate anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_does_not_outlive_its_certificate() -> Result<()> {
+    let asking = Asking::start("").await?;
+    let identity = asking.authority.certify("device", YEAR)?;
+    for version in [&TLS12, &TLS13] {
+        let mut config = asking.tls(version, &identity)?;
+        config.resumption = Resumption::in_memory_sessions(8);
+        for _ in 0..3 {
+            let mut stream = asking.connect(&config, "127.0.0.1").await?;
+            assert_eq!(asking.status(&mut stream).await?, 200);
+            assert_eq!(stream.get_ref().1.handshake_kind(), Some(HandshakeKind::Full));
+        }
+    }
+    // Without a CA of clients it is, so the client can do it.
+    let mut config = asking.tls(&TLS13, &identity)?;
+    config.resumption = Resumption::in_memory_sessions(8);
+    let mut kinds = Vec::new();
+    for _ in 0..2 {
+        let stream = TcpStream::connect(asking.lab.address(0)).await?;
+        let connector = TlsConnector::from(Arc::new(config.clone()));
+        let mut stream = connector.connect("localhost".try_into()?, stream).await?;
+        asking.status(&mut stream).await?;
+        kinds.push(stream.get_ref().1.handshake_kind());
+    }
+    assert_eq!(kinds, [Some(HandshakeKind::Full), Some(HandshakeKind::Resumed)]);
+    asking.lab.stop().await
+}
