@@ -28,6 +28,7 @@ use uuid::Uuid;
 
 use crate::{
     audit_command::{self, AuditCommand},
+    encryption_command::{self, EncryptionOptions},
     keys_command::{self, KeysCommand},
     service::{self, ServeOptions},
 };
@@ -66,6 +67,9 @@ enum Command {
     /// The audit trail.
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Which links and stores of the running system are encrypted, and how that is known; exit code 1 unless all of them
+    /// are.
+    Encryption(EncryptionOptions),
     /// Serves the registration API over HTTPS, for staff with a certificate, until it is told to stop.
     Serve(ServeOptions),
     /// The keys that sign access tokens. Needs no database.
@@ -328,6 +332,9 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         Command::User(command) => console.user(command).await,
         Command::Credential(command) => console.credential(command).await,
         Command::Audit(command) => audit_command::run(&console.pool, command, options.json).await,
+        Command::Encryption(options) => {
+            encryption_command::run(&console.pool, &database, options, console.json).await
+        }
         Command::Keys(command) => keys_command::run(&console.pool, command, console.json).await,
     }
 }

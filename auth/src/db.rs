@@ -115,6 +115,16 @@ impl DatabaseOptions {
         Ok(pool)
     }
 
+    /// The folders of the Unix sockets that it names.
+    ///
+    /// # Errors
+    /// When the connection string cannot be read.
+    pub fn sockets(&self) -> Result<Vec<PathBuf>, DbError> {
+        let config: tokio_postgres::Config = self.database.parse().map_err(DbError::Config)?;
+        let folder = |host: &Host| if let Host::Unix(folder) = host { Some(folder.clone()) } else { None };
+        Ok(config.get_hosts().iter().filter_map(folder).collect())
+    }
+
     fn tls(&self) -> Result<ClientConfig, DbError> {
         let mut roots = RootCertStore::empty();
         if let Some(path) = &self.database_ca {

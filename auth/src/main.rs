@@ -1,8 +1,9 @@
-//! `auth`: the command line with which staff registers accounts and keeps the keys; `auth serve`: the same
-//! over HTTPS.
+//! `auth`: the command line with which staff registers accounts, keeps the keys and sees what is encrypted; `auth serve`:
+//! registration over HTTPS.
 
 mod audit_command;
 mod cli;
+mod encryption_command;
 mod keys_command;
 mod service;
 

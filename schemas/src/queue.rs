@@ -360,9 +360,30 @@ impl NatsOptions {
     /// # Errors
     /// When the password cannot be read, or the broker cannot be reached or refuses.
     pub async fn connect(&self) -> Result<Client, async_nats::Error> {
+        let options = self.options()?;
+        let servers = self.servers();
+        let client = options.clone().connect(servers.as_slice()).await?;
+        if servers.len() > 1 {
+            tokio::spawn(leave_lonely_servers(client.clone(), options, servers));
+        }
+        Ok(client)
+    }
+
+    /// Connects over TLS to any server, as somebody who does not use the queue.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub(crate) async fn connect_once(&self) -> Result<Client, async_nats::Error> {
+        Ok(self.options()?.connect(self.servers().as_slice()).await?)
+    }
+
+    fn servers(&self) -> Vec<String> {
+        self.nats_url.split(',').map(str::to_owned).collect()
+    }
+
+    fn options(&self) -> Result<ConnectOptions, async_nats::Error> {
         let password: SecretString = read_secret(&self.nats_password_file)?;
-        let servers: Vec<String> = self.nats_url.split(',').map(str::to_owned).collect();
-        let options = ConnectOptions::new()
+        Ok(ConnectOptions::new()
             .name(&self.nats_user)
             .user_and_password(self.nats_user.clone(), password.expose_secret().to_owned())
             .add_root_certificates(self.nats_ca.clone())
@@ -373,12 +394,7 @@ impl NatsOptions {
             .request_timeout(Some(Duration::from_secs(5)))
             .client_capacity(limits::BROKER_COMMANDS)
             .max_reconnects(None)
-            .event_callback(|event| async move { tracing::info!(%event, "broker connection") });
-        let client = options.clone().connect(servers.as_slice()).await?;
-        if servers.len() > 1 {
-            tokio::spawn(leave_lonely_servers(client.clone(), options, servers));
-        }
-        Ok(client)
+            .event_callback(|event| async move { tracing::info!(%event, "broker connection") }))
     }
 }
 

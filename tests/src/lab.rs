@@ -186,6 +186,8 @@ pub struct Setup {
     pub sync_interval: &'static str,
     /// Servers of the broker; each message is on all of them.
     pub brokers: usize,
+    /// Whether the broker takes connections without TLS as well.
+    pub plain_broker: bool,
     /// Whether a proxy is on each link of [`Link`].
     pub proxies: bool,
     /// Whether ingress reaches PostgreSQL over TLS, at a port of this machine.
@@ -216,6 +218,7 @@ impl Default for Setup {
             log: "info",
             sync_interval: "always",
             brokers: 1,
+            plain_broker: false,
             proxies: false,
             database_tls: false,
             standby: false,
@@ -267,7 +270,8 @@ impl Lab {
         }
         let mut cluster = Cluster::plan(setup.brokers).await?;
         let member = cluster.member(0);
-        let nats = Settings { sync_interval: setup.sync_interval.into(), member, ..Settings::default() };
+        let (sync_interval, plain) = (setup.sync_interval.into(), setup.plain_broker);
+        let nats = Settings { sync_interval, plain, member, ..Settings::default() };
         let model = repo().join("workers/models/derm7");
         let (nats_server, postgres_bin) = (servers.nats_server.clone(), servers.postgres_bin.clone());
         let options = Options { servers, programs: programs()?, model, nats: nats.clone() };
@@ -584,6 +588,14 @@ impl Lab {
             }
         }
         outcome
+    }
+
+    /// The file with the password of a user of the broker.
+    ///
+    /// # Errors
+    /// When there is no such user.
+    pub fn broker_password(&self, user: &str) -> Result<&Path> {
+        self.stack.nats.password_file(user)
     }
 
     /// The proxy on a link.

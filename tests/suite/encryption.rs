@@ -1,8 +1,9 @@
 //! The links and stores: what they are encrypted with, and what is refused.
 
-use std::{error::Error, fs, os::unix::fs::PermissionsExt};
+use std::{collections::BTreeMap, error::Error, fs, os::unix::fs::PermissionsExt};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use async_nats::ConnectOptions;
 use dermflow_auth::db::DatabaseOptions;
 use dermflow_local::{
     postgres::Postgres,
@@ -14,6 +15,7 @@ use dermflow_tests::{
     client::sample,
     lab::{Lab, Setup},
 };
+use serde_json::Value;
 
 /// How a connection with these options is encrypted: its version of TLS, if any, and whether it is over the network.
 async fn connect(options: &DatabaseOptions) -> Result<(Option<String>, bool)> {
@@ -81,5 +83,107 @@ async fn the_database_is_reached_over_tls_or_a_private_socket() -> Result<()> {
     plain.stop().await?;
     Postgres::erase(&state)?;
     fs::remove_dir_all(dir)?;
+    lab.stop().await
+}
+
+/// What `auth encryption` finds: whether its exit code is 0, the protection of each link and store, and the percentage.
+fn findings(lab: &Lab) -> Result<(bool, BTreeMap<String, String>, f64)> {
+    let output = lab.auth_command()?.args(["encryption", "--json"]).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let failed = || format!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    let (mut found, mut percent) = (BTreeMap::new(), None);
+    for line in text.lines() {
+        let line: Value = serde_json::from_str(line).with_context(failed)?;
+        if let Some(share) = line.get("percent") {
+            percent = share.as_f64();
+            continue;
+        }
+        let field =
+            |name: &str| line[name].as_str().map(str::to_owned).with_context(|| format!("{name}: {line}"));
+        ensure!(!field("seen")?.is_empty() && !field("source")?.is_empty(), "{line}");
+        println!("{line}");
+        ensure!(found.insert(field("name")?, field("protection")?).is_none(), "{line}");
+    }
+    Ok((output.status.success(), found, percent.with_context(failed)?))
+}
+
+// Everything that runs is asked, and every answer is known: 100 %, with the exit code of success.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_running_system_shows_that_all_of_it_is_encrypted() -> Result<()> {
+    let mut lab = Lab::start(Setup::simulated(1)).await?;
+    lab.start_operate("olga").await?;
+    lab.start_registration().await?;
+    let report = lab.client().analyze(&sample("isic2017-nv.jpg"), &[]).await?;
+    ensure!(report.status == 200, "{}", report.text);
+    let (succeeded, found, percent) = findings(&lab)?;
+    assert!(succeeded && percent > 99.99, "{percent} %");
+    let of = |protection: &str| -> Vec<&str> {
+        let of = found.iter().filter(|(_, how)| *how == protection);
+        of.map(|(name, _)| name.as_str()).collect()
+    };
+    let listeners = [lab.url(0), lab.internal_url(0), lab.operate_url()?, lab.registration_url()?];
+    for listener in listeners {
+        assert_eq!(found[&format!("callers to {listener}")], "tls");
+    }
+    for user in ["ingress", "worker", "operator", "monitor"] {
+        assert_eq!(found[&format!("{user} to the broker")], "tls");
+    }
+    assert_eq!(of("private-socket"), ["auth to the database", "ingress to the database"]);
+    assert_eq!(of("encrypted"), ["jobs, payloads and results at the broker dermflow"]);
+    assert_eq!(of("sealed"), ["ACME accounts and keys", "reports"]);
+    assert_eq!(of("hashed"), ["clients' secrets, refresh tokens, sessions", "passwords"]);
+    assert!(of("clear-on-purpose").contains(&"audit trail"));
+    let text = lab.auth(&["encryption"])?;
+    assert!(text.lines().last().is_some_and(|last| last.ends_with(", 100 %")), "{text}");
+    lab.stop().await
+}
+
+// What is in clear is found where it is, one thing after another, whatever else is encrypted.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_clear_is_found() -> Result<()> {
+    const ROLE: &str = "dermflow_ingress";
+    let setup = Setup { database_tls: true, plain_broker: true, brokers: 3, ..Setup::simulated(1) };
+    let lab = Lab::start(setup).await?;
+    let report = lab.client().analyze(&sample("isic2017-nv.jpg"), &[]).await?;
+    ensure!(report.status == 200, "{}", report.text);
+    let (succeeded, found, percent) = findings(&lab)?;
+    assert!(!succeeded && percent < 99.0, "{percent} %");
+    // The routes of the lab's cluster are plain; a broker that may be spoken to without TLS counts, though nobody has.
+    assert_eq!(found["between the broker's servers"], "clear");
+    assert_eq!(found["clients to the broker dermflow-2"], "clear");
+    assert_eq!(found["ingress to the broker"], "tls");
+    assert_eq!(found["ingress to the database"], "tls");
+    assert_eq!(found["reports"], "sealed");
+
+    let address = lab.broker().await?.server_info().port;
+    let password = fs::read_to_string(lab.broker_password("ingress")?)?;
+    let options = ConnectOptions::new().user_and_password("ingress".into(), password);
+    let plain = options.connect(format!("nats://127.0.0.1:{address}")).await?;
+    let (_, found, _) = findings(&lab)?;
+    assert_eq!(found["ingress to the broker"], "clear");
+    assert_eq!(found["worker to the broker"], "tls");
+    drop(plain);
+
+    let DatabaseOptions { database, database_password_file, .. } = lab.database_over_tls(ROLE)?;
+    let mut config: tokio_postgres::Config = database.parse()?;
+    config.password(fs::read_to_string(database_password_file)?);
+    config.ssl_mode(tokio_postgres::config::SslMode::Disable);
+    let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
+    tokio::spawn(connection);
+    let (_, found, _) = findings(&lab)?;
+    assert_eq!(found["ingress to the database"], "clear");
+    assert_eq!(found["auth to the database"], "private-socket");
+    drop(client);
+
+    for (spoil, name) in [
+        ("UPDATE ingress.reports SET sealed = '{\"resourceType\":\"DiagnosticReport\"}'", "reports"),
+        ("UPDATE auth.users SET password_hash = 'Zehn rote Kacheln'", "passwords"),
+    ] {
+        lab.sql(spoil).await?;
+        let (succeeded, found, _) = findings(&lab)?;
+        assert_eq!((succeeded, found[name].as_str()), (false, "clear"));
+    }
+    lab.sql("UPDATE ingress.reports SET sealed = 'x', key_id = 'lost'").await?;
+    assert_eq!(findings(&lab)?.1["reports"], "unknown");
     lab.stop().await
 }

@@ -134,11 +134,12 @@ async fn work(stack: &mut Stack, args: &Args) -> Result<()> {
     let password_file = user(stack, DEMO, "integrator")?;
     user(stack, OPERATOR, "operator")?;
     user(stack, ADMINISTRATOR, "administrator")?;
-    stack.keep_auth_command()?;
     say("starting ingress");
     stack.add_ingress(Ports::around(args.port), &[])?.process.spawn_ready(READY_WITHIN).await?;
     stack.add_operate(args.port + 1_001)?.process.spawn_ready(READY_WITHIN).await?;
     stack.add_registration(args.port + 1_002, args.port + 1_003)?.process.spawn_ready(READY_WITHIN).await?;
+    // From here on it knows of every listener.
+    stack.keep_auth_command()?;
     say(&format!("starting {} workers", args.workers));
     for _ in 0..args.workers {
         stack.add_worker(&[])?.spawn_ready(READY_WITHIN).await?;

@@ -1,7 +1,6 @@
 //! nats-server with JetStream: TLS, one user per service, every acknowledged message on disk, encrypted.
 
 use std::{
-    fmt::Write,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -116,7 +115,20 @@ pub const OPERATOR: Permissions = Permissions {
 /// The user of who runs the broker, who may do everything.
 pub const ADMIN: Permissions = Permissions { user: "admin", publish: &[">"], subscribe: &[">"] };
 
-/// Every user.
+/// Who looks whether connections and stores are encrypted, `auth encryption`: a user of the system account, who sees no
+/// message and may ask for nothing but this.
+pub const MONITOR: Permissions = Permissions {
+    user: "monitor",
+    publish: &[
+        "$SYS.REQ.SERVER.PING.VARZ",
+        "$SYS.REQ.SERVER.PING.CONNZ",
+        "$SYS.REQ.SERVER.PING.ROUTEZ",
+        "$SYS.REQ.SERVER.PING.JSZ",
+    ],
+    subscribe: &["_INBOX_monitor.>"],
+};
+
+/// Every user of the account that has the queue.
 pub const USERS: [Permissions; 4] = [INGRESS, WORKER, OPERATOR, ADMIN];
 
 /// What a benchmark or a fault test changes.
@@ -129,6 +141,8 @@ pub struct Settings {
     pub max_file_store: String,
     /// Whether it encrypts its files. Builds before this one did not.
     pub encrypted: bool,
+    /// Whether it takes connections without TLS as well, which a test of `auth encryption` wants.
+    pub plain: bool,
     /// Its part in a cluster; `None` for a single server.
     pub member: Option<Member>,
 }
@@ -147,7 +161,13 @@ pub struct Member {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { sync_interval: "always".into(), max_file_store: "64G".into(), encrypted: true, member: None }
+        Self {
+            sync_interval: "always".into(),
+            max_file_store: "64G".into(),
+            encrypted: true,
+            plain: false,
+            member: None,
+        }
     }
 }
 
@@ -171,7 +191,7 @@ impl Nats {
     pub fn prepare(state: &State, pki: &Pki, server: &Path, settings: &Settings) -> Result<Self> {
         let port = ports::free()?;
         let mut passwords = Vec::new();
-        for user in USERS {
+        for user in USERS.iter().chain([&MONITOR]) {
             passwords.push((user.user, state.password(&format!("nats-{}", user.user))?));
         }
         let suffix = settings.member.as_ref().map(|member| format!("-{}", member.number)).unwrap_or_default();
@@ -251,7 +271,7 @@ impl Nats {
         found.map(|(_, file)| file.as_path()).with_context(|| format!("NATS has no user {user}"))
     }
 
-    /// Connects as one of [`USERS`], with the inbox that this user is allowed.
+    /// Connects as one of [`USERS`], or as [`MONITOR`], with the inbox that this user is allowed.
     ///
     /// # Errors
     /// When it does not run, or refuses.
@@ -276,17 +296,18 @@ fn configuration(
     passwords: &[(&str, PathBuf)],
     settings: &Settings,
 ) -> Result<String> {
-    let Settings { sync_interval, max_file_store, member, .. } = settings;
+    let Settings { sync_interval, max_file_store, plain, member, .. } = settings;
     let name = member.as_ref().map_or("dermflow".into(), |member| format!("dermflow-{}", member.number));
-    let mut users = String::new();
-    for (user, (_, file)) in USERS.iter().zip(passwords) {
+    let line = |user: &Permissions| -> Result<String> {
         let Permissions { user, publish, subscribe } = user;
-        let password = read(file)?;
-        writeln!(
-            users,
-            "    {{ user: {user:?}, password: {password:?}, permissions: {{ publish: {publish:?}, subscribe: {subscribe:?} }} }}"
-        )?;
-    }
+        let file = passwords.iter().find(|(name, _)| name == user);
+        let password = read(&file.with_context(|| format!("no password of {user}"))?.1)?;
+        Ok(format!(
+            "    {{ user: {user:?}, password: {password:?}, permissions: {{ publish: {publish:?}, subscribe: {subscribe:?} }} }}\n"
+        ))
+    };
+    let users = USERS.iter().map(line).collect::<Result<String>>()?;
+    let monitor = line(&MONITOR)?;
     // The path is relative to the configuration's own folder, where nats-server looks for it.
     let encryption = match store.key.as_deref().and_then(Path::file_name) {
         Some(key) => format!("cipher: aes, include {:?}", key.to_string_lossy()),
@@ -308,6 +329,11 @@ authorization {{
   users: [
 {users}  ]
 }}
+accounts {{
+  $SYS {{ users: [
+{monitor}  ] }}
+}}
+allow_non_tls: {plain}
 "#,
         cert = pki.cert.to_string_lossy(),
         key = pki.key.to_string_lossy(),
@@ -496,6 +522,35 @@ mod tests {
             assert!(!matches!(heard, Ok(Some(_))), "{heard:?}");
         }
         assert_eq!(violations(&nats).len(), 10 + 5);
+        nats.stop().await.unwrap();
+        std::fs::remove_dir_all(state.path("")).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_monitor_sees_no_message_and_asks_for_nothing_else() {
+        let (state, mut nats) = nats().await;
+        let (admin, monitor) = tokio::try_join!(nats.connect("admin"), nats.connect("monitor")).unwrap();
+        for subject in MONITOR.publish {
+            let answer = monitor.request(*subject, "{}".into()).await.unwrap();
+            assert!(answer.payload.starts_with(b"{\"server\":"), "{subject}");
+        }
+        let others = [
+            "$SYS.REQ.SERVER.PING.SUBSZ",
+            "$SYS.REQ.SERVER.PING.ACCOUNTZ",
+            "$SYS.REQ.SERVER.PING.CONFIG",
+            "$SYS.REQ.SERVER.PING.RELOAD",
+            "$SYS.REQ.ACCOUNT.PING.CONNZ",
+            "$JS.API.INFO",
+        ];
+        refused(&monitor, &others).await;
+        let mut spied = monitor.subscribe("jobs.>").await.unwrap();
+        monitor.flush().await.unwrap();
+        admin.publish("jobs.interactive.3.c", "job".into()).await.unwrap();
+        admin.flush().await.unwrap();
+        let heard = timeout(Duration::from_millis(200), spied.next()).await;
+        assert!(!matches!(heard, Ok(Some(_))), "{heard:?}");
+        assert_eq!(violations(&nats).len(), others.len() + 1);
+        refused(&admin, MONITOR.publish).await;
         nats.stop().await.unwrap();
         std::fs::remove_dir_all(state.path("")).unwrap();
     }

@@ -336,19 +336,36 @@ impl Stack {
         let quoted = |word: &OsStr| format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"));
         let words: Vec<String> =
             iter::once(command.get_program()).chain(command.get_args()).map(quoted).collect();
+        let variables: String = command
+            .get_envs()
+            .filter_map(|(name, value)| Some(format!("export {}={}\n", name.display(), quoted(value?))))
+            .collect();
         let path = self.state.path("auth");
-        write_private(&path, &format!("#!/bin/sh\nexec {} \"$@\"\n", words.join(" ")))?;
+        write_private(&path, &format!("#!/bin/sh\n{variables}exec {} \"$@\"\n", words.join(" ")))?;
         fs::set_permissions(&path, Permissions::from_mode(0o700))
             .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 
-    /// The `auth` program with this instance's database, to be given a command.
+    /// The `auth` program with this instance's database and what `auth encryption` looks at, to be given a command.
     ///
     /// # Errors
     /// When the database has no such role.
     pub fn auth_command(&self) -> Result<Command> {
         let mut command = Command::new(self.options.programs.join("auth"));
+        let ingress = self.ingress.iter().flat_map(|ingress| [ingress.url(), ingress.internal_url()]);
+        let operate = self.operate.iter().map(Operate::url);
+        let registration =
+            self.registration.iter().flat_map(|service| [service.url(), service.internal_url()]);
+        let listeners: Vec<String> = ingress.chain(operate).chain(registration).collect();
+        command
+            .env("DERMFLOW_LISTENERS", listeners.join(","))
+            .env("DERMFLOW_LISTENER_CA", &self.pki.ca)
+            .env("DERMFLOW_NATS_URL", self.nats.url())
+            .env("DERMFLOW_NATS_CA", &self.pki.ca)
+            .env("DERMFLOW_NATS_USER", nats::MONITOR.user)
+            .env("DERMFLOW_NATS_PASSWORD_FILE", self.nats.password_file(nats::MONITOR.user)?)
+            .env("DERMFLOW_SEALING_KEYS", &self.pki.sealing_keys);
         command
             .arg("--database")
             .arg(self.postgres.url("dermflow_auth"))
