@@ -13,6 +13,7 @@ mod balancer;
 mod batches;
 mod commands;
 mod dead;
+mod device;
 mod encryption;
 mod fairness;
 mod faults;

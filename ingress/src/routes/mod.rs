@@ -18,6 +18,7 @@ mod analyze;
 mod batches;
 mod bundle;
 mod dead;
+mod device;
 mod health;
 mod jobs;
 mod login;
@@ -25,6 +26,13 @@ mod oauth;
 mod status;
 mod tasks;
 mod trail;
+
+pub(crate) use login::is_login;
+
+/// Whether a route is open to everybody, so that nobody looks at a token there.
+pub(crate) fn is_open(path: &str) -> bool {
+    device::is_open(path) || path.contains("/.well-known/")
+}
 
 /// What clients reach.
 pub(crate) fn public(app: Arc<App>) -> Router {
@@ -50,7 +58,8 @@ pub(crate) fn public(app: Arc<App>) -> Router {
         .route("/batches/{id}/results", get(batches::results))
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
-        .route("/jobs/{id}", get(jobs::get));
+        .route("/jobs/{id}", get(jobs::get))
+        .merge(device::routes());
     let routes = bounded(routes)
         .layer(from_fn_with_state(app.clone(), rates::count))
         .layer(from_fn_with_state(app.clone(), audited))
