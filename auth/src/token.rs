@@ -37,15 +37,18 @@ const REMEMBERED: usize = 16_384;
 pub const AUDIENCE: &str = "dermflow";
 const TYPE: &str = "at+jwt";
 
-/// Why a token cannot be made or not be believed. The caller is told nothing of it.
+/// Why a token cannot be made or not be believed. The caller is told nothing of it, unless it has expired.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
     /// Signing failed.
     #[error("cannot sign: {0}")]
     Sign(jsonwebtoken::errors::Error),
-    /// Not a token of ours, or no longer.
+    /// Not a token of ours.
     #[error("token refused: {0}")]
     Refused(&'static str),
+    /// A token of ours whose time is over.
+    #[error("token expired")]
+    Expired,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -220,7 +223,7 @@ impl Tokens {
     /// Who `token` speaks for at `now`. Needs no database.
     ///
     /// # Errors
-    /// [`TokenError::Refused`] with a reason for the log, not for the caller.
+    /// [`TokenError::Refused`] with a reason for the log, not for the caller; [`TokenError::Expired`].
     pub fn verify(&self, token: &str, now: OffsetDateTime) -> Result<Caller, TokenError> {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(TokenError::Refused("too long"));
@@ -239,9 +242,10 @@ impl Tokens {
             caller
         };
         let leeway = Duration::from_secs(LEEWAY as u64);
-        if caller.expires_at + leeway < now || caller.issued_at - leeway > now {
+        let is_expired = caller.expires_at + leeway < now;
+        if is_expired || caller.issued_at - leeway > now {
             self.believed.remove(&jti);
-            return Err(TokenError::Refused("times"));
+            return Err(if is_expired { TokenError::Expired } else { TokenError::Refused("times") });
         }
         Ok(caller)
     }
@@ -334,7 +338,7 @@ mod tests {
         assert_eq!(caller.client, client);
         assert!(caller.may(Permission::Submit) && !caller.may(Permission::Operate));
         let later = now + LIFETIME + Duration::from_secs(31);
-        assert!(tokens.verify(token.expose_secret(), later).is_err());
+        assert!(matches!(tokens.verify(token.expose_secret(), later), Err(TokenError::Expired)));
         let before = now - Duration::from_secs(31);
         assert!(tokens.verify(token.expose_secret(), before).is_err());
     }

@@ -142,6 +142,11 @@ impl Access {
         if revoked { Verdict::Revoked } else { Verdict::Open }
     }
 
+    /// Whether the view is too old to say anything, because the database is away.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.view.read().unwrap_or_else(PoisonError::into_inner).is_stale()
+    }
+
     /// What a client may have open at once.
     pub(crate) fn quota(&self, client: ClientId) -> Quota {
         let view = self.view.read().unwrap_or_else(PoisonError::into_inner);

@@ -4,8 +4,8 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
+pub(crate) use dermflow_http::answer::{EXPIRED, Problem, error_json, json};
 use dermflow_http::answer::{FHIR_JSON, error_coding, outcome};
-pub(crate) use dermflow_http::answer::{Problem, error_json, json};
 use dermflow_schemas::{
     error::{ApiError, CODES, Code, Fault},
     fhir::{CodeableConcept, Issue, OperationOutcome, Resource},

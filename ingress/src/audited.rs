@@ -36,7 +36,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem};
+use crate::{access::Gate, answer::Problem, routes::is_login};
 
 /// Where a request comes from, and who is behind it as soon as that is known.
 #[derive(Debug, Clone, Default)]
@@ -139,7 +139,7 @@ pub(crate) async fn audited<G: Gate>(
     let origin = Origin::new(&request);
     request.extensions_mut().insert(origin.clone());
     let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
-    let signs_in = route == "/login" || route.starts_with("/oauth/");
+    let signs_in = is_login(route) || route.starts_with("/oauth/");
     let object = named(request.uri().path());
     let mut response = next.run(request).await;
     let now = clock::now();

@@ -14,7 +14,7 @@ use dermflow_auth::{
 use dermflow_schemas::{clock, error::Code};
 use serde_json::{Value, json};
 
-use crate::{access::Verdict, app::App};
+use crate::{access::Verdict, app::App, routes::is_login};
 
 /// Revokes an access token of ours that came in clear, and records it; of a login that came in clear, whose body nobody
 /// has read, it records that.
@@ -22,7 +22,7 @@ pub(crate) async fn seen(app: Arc<App>, request: Parts, source: IpAddr) {
     let who = Who { actor: Actor::Unknown, source: Some(source), request: None };
     revoke(&app, &request.headers, who).await;
     let path = request.uri.path();
-    if request.method == Method::POST && (path == "/login" || path.starts_with("/oauth/")) {
+    if request.method == Method::POST && (is_login(path) || path.starts_with("/oauth/")) {
         tracing::info!("a login was sent in clear");
         let event = Event::new(Action::Login, who, clock::now()).detail(reason());
         app.trail.unanswered(app.trail.refused(event, Code::LoginFailed).await);

@@ -12,7 +12,8 @@ use deadpool_postgres::Pool;
 use dermflow_auth::{
     audit::{Action, Event, Object, Who},
     scope::Permission,
-    token, users,
+    token::{self, TokenError},
+    users,
 };
 use dermflow_schemas::{
     clock,
@@ -27,7 +28,7 @@ use tokio::{select, sync::OwnedSemaphorePermit, time::timeout};
 
 use crate::{
     access::{Gate, Stale, Verdict},
-    answer::Problem,
+    answer::{EXPIRED, Problem},
     app::Bounds,
     audited::Origin,
     providers::{Proof, Trouble},
@@ -93,7 +94,7 @@ pub(crate) fn has_room(pool: &Pool) -> Result<(), Code> {
 }
 
 /// Who calls. The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
-/// refused goes to the log: every refusal looks the same from outside.
+/// refused goes to the log: every refusal looks the same from outside, but that of a token of ours that has expired.
 pub(crate) async fn bearer<G: Gate>(
     headers: &HeaderMap,
     gate: &G,
@@ -114,7 +115,7 @@ pub(crate) async fn bearer<G: Gate>(
             Ok((caller, proof)) => (Arc::new(caller), Some(proof)),
             Err(Foreign::Refused(why)) => {
                 tracing::info!(%error, external = why, "access refused");
-                return Err(refused());
+                return Err(if matches!(error, TokenError::Expired) { expired() } else { refused() });
             }
             Err(Foreign::Unknown(code)) => return Err(code.into()),
         },
@@ -172,6 +173,13 @@ async fn note<G: Gate>(
     let event = event.object(Some(Object::account(caller.client)));
     gate.trail().repeated(event.detail(json!({ "issuer": proof.identity.issuer }))).await?;
     Ok(users::used(gate.users(), caller.client, None, now).await?)
+}
+
+/// Who holds a token of ours that is over may know it (RFC 6750 §3.1).
+fn expired() -> Problem {
+    let challenge = "Bearer error=\"invalid_token\", error_description=\"The access token expired\"";
+    Problem::from(ApiError::from(Code::Unauthenticated).detail(EXPIRED))
+        .header(header::WWW_AUTHENTICATE, challenge)
 }
 
 fn unauthenticated(challenge: &str) -> Problem {

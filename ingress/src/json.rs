@@ -16,7 +16,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 pub(crate) enum Json<'a> {
     Null,
     Bool,
-    Number,
+    Number(f64),
     String(Cow<'a, str>),
     Array(Vec<Json<'a>>),
     Object(Vec<(Cow<'a, str>, Json<'a>)>),
@@ -52,7 +52,7 @@ impl<'a> Json<'a> {
         match self {
             Self::Null => "null",
             Self::Bool => "boolean",
-            Self::Number => "number",
+            Self::Number(_) => "number",
             Self::String(_) => "string",
             Self::Array(_) => "array",
             Self::Object(_) => "object",
@@ -97,16 +97,16 @@ impl<'a> Visitor<'a> for Value<'_> {
         Ok(Json::Bool)
     }
 
-    fn visit_u64<E>(self, _: u64) -> Result<Json<'a>, E> {
-        Ok(Json::Number)
+    fn visit_u64<E>(self, number: u64) -> Result<Json<'a>, E> {
+        Ok(Json::Number(number as f64))
     }
 
-    fn visit_i64<E>(self, _: i64) -> Result<Json<'a>, E> {
-        Ok(Json::Number)
+    fn visit_i64<E>(self, number: i64) -> Result<Json<'a>, E> {
+        Ok(Json::Number(number as f64))
     }
 
-    fn visit_f64<E>(self, _: f64) -> Result<Json<'a>, E> {
-        Ok(Json::Number)
+    fn visit_f64<E>(self, number: f64) -> Result<Json<'a>, E> {
+        Ok(Json::Number(number))
     }
 
     fn visit_borrowed_str<E>(self, text: &'a str) -> Result<Json<'a>, E> {

@@ -18,6 +18,7 @@ mod clear;
 mod commit;
 mod config;
 mod dead;
+mod device;
 mod drain;
 mod element;
 mod extract;

@@ -4,14 +4,15 @@ use dermflow_schemas::{
     envelope::{ImageEntry, Manifest, Payload},
     error::{ApiError, Code},
     fhir::{CodeableConcept, Coding, Identifier, Reference, SNOMED},
-    image::{self, ImageBytes},
+    image::ImageBytes,
     limits::{MAX_CUSTOM_ID_CHARS, MAX_IMAGES},
 };
 
 use crate::{
+    device::sites,
     element::{Element, Faults, Node},
     json::Json,
-    parameters::{self, image_code},
+    parameters,
     snomed::is_concept_id,
 };
 
@@ -110,24 +111,19 @@ fn plain_image(node: &Node<'_, '_>, faults: &mut Faults) -> Option<(ImageEntry, 
     let title = element.text("title", faults);
     let body_site = body_site(&element, faults);
     let data = element.required("data", faults)?;
-    let text = data.string(faults)?;
-    let checked = image::decode_base64(text).and_then(|bytes| Ok((image::check(&bytes)?.format, bytes)));
-    match checked {
-        Ok((format, bytes)) => {
-            Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, body_site }, bytes))
-        }
-        Err(fault) => {
-            faults.add(image_code(fault), data.path, Some(fault.to_string()));
-            None
-        }
-    }
+    let (bytes, format) = parameters::image_file(data.string(faults)?, &data.path, faults)?;
+    Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, body_site }, bytes))
 }
 
-/// A SNOMED CT code.
+/// A SNOMED CT code, or one of the device API's.
 fn body_site(element: &Element<'_, '_>, faults: &mut Faults) -> Option<CodeableConcept> {
     let code = element.token("body_site", faults)?;
+    if let Some(site) = sites::find(&code) {
+        return Some(site.concept());
+    }
     if !is_concept_id(&code) {
-        let rule = "not a SNOMED CT concept identifier (its check digit is wrong)";
+        let rule =
+            "neither a SNOMED CT concept identifier (its check digit is wrong) nor a code of /body-sites";
         faults.add(Code::ValueInvalid, format!("{}.body_site", element.path), Some(rule.into()));
         return None;
     }
@@ -191,6 +187,22 @@ mod tests {
         assert_eq!(faults(Form::Plain, &json!({"custom_id": "a", "images": []}))[0].0, "element-missing");
         let id = json!({"resourceType": "Parameters", "id": "a b", "parameter": []});
         assert_eq!(faults(Form::Fhir, &id)[0], ("value-invalid", "Parameters.id".to_owned()));
+    }
+
+    #[test]
+    fn a_body_site_has_a_code_of_snomed_or_of_the_device_api() {
+        for (code, snomed, text) in
+            [("66643007", "66643007", None), ("armLeft", "80768000", Some("Left arm"))]
+        {
+            let line = json!({"custom_id": "a", "images": [{"data": png(), "body_site": code}]});
+            let payload = parse(Form::Plain, line.to_string().as_bytes()).payload.unwrap();
+            let site = payload.manifest.images[0].body_site.as_ref().unwrap();
+            assert_eq!(
+                (site.coding[0].system.as_deref(), site.coding[0].code.as_deref()),
+                (Some(SNOMED), Some(snomed))
+            );
+            assert_eq!(site.text.as_deref(), text);
+        }
     }
 
     #[test]

@@ -135,18 +135,23 @@ fn attachment(
     let attachment = node.element(&names, faults)?;
     let title = attachment.text("title", faults);
     let data = attachment.required("data", faults)?;
-    let text = data.string(faults)?;
+    let (bytes, format) = image_file(data.string(faults)?, &data.path, faults)?;
+    Some((bytes, format, title))
+}
+
+/// The image file that stands in a request as Base64, whatever the request calls it.
+pub(crate) fn image_file(text: &str, path: &str, faults: &mut Faults) -> Option<(ImageBytes, image::Format)> {
     let checked = image::decode_base64(text).and_then(|bytes| Ok((image::check(&bytes)?.format, bytes)));
     match checked {
-        Ok((format, bytes)) => Some((bytes, format, title)),
+        Ok((format, bytes)) => Some((bytes, format)),
         Err(fault) => {
-            faults.add(image_code(fault), data.path, Some(fault.to_string()));
+            faults.add(image_code(fault), path, Some(fault.to_string()));
             None
         }
     }
 }
 
-pub(crate) fn image_code(fault: ImageFault) -> Code {
+fn image_code(fault: ImageFault) -> Code {
     match fault {
         ImageFault::NotBase64(_) => Code::ImageNotBase64,
         ImageFault::TooManyBytes(_) => Code::ImageTooManyBytes,

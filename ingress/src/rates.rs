@@ -31,7 +31,12 @@ use futures_util::StreamExt;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{access::Gate, answer::Problem, app::App};
+use crate::{
+    access::Gate,
+    answer::Problem,
+    app::App,
+    routes::{is_login, is_open},
+};
 
 /// What clients ask again and again until a job or a batch has ended; it has a rate of its own.
 const POLLED: [&str; 3] = ["/fhir/_async/{id}", "/batches/{id}", "/fhir/_bulk/{id}"];
@@ -109,8 +114,8 @@ fn may_prove_itself(request: &Request) -> bool {
     let path = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
     let header = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
     match path {
-        "" | "/login" => false,
-        path if path.contains("/.well-known/") => false,
+        "" => false,
+        path if is_login(path) || is_open(path) => false,
         "/oauth/token" => header.is_some_and(|value| value.to_ascii_lowercase().starts_with(b"basic ")),
         _ => header.is_some(),
     }

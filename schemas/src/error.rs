@@ -136,6 +136,7 @@ catalogue! {
     AttemptsExhausted    "attempts-exhausted"     500 "exception"     NewKey  "The analysis was tried several times and did not finish."
     PayloadLost          "payload-lost"           500 "exception"     NewKey  "The images were lost from the queue before they were analysed: send them again."
     ReportUnreadable     "report-unreadable"      500 "exception"     NewKey  "The stored report of this job cannot be opened any more: send the images again."
+    ScoreUnsupported     "score-unsupported"      501 "not-supported" Never   "This server does not compute this score."
     PayloadUnreadable    "payload-unreadable"     500 "exception"     NewKey  "The worker could not read the queued request."
     Overloaded           "overloaded"             503 "transient"     Safe    "The server has as much work as it can hold."
     ProviderUnavailable  "provider-unavailable"   503 "transient"     Safe    "The identity provider that issued the access token cannot be reached."

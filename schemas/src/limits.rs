@@ -24,6 +24,8 @@ pub const MAX_JSON_VALUES: u32 = 2_000;
 pub const MAX_NAME_BYTES: usize = 128;
 /// Characters of a string that is copied into the report.
 pub const MAX_TEXT_CHARS: usize = 255;
+/// Lesions of a kind that somebody may count on one patient, for a score.
+pub const MAX_LESIONS: f64 = 1_000.0;
 /// Faults named in one answer.
 pub const MAX_FAULTS: usize = 20;
 

@@ -25,7 +25,9 @@ async fn login_takes_registered_clients_only() -> Result<()> {
     assert_eq!((unknown.status, unknown.code()), (401, "login-failed"));
     assert_eq!((wrong.status, &wrong.text), (401, &unknown.text));
     let form = anonymous.request(Method::POST, "/login").form(&[("username", "demo")]);
-    assert_eq!(send(form).await?.code(), "form-invalid");
+    assert_eq!(send(form).await?.code(), "element-missing");
+    let other = anonymous.request(Method::POST, "/login").json(&["demo"]);
+    assert_eq!(send(other).await?.code(), "form-invalid");
     let long = anonymous.try_login("demo", &"x".repeat(10_000)).await?;
     assert_eq!((long.status, long.code()), (413, "body-too-large"));
     let odd = anonymous.try_login("a\0b", "wrong").await?;

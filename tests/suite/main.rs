@@ -14,6 +14,7 @@ mod batches;
 mod certificates;
 mod commands;
 mod dead;
+mod device;
 mod encryption;
 mod fairness;
 mod faults;

@@ -1,4 +1,5 @@
-//! How answers look: FHIR resources, and errors as `OperationOutcome` on `/fhir` or as RFC 9457 elsewhere.
+//! How answers look: FHIR resources, and errors as `OperationOutcome` on `/fhir`, in the form of the device API on its
+//! paths, or as RFC 9457 elsewhere.
 
 use axum::{
     Json,
@@ -95,6 +96,8 @@ pub async fn render(request: Request, next: Next) -> Response {
     let Some(Problem { error, .. }) = response.extensions_mut().remove::<Problem>() else { return response };
     let (content_type, body) = if path == "/fhir" || path.starts_with("/fhir/") {
         (FHIR_JSON, Resource::OperationOutcome(outcome(&error)).to_json())
+    } else if is_device(&path) || (path == "/login" && error.code() == Code::ElementMissing) {
+        ("application/json", device(&error).to_string().into_bytes())
     } else {
         ("application/problem+json", problem(&error, &path).to_string().into_bytes())
     };
@@ -105,6 +108,76 @@ pub async fn render(request: Request, next: Next) -> Response {
     *response.body_mut() = Body::from(body);
     response.headers_mut().remove(header::CONTENT_LENGTH);
     response
+}
+
+/// The version of the device API that its paths may begin with.
+pub const DEVICE_VERSION: &str = "/v1.0";
+/// What else they begin with.
+const DEVICE: [&str; 9] = [
+    "auth",
+    "body-sites",
+    "clinical",
+    "clinical-signs",
+    "device",
+    "device-information",
+    "diagnosis-support",
+    "questionnaires",
+    "severity-assessment",
+];
+
+/// Whether a path is the device API's, whose clients take an error for none unless it has the form of [`device`].
+fn is_device(path: &str) -> bool {
+    let mut parts = path.split('/').skip(1);
+    parts
+        .next()
+        .is_some_and(|first| DEVICE_VERSION.strip_prefix('/') == Some(first) || DEVICE.contains(&first))
+}
+
+/// The device API's: `detail` is a list with one entry a fault where the request is at fault (400, 422), else a
+/// sentence. Our code and retry class stand beside it.
+fn device(error: &ApiError) -> serde_json::Value {
+    let kind = error.kind();
+    let hint = error.faults.first().and_then(|fault| fault.detail.as_deref());
+    let detail = match (error.code(), hint) {
+        _ if [400, 422].contains(&kind.status) => error.faults.iter().map(device_entry).collect(),
+        // Sentences that clients look for.
+        (Code::Unauthenticated, Some(EXPIRED)) => json!("Expired token"),
+        (Code::Unauthenticated, _) => json!("Invalid token"),
+        (_, Some(hint)) => json!(format!("{} ({hint})", kind.text)),
+        (_, None) => json!(kind.text),
+    };
+    let retry_after = error.retry_after.map(|pause| pause.as_secs().max(1));
+    json!({ "detail": detail, "code": kind.code, "retry": kind.retry.as_str(), "retry_after": retry_after })
+}
+
+/// The hint at an access token of ours that was good until a while ago.
+pub const EXPIRED: &str = "expired";
+
+/// What is wrong, and where: the steps to the member, positions in arrays as numbers.
+fn device_entry(fault: &Fault) -> serde_json::Value {
+    let (type_, msg) = match fault.code {
+        Code::ElementMissing => ("missing", "Field required".to_owned()),
+        Code::ImageNotBase64 => ("value_error", "Value error, Only base64 data is allowed".to_owned()),
+        Code::JsonMalformed | Code::JsonTooComplex => ("json_invalid", "JSON decode error".to_owned()),
+        code => {
+            let text = code.kind().text;
+            let detail =
+                fault.detail.as_ref().map_or_else(|| text.into(), |detail| format!("{text} {detail}"));
+            ("value_error", format!("Value error, {detail}"))
+        }
+    };
+    let part = match fault.code {
+        Code::HeaderInvalid => "header",
+        Code::QueryInvalid => "query",
+        _ => "body",
+    };
+    let step = |step: &str| match step.strip_suffix(']').and_then(|number| number.parse::<usize>().ok()) {
+        Some(number) => json!(number),
+        None => json!(step),
+    };
+    let field = fault.field.as_deref().unwrap_or_default();
+    let steps = field.split(['.', '[']).filter(|step| !step.is_empty()).map(step);
+    json!({ "type": type_, "loc": std::iter::once(json!(part)).chain(steps).collect::<Vec<_>>(), "msg": msg })
 }
 
 /// RFC 9457, with the members `code`, `retry` and `errors` (one a fault) as extensions.
@@ -180,5 +253,41 @@ mod tests {
         assert_eq!(body["code"], "header-invalid");
         assert_eq!(body["retry"], "never");
         assert_eq!(body["errors"][0]["field"], "Idempotency-Key");
+    }
+
+    #[test]
+    fn the_device_api_knows_its_paths() {
+        for path in ["/v1.0/login", "/v1.0/nothing", "/auth/login", "/diagnosis-support", "/device/about"] {
+            assert!(is_device(path), "{path}");
+        }
+        for path in ["/", "/login", "/v1.00/login", "/devices", "/jobs/device", "device"] {
+            assert!(!is_device(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_device_api_has_an_entry_a_fault_or_a_sentence() {
+        let fault = |code, field: &str| Fault { code, field: Some(field.into()), detail: None };
+        let data = "payload[0].contentAttachment.data";
+        let error =
+            ApiError::from(vec![fault(Code::ElementMissing, "bodySite"), fault(Code::ImageNotBase64, data)]);
+        let body = device(&error);
+        let expected = json!([
+            {"type": "missing", "loc": ["body", "bodySite"], "msg": "Field required"},
+            {"type": "value_error", "loc": ["body", "payload", 0, "contentAttachment", "data"],
+             "msg": "Value error, Only base64 data is allowed"},
+        ]);
+        assert_eq!((&body["detail"], &body["code"]), (&expected, &json!("element-missing")));
+        let body = device(&Code::JsonMalformed.into());
+        assert_eq!(
+            body["detail"],
+            json!([{"type": "json_invalid", "loc": ["body"], "msg": "JSON decode error"}])
+        );
+        let header = device(&ApiError::from(Code::HeaderInvalid).at("Cancel-After"));
+        assert_eq!(header["detail"][0]["loc"], json!(["header", "Cancel-After"]));
+        assert_eq!(device(&Code::Unauthenticated.into())["detail"], "Invalid token");
+        assert_eq!(device(&ApiError::from(Code::Unauthenticated).detail(EXPIRED))["detail"], "Expired token");
+        let full = device(&Code::QueueFull.into());
+        assert_eq!((&full["detail"], &full["retry_after"]), (&json!("The queue is full."), &json!(1)));
     }
 }

@@ -7,7 +7,9 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::Response,
 };
+use dermflow_auth::audit::Who;
 use dermflow_schemas::{
+    envelope::Payload,
     error::{ApiError, Code},
     id::{ClientId, IdempotencyKey},
     job::Lane,
@@ -22,7 +24,7 @@ use crate::{
     parameters,
     prefer::Prefer,
     routes::status::{accepted, finished},
-    submit::{Submission, blocking, submit, wait, with_status_url},
+    submit::{Ended, Submission, blocking, submit, wait, with_status_url},
 };
 
 static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -38,6 +40,27 @@ pub(crate) async fn post(
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
+    let caller = Caller { client, who, headers };
+    analysed(app, caller, body, parameters::parse, finished).await
+}
+
+/// Whose request it is, and how it wants it done.
+#[derive(Debug)]
+pub(super) struct Caller {
+    pub(super) client: ClientId,
+    pub(super) who: Who,
+    pub(super) headers: HeaderMap,
+}
+
+/// Takes a request in, waits for as long as its caller prefers, and answers: with what `finished` makes of the job's
+/// end, or with where to poll.
+pub(super) async fn analysed(
+    app: Arc<App>,
+    Caller { client, who, headers }: Caller,
+    body: Body,
+    parse: fn(&[u8]) -> Result<Payload, ApiError>,
+    finished: fn(&App, Ended) -> Response,
+) -> Result<Response, Problem> {
     if !sends_fhir(&headers) {
         return Err(ApiError::from(Code::MediaType).at("Content-Type").into());
     }
@@ -46,7 +69,7 @@ pub(crate) async fn post(
     let prefer = Prefer::from_headers(&headers);
     let _turn = Turn::new(&app, client, prefer.lane())?;
     let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
-    let payload = blocking(move || parameters::parse(&bytes)).await??;
+    let payload = blocking(move || parse(&bytes)).await??;
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
     let patience = Duration::ZERO;

@@ -1,4 +1,4 @@
-//! `POST /login`: a name and a password for an access token.
+//! `POST /login`, and where else clients of the device API look for it: a name and a password for an access token.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,7 @@ use dermflow_auth::{
     password::PasswordError,
     users::{self, UserError},
 };
-use dermflow_http::serve::Peer;
+use dermflow_http::{answer::DEVICE_VERSION, serve::Peer};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -28,6 +28,7 @@ use crate::{
     answer::Problem,
     app::App,
     audited::Origin,
+    element::Faults,
     extract::{Body, Held, has_room},
     routes::oauth::{self, Refusal},
     submit::internal,
@@ -35,16 +36,21 @@ use crate::{
 
 /// The form. `Debug` shows no password.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Credentials {
-    username: String,
-    #[serde(deserialize_with = "secret")]
-    password: SecretString,
+struct Credentials {
+    username: Option<String>,
+    #[serde(default, deserialize_with = "secret")]
+    password: Option<SecretString>,
     /// Less than all that the account may do, and `offline_access` for a refresh token.
     scope: Option<String>,
 }
 
-fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretString, D::Error> {
-    String::deserialize(deserializer).map(SecretString::from)
+fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<SecretString>, D::Error> {
+    String::deserialize(deserializer).map(|secret| Some(secret.into()))
+}
+
+/// Whether a path is one of the routes of a login.
+pub(crate) fn is_login(path: &str) -> bool {
+    matches!(path.strip_prefix(DEVICE_VERSION).unwrap_or(path), "/login" | "/auth/login")
 }
 
 /// What clients of the device API look for; standard ones use `/oauth/token`.
@@ -60,7 +66,7 @@ pub(crate) async fn post(
 ) -> Result<Response, Refusal> {
     has_room(&app.sign_ins).map_err(Problem::from)?;
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
-    let Credentials { username, password, scope } = read(headers, bytes).await?;
+    let (username, password, scope) = read(headers, bytes).await?;
     let (pool, now) = (&app.sign_ins, clock::now());
     let user = users::authenticate(pool, &app.doorkeeper, &username, password, source, now).await;
     if let Err(UserError::Password(PasswordError::Busy)) = user {
@@ -76,11 +82,21 @@ pub(crate) async fn post(
     oauth::granted(&app, &origin, &proof, scope.as_deref(), TOKEN_TYPE).await
 }
 
-async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> {
+async fn read(headers: HeaderMap, bytes: Bytes) -> Result<(String, SecretString, Option<String>), Problem> {
     let mut request = Request::post("/login").body(bytes.into()).map_err(|_| Code::FormInvalid)?;
     *request.headers_mut() = headers;
     let form = Form::from_request(request, &()).await.map_err(|_| Code::FormInvalid)?;
-    Ok(form.0)
+    let Credentials { username, password, scope } = form.0;
+    let mut faults = Faults::default();
+    for (name, is_there) in [("username", username.is_some()), ("password", password.is_some())] {
+        if !is_there {
+            faults.add(Code::ElementMissing, name, None);
+        }
+    }
+    match (username, password) {
+        (Some(username), Some(password)) => Ok((username, password, scope)),
+        _ => Err(ApiError::from(faults.0).into()),
+    }
 }
 
 /// When to come back who found no place: at different times, or they would all find the same again.

@@ -29,6 +29,7 @@ mod analyze;
 mod batches;
 mod bundle;
 mod dead;
+mod device;
 mod health;
 mod jobs;
 mod login;
@@ -37,17 +38,26 @@ mod status;
 mod tasks;
 mod trail;
 
+pub(crate) use login::is_login;
+
+/// Whether a route is open to everybody, so that nobody looks at a token there.
+pub(crate) fn is_open(path: &str) -> bool {
+    device::is_open(path) || path.contains("/.well-known/")
+}
+
 /// What clients reach.
 pub(crate) fn public(app: Arc<App>, clients: &ClientOptions) -> Router {
     let sign_in = Router::new()
         .route("/login", post(login::post))
         .route("/oauth/token", post(oauth::token))
         .route("/oauth/revoke", post(oauth::revoke))
-        .route("/oauth/introspect", post(oauth::introspect));
+        .route("/oauth/introspect", post(oauth::introspect))
+        .merge(device::sign_in());
     let documents = Router::new()
         .route("/.well-known/jwks.json", get(oauth::jwks))
         .route("/.well-known/oauth-authorization-server", get(oauth::metadata))
-        .route("/fhir/.well-known/smart-configuration", get(oauth::smart));
+        .route("/fhir/.well-known/smart-configuration", get(oauth::smart))
+        .merge(device::documents());
     let api = Router::new()
         .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
         .route("/fhir/DiagnosticReport/{id}", get(status::report))
@@ -63,7 +73,8 @@ pub(crate) fn public(app: Arc<App>, clients: &ClientOptions) -> Router {
         .route("/batches/{id}/results", get(batches::results))
         .route("/batches/{id}/errors", get(batches::errors))
         .route("/jobs", get(jobs::list))
-        .route("/jobs/{id}", get(jobs::get));
+        .route("/jobs/{id}", get(jobs::get))
+        .merge(device::api());
     let routes = guarded(sign_in, clients.need(Group::SignIn))
         .merge(documents)
         .merge(guarded(api, clients.need(Group::Api)));

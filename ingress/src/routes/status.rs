@@ -105,17 +105,26 @@ pub(super) fn finished_record(ended: Ended) -> Result<(Record, Vec<u8>), Problem
 
 /// What a job that has ended answers: its report with 200, or its error.
 pub(crate) fn finished(app: &App, ended: Ended) -> Response {
+    answered(ended, |record, report| {
+        let mut response = answer::fhir(StatusCode::OK, report);
+        let headers = response.headers_mut();
+        let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);
+        insert(headers, &header::CONTENT_LOCATION, &location);
+        insert(headers, &header::ETAG, "W/\"1\"");
+        response
+    })
+}
+
+/// The same in the form that `dress` gives the report.
+pub(crate) fn answered(ended: Ended, dress: impl FnOnce(&Record, Vec<u8>) -> Response) -> Response {
     let job = ended.record.id;
     let (record, report) = match finished_record(ended) {
         Ok(finished) => finished,
         // That the job failed is what is asked for.
         Err(failed) => return Deeds::Status(Some(Object::job(job))).of(failed.into_response()),
     };
-    let mut response = answer::fhir(StatusCode::OK, report);
+    let mut response = dress(&record, report);
     let headers = response.headers_mut();
-    let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);
-    insert(headers, &header::CONTENT_LOCATION, &location);
-    insert(headers, &header::ETAG, "W/\"1\"");
     if let Some(finished_at) = record.finished_at {
         insert(headers, &header::LAST_MODIFIED, &http_date(finished_at));
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
@@ -176,7 +185,7 @@ fn http_date(at: OffsetDateTime) -> String {
     date.replace("+0000", "GMT")
 }
 
-fn insert(headers: &mut HeaderMap, name: &HeaderName, value: &str) {
+pub(super) fn insert(headers: &mut HeaderMap, name: &HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }

@@ -1,0 +1,156 @@
+//! Scores that follow from answers alone, each in a file of its own with the publication that it is from. Pure.
+
+mod dlqi;
+mod gags;
+mod ihs4;
+mod pasi;
+mod pga;
+mod pure4;
+mod scorad;
+mod seven_pc;
+mod uas;
+mod uct;
+
+use std::ops::RangeInclusive;
+
+/// A score.
+pub(super) struct Score {
+    /// Its name in the device API.
+    pub(super) code: &'static str,
+    pub(super) title: &'static str,
+    /// ICD-11 codes of what it is for, by their beginnings; empty for all.
+    pub(super) conditions: &'static [&'static str],
+    pub(super) items: &'static [Item],
+    /// From the answers, in the order of the items.
+    pub(super) value: fn(&[f64]) -> f64,
+    pub(super) band: fn(f64) -> Band,
+}
+
+/// A question.
+pub(super) struct Item {
+    pub(super) code: &'static str,
+    /// In short; the questionnaires' own words are their authors'.
+    pub(super) text: &'static str,
+    pub(super) range: RangeInclusive<f64>,
+    /// Whether answers are whole numbers.
+    pub(super) whole: bool,
+    /// What the answers from 0 on are called; empty where a number says it all.
+    pub(super) words: &'static [&'static str],
+}
+
+/// What a value means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Band {
+    pub(super) category: &'static str,
+    pub(super) intensity: Intensity,
+}
+
+/// How bad it is, as the device API counts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Intensity {
+    None = 0,
+    Low = 1,
+    Moderate = 2,
+    High = 3,
+}
+
+/// Every score.
+pub(super) const SCORES: &[Score] = &[
+    dlqi::SCORE,
+    gags::SCORE,
+    ihs4::SCORE,
+    pasi::SCORE,
+    pga::SCORE,
+    pure4::SCORE,
+    scorad::SCORE,
+    seven_pc::SCORE,
+    uas::SCORE,
+    uct::SCORE,
+];
+
+/// Names of scores that clients may ask for and that are not computed: `scovid`, because there is no publication of its
+/// formula, and `resvech`, because the answers that clients give are not those of RESVECH 2.0 (Restrepo-Medrano and
+/// Verdú, Gerokomos 2011), where dimensions go to 6, exudate to 3, and signs of infection are yes or no.
+pub(super) const NOT_COMPUTED: [&str; 2] = ["resvech", "scovid"];
+
+/// The score of a name.
+pub(super) fn find(code: &str) -> Option<&'static Score> {
+    SCORES.iter().find(|score| score.code == code)
+}
+
+impl Score {
+    pub(super) fn value(&self, answers: &[f64]) -> f64 {
+        (self.value)(answers)
+    }
+
+    pub(super) fn band(&self, value: f64) -> Band {
+        (self.band)(value)
+    }
+}
+
+impl Item {
+    /// An answer in words.
+    pub(super) fn interpretation(&self, answer: f64) -> String {
+        let word = self.words.get(answer as usize).filter(|_| self.whole);
+        word.map_or_else(|| format!("{answer} of {}", self.range.end()), |word| (*word).into())
+    }
+}
+
+/// A question with whole answers from 0, each with its word.
+const fn graded(code: &'static str, text: &'static str, words: &'static [&'static str]) -> Item {
+    Item { code, text, range: 0.0..=(words.len() - 1) as f64, whole: true, words }
+}
+
+/// A question with a number for an answer.
+const fn counted(code: &'static str, text: &'static str, most: f64, whole: bool) -> Item {
+    Item { code, text, range: 0.0..=most, whole, words: &[] }
+}
+
+const fn band(category: &'static str, intensity: Intensity) -> Band {
+    Band { category, intensity }
+}
+
+fn sum(answers: &[f64]) -> f64 {
+    answers.iter().sum()
+}
+
+/// Each answer times its weight.
+fn weighted(answers: &[f64], weights: &[f64]) -> f64 {
+    answers.iter().zip(weights).map(|(answer, weight)| answer * weight).sum()
+}
+
+const YES: &[&str] = &["No", "Yes"];
+const SEVERITY_3: &[&str] = &["None", "Mild", "Moderate", "Severe"];
+const SEVERITY_4: &[&str] = &["None", "Mild", "Moderate", "Severe", "Very severe"];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Value, category and intensity of a score.
+    pub(super) fn scored(score: &Score, answers: &[f64]) -> (f64, &'static str, u8) {
+        assert_eq!(answers.len(), score.items.len(), "{}", score.code);
+        let value = score.value(answers);
+        let Band { category, intensity } = score.band(value);
+        (value, category, intensity as u8)
+    }
+
+    #[test]
+    fn every_question_has_words_for_all_its_answers() {
+        let codes: BTreeSet<&str> = SCORES.iter().map(|score| score.code).chain(NOT_COMPUTED).collect();
+        assert_eq!(codes.len(), 12);
+        for score in SCORES {
+            let items: BTreeSet<&str> = score.items.iter().map(|item| item.code).collect();
+            assert_eq!(items.len(), score.items.len(), "{}", score.code);
+            for item in score.items {
+                for answer in [*item.range.start(), *item.range.end()] {
+                    assert!(!item.text.is_empty() && !item.interpretation(answer).is_empty());
+                }
+            }
+        }
+        assert_eq!(find("pasi").unwrap().items[1].interpretation(3.0), "Severe");
+        assert_eq!(find("scorad").unwrap().items[0].interpretation(12.5), "12.5 of 100");
+    }
+}
