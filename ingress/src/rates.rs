@@ -109,7 +109,7 @@ fn may_prove_itself(request: &Request) -> bool {
     let path = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
     let header = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
     match path {
-        "" | "/login" => false,
+        "" | "/login" | "/openapi.json" => false,
         path if path.contains("/.well-known/") => false,
         "/oauth/token" => header.is_some_and(|value| value.to_ascii_lowercase().starts_with(b"basic ")),
         _ => header.is_some(),

@@ -22,6 +22,7 @@ mod identity;
 mod keys;
 mod limits;
 mod models;
+mod openapi;
 mod privacy;
 mod provider;
 mod registration;

@@ -13,6 +13,7 @@ mod forwarded;
 mod linger;
 pub mod meter;
 pub mod metrics;
+pub mod openapi;
 pub mod rates;
 pub mod serve;
 pub mod shares;

@@ -8,9 +8,10 @@ use axum::{
     http::StatusCode,
     middleware::{Next, from_fn_with_state},
     response::Response,
-    routing::{get, post},
+    routing::get,
 };
 use dermflow_http::dress::{bounded, dressed};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{app::App, audited::audited, dead::Operators, rates};
 
@@ -22,40 +23,48 @@ mod health;
 mod jobs;
 mod login;
 mod oauth;
+mod openapi;
 mod status;
 mod tasks;
 mod trail;
 
 /// What clients reach.
 pub(crate) fn public(app: Arc<App>) -> Router {
-    let routes = Router::new()
-        .route("/login", post(login::post))
-        .route("/oauth/token", post(oauth::token))
-        .route("/oauth/revoke", post(oauth::revoke))
-        .route("/oauth/introspect", post(oauth::introspect))
-        .route("/.well-known/jwks.json", get(oauth::jwks))
-        .route("/.well-known/oauth-authorization-server", get(oauth::metadata))
-        .route("/fhir/.well-known/smart-configuration", get(oauth::smart))
-        .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
-        .route("/fhir/DiagnosticReport/{id}", get(status::report))
-        .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
-        .route("/fhir", post(bundle::post))
-        .route("/fhir/Task", get(tasks::search))
-        .route("/fhir/Task/{id}", get(tasks::get))
-        .route("/fhir/AuditEvent", get(trail::search))
-        .route("/fhir/AuditEvent/{id}", get(trail::get))
-        .route("/fhir/_bulk/{id}", get(batches::manifest))
-        .route("/batches", post(batches::create))
-        .route("/batches/{id}", get(batches::get).post(batches::resume).delete(batches::delete))
-        .route("/batches/{id}/results", get(batches::results))
-        .route("/batches/{id}/errors", get(batches::errors))
-        .route("/jobs", get(jobs::list))
-        .route("/jobs/{id}", get(jobs::get));
+    let (routes, _) = clients().split_for_parts();
     let routes = bounded(routes)
         .layer(from_fn_with_state(app.clone(), rates::count))
         .layer(from_fn_with_state(app.clone(), audited))
         .layer(from_fn_with_state(app.clone(), rates::tell));
     measured(routes, app)
+}
+
+/// The API of clients and auditors, with the document that describes it. Where each is, and for whom, stands above its
+/// handler.
+fn clients() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(openapi::document())
+        .routes(routes!(login::post))
+        .routes(routes!(oauth::token))
+        .routes(routes!(oauth::revoke))
+        .routes(routes!(oauth::introspect))
+        .routes(routes!(oauth::jwks))
+        .routes(routes!(oauth::metadata))
+        .routes(routes!(oauth::smart))
+        .routes(routes!(openapi::clients))
+        .routes(routes!(analyze::post))
+        .routes(routes!(status::report))
+        .routes(routes!(status::get, status::delete))
+        .routes(routes!(bundle::post))
+        .routes(routes!(tasks::search))
+        .routes(routes!(tasks::get))
+        .routes(routes!(trail::search))
+        .routes(routes!(trail::get))
+        .routes(routes!(batches::manifest))
+        .routes(routes!(batches::create))
+        .routes(routes!(batches::get, batches::resume, batches::delete))
+        .routes(routes!(batches::results))
+        .routes(routes!(batches::errors))
+        .routes(routes!(jobs::list))
+        .routes(routes!(jobs::get))
 }
 
 /// What operators reach, on the loopback interface only.
@@ -69,15 +78,21 @@ pub(crate) fn internal(app: Arc<App>) -> Router {
 
 /// What operators reach in a process of its own, on the loopback interface only, with a token for it.
 pub(crate) fn operators(operators: Arc<Operators>) -> Router {
-    let routes = Router::new()
-        .route("/dead", get(dead::list))
-        .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
-        .route("/dead/{sequence}/requeue", post(dead::requeue));
+    let (routes, _) = for_operators().split_for_parts();
     let routes = bounded(routes)
         .layer(from_fn_with_state(operators.clone(), rates::count))
         .layer(from_fn_with_state(operators.clone(), audited))
         .layer(from_fn_with_state(operators.clone(), rates::tell));
     dressed(routes, operators)
+}
+
+/// The API of operators, with the document that describes it.
+fn for_operators() -> OpenApiRouter<Arc<Operators>> {
+    OpenApiRouter::with_openapi(openapi::document())
+        .routes(routes!(openapi::operators))
+        .routes(routes!(dead::list))
+        .routes(routes!(dead::get, dead::purge))
+        .routes(routes!(dead::requeue))
 }
 
 fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
