@@ -130,7 +130,7 @@ pub enum Group {
 }
 
 /// Whose certificates are believed, and where one is needed.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct ClientOptions {
     /// The CA of certificates that clients may show (PEM); what is put in its place is believed within seconds.
     #[arg(long, env = "DERMFLOW_CLIENT_CA", value_name = "FILE")]

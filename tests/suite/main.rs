@@ -24,6 +24,7 @@ mod identity;
 mod keys;
 mod limits;
 mod models;
+mod openapi;
 mod overload;
 mod privacy;
 mod provider;

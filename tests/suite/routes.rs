@@ -1,6 +1,6 @@
-//! Who may call which route: a row for every one in the table of `ingress`, and none more.
+//! Who may call which route: a row for every one that `ingress` has, and none more. Each describes how it answers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -40,7 +40,7 @@ enum Rule {
 use Object::{Batch, DeadLetter, Event, Job, Nothing};
 use Rule::{Auditor, Client as May, Form, Open, Operator};
 
-const ROUTES: [(&str, &str, Rule, Object); 32] = [
+const ROUTES: [(&str, &str, Rule, Object); 33] = [
     ("POST", "/login", Form(422), Nothing),
     ("POST", "/oauth/token", Form(400), Nothing),
     ("POST", "/oauth/revoke", Form(401), Nothing),
@@ -48,6 +48,7 @@ const ROUTES: [(&str, &str, Rule, Object); 32] = [
     ("GET", "/.well-known/jwks.json", Open, Nothing),
     ("GET", "/.well-known/oauth-authorization-server", Open, Nothing),
     ("GET", "/fhir/.well-known/smart-configuration", Open, Nothing),
+    ("GET", "/openapi.json", Open, Nothing),
     ("POST", "/fhir/DiagnosticReport/$analyze", May('c'), Nothing),
     ("GET", "/fhir/DiagnosticReport/{id}", May('r'), Job),
     ("GET", "/fhir/_async/{id}", May('r'), Job),
@@ -106,46 +107,45 @@ fn rows() -> Vec<(&'static str, String, Rule, Object)> {
     rows.chain(versioned.map(|each| row("/v1.0", each))).collect()
 }
 
-/// Method and path of every route in the source.
-fn written() -> BTreeSet<(String, String)> {
-    let mut routes = routes_of(include_str!("../../ingress/src/routes/mod.rs"));
-    let device = include_str!("../../ingress/src/routes/device.rs");
-    let (versioned, both) = device.split_once("\nfn both()").unwrap_or_default();
-    let both = routes_of(both);
-    let under = both.iter().cloned().chain(routes_of(versioned));
-    routes.extend(under.map(|(method, path)| (method, format!("/v1.0{path}"))));
-    routes.extend(both);
-    routes
-}
+/// Operations by method and path.
+struct Described(BTreeMap<(String, String), Value>);
 
-fn routes_of(source: &str) -> BTreeSet<(String, String)> {
-    let mut routes = BTreeSet::new();
-    for route in source.split(".route(\"").skip(1) {
-        let (path, handlers) = route.split_once('"').unwrap_or_default();
-        let handlers = handlers.split([';', '\n']).next().unwrap_or_default();
-        let count = routes.len();
-        for (method, call) in [
-            ("GET", "get("),
-            ("POST", "post("),
-            ("PUT", "put("),
-            ("PATCH", "patch("),
-            ("DELETE", "delete("),
-            ("ANY", "any("),
-        ] {
-            if handlers.contains(&format!(" {call}")) || handlers.contains(&format!(".{call}")) {
-                routes.insert((method.to_owned(), path.to_owned()));
+impl Described {
+    /// What clients, and operators, are told. The document itself stands in both.
+    async fn read(callers: &Callers) -> Result<Self> {
+        let mut operations = BTreeMap::new();
+        for client in [&callers.client, &callers.operator.clone().at(&callers.operate)] {
+            let document = client.get("/openapi.json").await?.body;
+            assert_eq!(document["openapi"], "3.1.0");
+            for (path, item) in document["paths"].as_object().context("no paths")? {
+                for (method, operation) in item.as_object().context("no operations")? {
+                    operations.insert((method.to_uppercase(), path.clone()), operation.clone());
+                }
             }
         }
-        assert!(routes.len() > count, "{path}: {handlers}");
+        Ok(Self(operations))
     }
-    routes
+
+    fn routes(&self) -> BTreeSet<(String, String)> {
+        self.0.keys().cloned().collect()
+    }
+
+    /// Fails when the answer has a status, or a form, that its route does not describe.
+    fn check(&self, method: &str, path: &str, answer: &Answer) {
+        let operation = &self.0[&(method.to_owned(), path.to_owned())];
+        let response = &operation["responses"][answer.status.to_string()];
+        let kind = answer.header("content-type").split(';').next().unwrap_or_default();
+        assert!(response.is_object(), "{method} {path} {} is not described", answer.status);
+        let is_described = answer.text.is_empty() || response["content"][kind].is_object();
+        assert!(is_described, "{method} {path} {} {kind} is not described", answer.status);
+    }
 }
 
-// A route without a row, or a row without a route, fails.
-#[test]
-fn every_route_has_a_row() {
-    let rows: BTreeSet<_> = rows().into_iter().map(|(method, path, ..)| (method.to_owned(), path)).collect();
-    assert_eq!(rows, written());
+/// What the internal listener has stands in the source only; everything else is described where it is served.
+fn internal() -> BTreeSet<(String, String)> {
+    let source = include_str!("../../ingress/src/routes/mod.rs");
+    let paths = source.split(".route(\"").skip(1).filter_map(|route| route.split('"').next());
+    paths.map(|path| ("GET".to_owned(), path.to_owned())).collect()
 }
 
 /// Whoever calls.
@@ -228,7 +228,7 @@ async fn batch(client: &Client) -> Result<String> {
 
 /// Reached without a token, and with one that is none; those of the internal listener there only.
 async fn opens(lab: &Lab, client: &Client, path: &str) -> Result<()> {
-    let is_internal = ["/livez", "/readyz", "/metrics"].contains(&path);
+    let is_internal = internal().contains(&("GET".to_owned(), path.to_owned()));
     let base = if is_internal { lab.internal_url(0) } else { lab.url(0) };
     for token in ["", "nonsense"] {
         let client = client.clone().with_token(token);
@@ -273,6 +273,9 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
     let (job, batch) =
         (callers.client.submit(&sample("ham10000-nv.jpg")).await?, batch(&callers.client).await?);
     let missing = "0198f3a2-9c1e-7c55-8f0e-1d2c3b4a5e6f";
+    let described = Described::read(&callers).await?;
+    let routes = rows().into_iter().map(|(method, path, ..)| (method.to_owned(), path));
+    assert_eq!(routes.collect::<BTreeSet<_>>(), &described.routes() | &internal());
     for (method, path, rule, object) in rows() {
         let path = path.as_str();
         let id = match object {
@@ -296,6 +299,7 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
                     let client = callers.client.clone().with_token(token);
                     let answer = send(client.request(Method::POST, path).form(&[("a", "b")])).await?;
                     assert_eq!(answer.status, status, "{path} {token}: {}", answer.text);
+                    described.check(method, path, &answer);
                 }
                 continue;
             }
@@ -320,6 +324,7 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
             let answer = call(&right.clone().with_token(token), method, &with(id)).await?;
             assert_eq!((answer.status, answer.code()), (401, "unauthenticated"), "{method} {path} {token}");
             ensure!(answer.header("www-authenticate").starts_with("Bearer"));
+            described.check(method, path, &answer);
             refusals.insert(answer.text);
         }
         assert_eq!(refusals.len(), 1, "{method} {path}: {refusals:?}");
@@ -338,6 +343,7 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
         for wrong in wrong {
             let answer = call(&wrong.at(&base), method, &with(id)).await?;
             assert_eq!((answer.status, answer.code()), (403, "forbidden"), "{method} {path}");
+            described.check(method, path, &answer);
         }
         if matches!(object, Job | Batch) {
             let stranger = &callers.stranger;
@@ -346,11 +352,13 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
             let nonsense = call(stranger, method, &with("..%2f")).await?;
             assert_eq!((theirs.status, nothing.status, nonsense.status), (404, 404, 404), "{method} {path}");
             assert_eq!(theirs.text.replace(id, missing), nothing.text, "{method} {path}");
+            described.check(method, path, &theirs);
         }
         // Nobody is kept out who may come in; what is removed comes last.
         if method != "DELETE" {
             let answer = call(&right, method, &with(id)).await?;
             ensure!(![401, 403].contains(&answer.status), "{method} {path}: {}", answer.text);
+            described.check(method, path, &answer);
         }
     }
     assert_eq!(callers.client.get(&format!("/jobs/{job}")).await?.body["status"], "queued");

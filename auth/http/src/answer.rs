@@ -126,7 +126,7 @@ const DEVICE: [&str; 9] = [
 ];
 
 /// Whether a path is the device API's, whose clients take an error for none unless it has the form of [`device`].
-fn is_device(path: &str) -> bool {
+pub fn is_device(path: &str) -> bool {
     let mut parts = path.split('/').skip(1);
     parts
         .next()

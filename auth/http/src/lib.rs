@@ -14,6 +14,7 @@ mod forwarded;
 mod linger;
 pub mod meter;
 pub mod metrics;
+pub mod openapi;
 mod patient;
 pub mod rates;
 pub mod serve;

@@ -1,8 +1,9 @@
 //! `/batches`: tens of thousands of images at a time. NDJSON in, NDJSON out, both while they grow.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
+    Json,
     body::Body as AxumBody,
     extract::{Path, Query, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -13,6 +14,7 @@ use dermflow_auth::{
     audit::{Action, Object},
     token::Caller,
 };
+use dermflow_http::openapi::words;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -22,10 +24,11 @@ use dermflow_schemas::{
     limits::{DRAIN_WINDOW, MAX_WAIT, POLL_INTERVAL, WAITER_POLL},
 };
 use futures_util::stream;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::time::{Instant, sleep};
+use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use crate::{
@@ -38,6 +41,7 @@ use crate::{
     lines::Form,
     routes::{
         analyze::{Turn, idempotency_key},
+        openapi::{Any, Guarded, Own, Queried, Typed},
         status::failed_with,
     },
     store::batches::{Batch, BatchError, BatchResult, Cause, Tally},
@@ -45,9 +49,22 @@ use crate::{
     upload::{self, NDJSON, Upload, batch_url},
 };
 
+/// A line for the description of the API, with an image that cannot be read.
+const LINE: &str = "{\"custom_id\": \"lesion-1\", \"images\": [{\"data\": \"iVBORw0KGgo=\"}]}\n";
+
 const FHIR_NDJSON: &str = "application/fhir+ndjson";
 
 /// A new batch, or with a known `Idempotency-Key` the one that was made with it.
+#[utoipa::path(post, path = "/batches", operation_id = "createBatch", tag = "batches",
+    params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
+        description = "The same key is the same batch.")),
+    request_body(description = "A line an analysis.",
+        content((String = "application/x-ndjson", example = json!(LINE)), (String = "application/fhir+ndjson"))),
+    responses(
+        (status = 200, description = "A line an input line, while the upload goes on; the first says which batch it is, the \
+            last how many lines there were.", body = String, content_type = "application/x-ndjson",
+            headers(("Location" = String, description = "The batch's URL."))),
+        (status = 400, description = "The Idempotency-Key cannot be read."), Any, Guarded, Own, Typed))]
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
     Allowed { client, caller, who, .. }: Allowed<Submit>,
@@ -64,6 +81,14 @@ pub(crate) async fn create(
 }
 
 /// More lines for a batch, or the same ones again after a cut.
+#[utoipa::path(post, path = "/batches/{id}", operation_id = "resumeBatch", tag = "batches",
+    params(("id" = Uuid, Path, description = "The batch.")),
+    request_body(description = "A line an analysis.",
+        content((String = "application/x-ndjson", example = json!(LINE)), (String = "application/fhir+ndjson"))),
+    responses(
+        (status = 200, description = "As to the first upload.", body = String, content_type = "application/x-ndjson",
+            headers(("Location" = String, description = "The batch's URL."))),
+        Any, Guarded, Own, Typed))]
 pub(crate) async fn resume(
     State(app): State<Arc<App>>,
     Allowed { client, caller, who, .. }: Allowed<Submit>,
@@ -91,6 +116,9 @@ fn form(headers: &HeaderMap) -> Result<Form, ApiError> {
 }
 
 /// How a batch stands.
+#[utoipa::path(get, path = "/batches/{id}", operation_id = "readBatch", tag = "batches",
+    params(("id" = Uuid, Path, description = "The batch.")),
+    responses((status = 200, description = "The batch.", body = BatchStatus), Any, Guarded, Own))]
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     Allowed { client, .. }: Allowed<Read>,
@@ -99,7 +127,87 @@ pub(crate) async fn get(
     let batch = app.store.find_batch(id, client).await?.ok_or(Code::NotFound)?;
     let now = clock::now();
     let progress = Progress::new(batch, app.store.tally(id, now - DRAIN_WINDOW).await?, now);
-    Ok(Deeds::Status(Some(Object::batch(id))).of(answer::json(progress.to_json(&app))))
+    Ok(Deeds::Status(Some(Object::batch(id))).of(Json(progress.shown(&app)).into_response()))
+}
+
+/// A batch. Times are RFC 3339 in UTC.
+#[derive(Debug, Serialize, ToSchema)]
+struct BatchStatus {
+    /// Its id.
+    id: Uuid,
+    /// How it stands.
+    #[schema(schema_with = statuses)]
+    status: &'static str,
+    /// When it was made.
+    #[schema(format = DateTime)]
+    created_at: String,
+    /// When an upload reached its end, and none has begun since.
+    #[schema(format = DateTime)]
+    closed_at: Option<String>,
+    /// Jobs.
+    total: i64,
+    /// Lines that no job could be made of.
+    refused: i64,
+    /// Jobs by their state.
+    counts: BTreeMap<&'static str, i64>,
+    /// 100 exactly when everything has ended.
+    #[schema(minimum = 0, maximum = 100)]
+    percent: i64,
+    /// Jobs a second.
+    rate: f64,
+    /// When the last job will have ended, at this rate.
+    #[schema(format = DateTime)]
+    estimated_end: Option<String>,
+    /// What belongs to it.
+    links: BatchLinks,
+}
+
+const STATUSES: [&str; 5] = ["uploading", "in-progress", "cancelled", "completed-with-errors", "completed"];
+
+fn statuses() -> utoipa::openapi::Object {
+    words("How it stands.", STATUSES)
+}
+
+/// The URLs of what belongs to a batch.
+#[derive(Debug, Serialize, ToSchema)]
+struct BatchLinks {
+    /// This.
+    #[serde(rename = "self")]
+    own: String,
+    /// The reports.
+    results: String,
+    /// The lines without one.
+    errors: String,
+    /// The manifest.
+    manifest: String,
+}
+
+/// The manifest of FHIR Bulk Data.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+struct Manifest {
+    /// When the last job ended.
+    #[schema(format = DateTime)]
+    transaction_time: String,
+    /// The batch.
+    request: String,
+    /// Always.
+    requires_access_token: bool,
+    /// The reports.
+    output: [ManifestFile; 1],
+    /// The lines without one.
+    error: [ManifestFile; 1],
+}
+
+/// A file of the manifest.
+#[derive(Debug, Serialize, ToSchema)]
+struct ManifestFile {
+    /// The type of its resources.
+    r#type: &'static str,
+    /// Where it is.
+    url: String,
+    /// How many resources it has.
+    count: i64,
 }
 
 /// How far a batch is.
@@ -145,28 +253,26 @@ impl Progress {
         (open > 0 && self.rate > 0.0).then(|| self.now + Duration::from_secs_f64(open as f64 / self.rate))
     }
 
-    fn to_json(&self, app: &App) -> Value {
+    fn shown(&self, app: &App) -> BatchStatus {
         let url = batch_url(&app.public_url, self.batch.id);
-        let counts: serde_json::Map<String, Value> =
-            STATES.iter().map(|state| (state.to_string(), json!(self.tally.of(*state)))).collect();
-        json!({
-            "id": self.batch.id,
-            "status": self.status(),
-            "created_at": instant(self.batch.created_at),
-            "closed_at": self.batch.closed_at.map(instant),
-            "total": self.tally.total(),
-            "refused": self.tally.refused,
-            "counts": counts,
-            "percent": self.percent(),
-            "rate": (self.rate * 10.0).round() / 10.0,
-            "estimated_end": self.estimated_end().map(instant),
-            "links": {
-                "self": url,
-                "results": format!("{url}/results"),
-                "errors": format!("{url}/errors"),
-                "manifest": manifest_url(app, self.batch.id),
+        BatchStatus {
+            id: self.batch.id,
+            status: self.status(),
+            created_at: instant(self.batch.created_at),
+            closed_at: self.batch.closed_at.map(instant),
+            total: self.tally.total(),
+            refused: self.tally.refused,
+            counts: STATES.iter().map(|state| (state.as_str(), self.tally.of(*state))).collect(),
+            percent: self.percent(),
+            rate: (self.rate * 10.0).round() / 10.0,
+            estimated_end: self.estimated_end().map(instant),
+            links: BatchLinks {
+                results: format!("{url}/results"),
+                errors: format!("{url}/errors"),
+                manifest: manifest_url(app, self.batch.id),
+                own: url,
             },
-        })
+        }
     }
 }
 
@@ -175,6 +281,13 @@ fn manifest_url(app: &App, batch: Uuid) -> String {
 }
 
 /// The manifest of FHIR Bulk Data (STU 2, Response - Complete Status); 202 until everything has ended.
+#[utoipa::path(get, path = "/fhir/_bulk/{id}", operation_id = "readManifest", tag = "batches",
+    params(("id" = Uuid, Path, description = "The batch.")),
+    responses((status = 200, description = "The manifest.", body = Manifest),
+        (status = 202, description = "The batch goes on.",
+            headers(("X-Progress" = String, description = "How far it is."),
+                ("Retry-After" = u64, description = "Seconds."))),
+        Any, Guarded, Own))]
 pub(crate) async fn manifest(
     State(app): State<Arc<App>>,
     Allowed { client, .. }: Allowed<Read>,
@@ -194,29 +307,35 @@ pub(crate) async fn manifest(
     }
     let url = batch_url(&app.public_url, id);
     let failed = progress.tally.of(JobState::Failed) + progress.tally.of(JobState::Cancelled);
-    let file = |kind: &str, name: &str, count: i64| json!([{"type": kind, "url": format!("{url}/{name}?_format=application/fhir%2Bndjson"), "count": count}]);
+    let file = |r#type, name: &str, count| {
+        let url = format!("{url}/{name}?_format=application/fhir%2Bndjson");
+        [ManifestFile { r#type, url, count }]
+    };
     let ended = progress.tally.last_finished.or(batch.closed_at).unwrap_or(now);
-    let manifest = answer::json(json!({
-        "transactionTime": instant(ended),
-        "request": url,
-        "requiresAccessToken": true,
-        "output": file("DiagnosticReport", "results", progress.tally.of(JobState::Succeeded)),
-        "error": file("OperationOutcome", "errors", failed + progress.tally.refused),
-    }));
-    Ok(Deeds::Status(Some(Object::batch(id))).of(manifest))
+    let manifest = Manifest {
+        transaction_time: instant(ended),
+        output: file("DiagnosticReport", "results", progress.tally.of(JobState::Succeeded)),
+        error: file("OperationOutcome", "errors", failed + progress.tally.refused),
+        request: url,
+        requires_access_token: true,
+    };
+    Ok(Deeds::Status(Some(Object::batch(id))).of(Json(manifest).into_response()))
 }
 
 /// How much of a file a caller wants.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct Wanted {
     /// Entries after this one.
     #[serde(default)]
     cursor: i64,
-    /// Seconds to wait when there is nothing yet.
+    /// Seconds to wait when there is nothing yet; more than 60 are 60.
     #[serde(default)]
+    #[param(value_type = u32)]
     wait: u64,
     /// Entries at most.
+    #[param(value_type = Option<u32>)]
     limit: Option<usize>,
     /// The media type, for callers that cannot set `Accept` (FHIR R4, General Parameters).
     #[serde(rename = "_format")]
@@ -231,6 +350,12 @@ enum File {
 }
 
 /// The reports of a batch, in the order in which its jobs ended.
+#[utoipa::path(get, path = "/batches/{id}/results", operation_id = "readResults", tag = "batches",
+    params(("id" = Uuid, Path, description = "The batch."), Wanted),
+    responses(
+        (status = 200, description = "A line a report.",
+            content((String = "application/x-ndjson"), (String = "application/fhir+ndjson"))),
+        Any, Guarded, Own, Queried))]
 pub(crate) async fn results(
     State(app): State<Arc<App>>,
     Allowed { caller, .. }: Allowed<Read>,
@@ -242,6 +367,12 @@ pub(crate) async fn results(
 }
 
 /// The lines of a batch that have no report, and why.
+#[utoipa::path(get, path = "/batches/{id}/errors", operation_id = "readErrors", tag = "batches",
+    params(("id" = Uuid, Path, description = "The batch."), Wanted),
+    responses(
+        (status = 200, description = "A line an error.",
+            content((String = "application/x-ndjson"), (String = "application/fhir+ndjson"))),
+        Any, Guarded, Own, Queried))]
 pub(crate) async fn errors(
     State(app): State<Arc<App>>,
     Allowed { caller, .. }: Allowed<Read>,
@@ -415,6 +546,9 @@ fn write_error(chunk: &mut Vec<u8>, error: &BatchError, form: Form) {
 }
 
 /// Cancels what has not ended, and removes the results.
+#[utoipa::path(delete, path = "/batches/{id}", operation_id = "deleteBatch", tag = "batches",
+    params(("id" = Uuid, Path, description = "The batch.")),
+    responses((status = 202, description = "Done."), Any, Guarded, Own))]
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
     Allowed { client, who, .. }: Allowed<Delete>,

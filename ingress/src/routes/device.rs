@@ -4,11 +4,9 @@ use std::sync::Arc;
 
 use async_nats::connection;
 use axum::{
-    Router,
     extract::{Query, State, rejection::QueryRejection},
     http::{HeaderMap, header},
     response::{IntoResponse, Response},
-    routing::{get, post},
 };
 use dermflow_http::answer::DEVICE_VERSION;
 use dermflow_schemas::{
@@ -19,10 +17,13 @@ use dermflow_schemas::{
 use serde::Deserialize;
 use serde_json::json;
 use tokio::time::Instant;
+use utoipa::IntoParams;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     analyze::{Caller, analysed},
     login,
+    openapi::{Any, DiagnosticReport, Failed, Guarded, Queried, Reads, Typed, Unavailable},
     status::{answered, finished, insert},
 };
 use crate::{
@@ -35,41 +36,40 @@ use crate::{
 };
 
 /// Where a client signs in, but for `/login` at the root, which is older.
-pub(super) fn sign_in() -> Router<Arc<App>> {
-    twice(Router::new().route("/auth/login", post(login::post)))
-        .route(&format!("{DEVICE_VERSION}/login"), post(login::post))
+pub(super) fn sign_in() -> OpenApiRouter<Arc<App>> {
+    let login = || OpenApiRouter::new().routes(routes!(login::post));
+    let versioned = login().nest("/auth", login());
+    OpenApiRouter::new().nest("/auth", login()).nest(DEVICE_VERSION, versioned)
 }
 
 /// What everybody may read.
-pub(super) fn documents() -> Router<Arc<App>> {
-    twice(
-        Router::new()
-            .route("/device/health", get(health))
-            .route("/body-sites", get(body_sites))
-            .route("/clinical-signs", get(clinical_signs))
-            .route("/questionnaires", get(questions)),
-    )
+pub(super) fn documents() -> OpenApiRouter<Arc<App>> {
+    twice(|| {
+        OpenApiRouter::new()
+            .routes(routes!(health))
+            .routes(routes!(body_sites))
+            .routes(routes!(clinical_signs))
+            .routes(routes!(questions))
+    })
 }
 
 /// What a token is for.
-pub(super) fn api() -> Router<Arc<App>> {
-    twice(
-        Router::new()
-            .route("/diagnosis-support", post(diagnose))
-            .route("/clinical/diagnosis-support", post(diagnose))
-            .route("/severity-assessment/manual", post(assess))
-            .route("/clinical/severity-assessment/manual", post(assess))
-            .route("/severity-assessment/automatic/local", post(assess_image))
-            .route("/clinical/severity-assessment/automatic/local", post(assess_image))
-            .route("/severity-assessment/automatic/global", post(assess_images))
-            .route("/clinical/severity-assessment/automatic/global", post(assess_images))
-            .route("/device-information", get(information))
-            .route("/device/about", get(information)),
-    )
+pub(super) fn api() -> OpenApiRouter<Arc<App>> {
+    twice(|| {
+        analyses().nest("/clinical", analyses()).routes(routes!(information)).routes(routes!(device_about))
+    })
 }
 
-fn twice(routes: Router<Arc<App>>) -> Router<Arc<App>> {
-    Router::new().merge(routes.clone()).nest(DEVICE_VERSION, routes)
+fn analyses() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(diagnose))
+        .routes(routes!(assess))
+        .routes(routes!(assess_image))
+        .routes(routes!(assess_images))
+}
+
+fn twice(routes: impl Fn() -> OpenApiRouter<Arc<App>>) -> OpenApiRouter<Arc<App>> {
+    routes().nest(DEVICE_VERSION, routes())
 }
 
 /// Whether a path is one of [`documents`].
@@ -79,6 +79,20 @@ pub(super) fn is_open(path: &str) -> bool {
 }
 
 /// One to three images of a case in, 200 with what was found, as soon as it is; who asks for FHIR gets the report itself.
+#[utoipa::path(post, path = "/diagnosis-support", operation_id = "diagnose", tag = "device",
+    params(
+        ("Prefer" = Option<String>, Header, description = "`respond-async`, `wait=` seconds up to 60, or both (RFC 7240)."),
+        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
+            description = "The same key with the same request is the same job."),
+        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
+            description = "The job's own deadline, at least 5 seconds: seconds, or a number with s, m, h or d.")),
+    request_body(content = Object, content_type = "application/json"),
+    responses(
+        (status = 200, description = "What was found, by image and in all.",
+            content((Object = "application/json"), (DiagnosticReport = "application/fhir+json"))),
+        (status = 202, description = "The job goes on; `Content-Location` is where to poll.", body = Object,
+            content_type = "application/fhir+json"),
+        Any, Guarded, Reads, Typed, Failed))]
 async fn diagnose(
     State(app): State<Arc<App>>,
     Allowed { client, who, .. }: Allowed<Submit>,
@@ -131,6 +145,11 @@ async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Held, Proble
 }
 
 /// A score from answers.
+#[utoipa::path(post, path = "/severity-assessment/manual", operation_id = "assess", tag = "device",
+    request_body(content = Object, content_type = "application/json"),
+    responses((status = 200, description = "Items and score.", body = Object),
+        (status = 422, description = "An answer is missing, or out of its range."),
+        Any, Guarded, Reads, Typed, Unavailable))]
 async fn assess(
     State(app): State<Arc<App>>,
     _: Allowed<Submit>,
@@ -144,6 +163,10 @@ async fn assess(
 }
 
 /// A score from an image: nothing here computes one.
+#[utoipa::path(post, path = "/severity-assessment/automatic/local", operation_id = "assessImage", tag = "device",
+    request_body(content = Object, content_type = "application/json"),
+    responses((status = 422, description = "Something is missing, or out of its range."),
+        Any, Guarded, Reads, Typed, Unavailable))]
 async fn assess_image(
     State(app): State<Arc<App>>,
     _: Allowed<Submit>,
@@ -155,6 +178,10 @@ async fn assess_image(
 }
 
 /// A score from images of several body sites: nothing here computes one.
+#[utoipa::path(post, path = "/severity-assessment/automatic/global", operation_id = "assessImages", tag = "device",
+    request_body(content = Object, content_type = "application/json"),
+    responses((status = 422, description = "Something is missing, or out of its range."),
+        Any, Guarded, Reads, Typed, Unavailable))]
 async fn assess_images(
     State(app): State<Arc<App>>,
     _: Allowed<Submit>,
@@ -165,11 +192,23 @@ async fn assess_images(
     Err(blocking(move || severity::parse_global(&bytes)).await?.into())
 }
 
+/// Maker, version, and the largest request.
+#[utoipa::path(get, path = "/device-information", operation_id = "deviceInformation", tag = "device",
+    responses((status = 200, description = "What is on offer.", body = Object), Any, Guarded))]
 async fn information(_: Allowed<Submit>) -> Response {
     answer::json(about::information())
 }
 
+/// The same.
+#[utoipa::path(get, path = "/device/about", operation_id = "deviceAbout", tag = "device",
+    responses((status = 200, description = "What is on offer.", body = Object), Any, Guarded))]
+async fn device_about(allowed: Allowed<Submit>) -> Response {
+    information(allowed).await
+}
+
 /// Whether broker and database were there a moment ago; unlike `/readyz`, asks neither.
+#[utoipa::path(get, path = "/device/health", operation_id = "deviceHealth", tag = "device", security(()),
+    responses((status = 200, description = "It can be used.", body = Object), Any))]
 async fn health(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     if app.access.is_stale() {
         return Err(Code::DatabaseUnavailable.into());
@@ -180,22 +219,35 @@ async fn health(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     Ok(answer::json(json!({ "status": "ready" })))
 }
 
+/// The body sites of the device API, with names.
+#[utoipa::path(get, path = "/body-sites", operation_id = "bodySites", tag = "device", security(()),
+    responses((status = 200, description = "Codes and names.", body = Vec<Object>), Any))]
 async fn body_sites() -> Response {
     answer::json(sites::list())
 }
 
+/// The signs that are asked for, with names.
+#[utoipa::path(get, path = "/clinical-signs", operation_id = "clinicalSigns", tag = "device", security(()),
+    responses((status = 200, description = "Keys and names.", body = Object), Any))]
 async fn clinical_signs() -> Response {
     answer::json(questionnaires::signs())
 }
 
-#[derive(Deserialize)]
+/// Which systems.
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct Wanted {
+    /// Its code.
     code: Option<String>,
     /// A code of ICD-11.
     pathology: Option<String>,
 }
 
+/// What each scoring system asks, and which answers it takes.
+#[utoipa::path(get, path = "/questionnaires", operation_id = "questionnaires", tag = "device", security(()),
+    params(Wanted),
+    responses((status = 200, description = "The systems.", body = Vec<Object>), Any, Queried))]
 async fn questions(wanted: Result<Query<Wanted>, QueryRejection>) -> Result<Response, Problem> {
     let Query(Wanted { code, pathology }) = wanted.map_err(|_| Code::QueryInvalid)?;
     Ok(answer::json(questionnaires::list(code.as_deref(), pathology.as_deref())))

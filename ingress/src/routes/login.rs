@@ -15,7 +15,7 @@ use dermflow_auth::{
     password::PasswordError,
     users::{self, UserError},
 };
-use dermflow_http::{answer::DEVICE_VERSION, serve::Peer};
+use dermflow_http::{answer::DEVICE_VERSION, openapi, serve::Peer};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
@@ -23,6 +23,7 @@ use dermflow_schemas::{
 };
 use secrecy::SecretString;
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use crate::{
     answer::Problem,
@@ -30,15 +31,22 @@ use crate::{
     audited::Origin,
     element::Faults,
     extract::{Body, Held, has_room},
-    routes::oauth::{self, Refusal},
+    routes::{
+        oauth::{self, OAuthError, Refusal, Token},
+        openapi::{Any, Sent},
+    },
     submit::internal,
 };
 
 /// The form. `Debug` shows no password.
-#[derive(Debug, Deserialize)]
-struct Credentials {
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct Credentials {
+    /// The account's name.
+    #[schema(required, nullable = false)]
     username: Option<String>,
+    /// Its password.
     #[serde(default, deserialize_with = "secret")]
+    #[schema(required, value_type = String, format = Password)]
     password: Option<SecretString>,
     /// Less than all that the account may do, and `offline_access` for a refresh token.
     scope: Option<String>,
@@ -56,7 +64,16 @@ pub(crate) fn is_login(path: &str) -> bool {
 /// What clients of the device API look for; standard ones use `/oauth/token`.
 const TOKEN_TYPE: &str = "Bearer token";
 
-/// The answer is that of `/oauth/token`.
+/// A token for a name and a password; the answer is that of `/oauth/token`.
+#[utoipa::path(post, path = "/login", operation_id = "login", tag = "sign-in", security(()),
+    request_body(content = Credentials, content_type = "application/x-www-form-urlencoded"),
+    responses((status = 200, description = "The token.", body = Token),
+        (status = 400, description = "The form is not as it must be, or more was asked for than is granted.",
+            content((OAuthError = "application/json"), (openapi::Problem = "application/problem+json"))),
+        (status = 401, description = "Name or password are wrong.",
+            content((OAuthError = "application/json"), (openapi::Problem = "application/problem+json"))),
+        (status = 422, description = "Name or password are missing.", body = openapi::DeviceProblem),
+        Sent, Any))]
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
     origin: Origin,

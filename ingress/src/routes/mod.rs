@@ -8,13 +8,14 @@ use axum::{
     http::StatusCode,
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::get,
 };
 use dermflow_http::{
     dress::{bounded, dressed},
     serve::Certificate,
 };
 use dermflow_schemas::error::Code;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     answer::Problem,
@@ -34,6 +35,7 @@ mod health;
 mod jobs;
 mod login;
 mod oauth;
+mod openapi;
 mod status;
 mod tasks;
 mod trail;
@@ -42,47 +44,67 @@ pub(crate) use login::is_login;
 
 /// Whether a route is open to everybody, so that nobody looks at a token there.
 pub(crate) fn is_open(path: &str) -> bool {
-    device::is_open(path) || path.contains("/.well-known/")
+    device::is_open(path) || path == "/openapi.json" || path.contains("/.well-known/")
 }
 
 /// What clients reach.
-pub(crate) fn public(app: Arc<App>, clients: &ClientOptions) -> Router {
-    let sign_in = Router::new()
-        .route("/login", post(login::post))
-        .route("/oauth/token", post(oauth::token))
-        .route("/oauth/revoke", post(oauth::revoke))
-        .route("/oauth/introspect", post(oauth::introspect))
-        .merge(device::sign_in());
-    let documents = Router::new()
-        .route("/.well-known/jwks.json", get(oauth::jwks))
-        .route("/.well-known/oauth-authorization-server", get(oauth::metadata))
-        .route("/fhir/.well-known/smart-configuration", get(oauth::smart))
-        .merge(device::documents());
-    let api = Router::new()
-        .route("/fhir/DiagnosticReport/$analyze", post(analyze::post))
-        .route("/fhir/DiagnosticReport/{id}", get(status::report))
-        .route("/fhir/_async/{id}", get(status::get).delete(status::delete))
-        .route("/fhir", post(bundle::post))
-        .route("/fhir/Task", get(tasks::search))
-        .route("/fhir/Task/{id}", get(tasks::get))
-        .route("/fhir/AuditEvent", get(trail::search))
-        .route("/fhir/AuditEvent/{id}", get(trail::get))
-        .route("/fhir/_bulk/{id}", get(batches::manifest))
-        .route("/batches", post(batches::create))
-        .route("/batches/{id}", get(batches::get).post(batches::resume).delete(batches::delete))
-        .route("/batches/{id}/results", get(batches::results))
-        .route("/batches/{id}/errors", get(batches::errors))
-        .route("/jobs", get(jobs::list))
-        .route("/jobs/{id}", get(jobs::get))
-        .merge(device::api());
-    let routes = guarded(sign_in, clients.need(Group::SignIn))
-        .merge(documents)
-        .merge(guarded(api, clients.need(Group::Api)));
+pub(crate) fn public(app: Arc<App>, needs: &ClientOptions) -> Router {
+    let (routes, _) = clients(needs).split_for_parts();
     let routes = bounded(routes)
         .layer(from_fn_with_state(app.clone(), rates::count))
         .layer(from_fn_with_state(app.clone(), audited))
         .layer(from_fn_with_state(app.clone(), rates::tell));
     measured(routes, app)
+}
+
+/// The API of clients and auditors, with the document that describes it. Where each is, and for whom, stands above its
+/// handler.
+fn clients(needs: &ClientOptions) -> OpenApiRouter<Arc<App>> {
+    let sign_in = OpenApiRouter::new()
+        .routes(routes!(login::post))
+        .routes(routes!(oauth::token))
+        .routes(routes!(oauth::revoke))
+        .routes(routes!(oauth::introspect))
+        .merge(device::sign_in());
+    let documents = OpenApiRouter::new()
+        .routes(routes!(oauth::jwks))
+        .routes(routes!(oauth::metadata))
+        .routes(routes!(oauth::smart))
+        .routes(routes!(openapi::clients))
+        .merge(device::documents());
+    let api = OpenApiRouter::new()
+        .routes(routes!(analyze::post))
+        .routes(routes!(status::report))
+        .routes(routes!(status::get, status::delete))
+        .routes(routes!(bundle::post))
+        .routes(routes!(tasks::search))
+        .routes(routes!(tasks::get))
+        .routes(routes!(trail::search))
+        .routes(routes!(trail::get))
+        .routes(routes!(batches::manifest))
+        .routes(routes!(batches::create))
+        .routes(routes!(batches::get, batches::resume, batches::delete))
+        .routes(routes!(batches::results))
+        .routes(routes!(batches::errors))
+        .routes(routes!(jobs::list))
+        .routes(routes!(jobs::get))
+        .merge(device::api());
+    OpenApiRouter::with_openapi(openapi::document())
+        .merge(guarded(sign_in, needs.need(Group::SignIn)))
+        .merge(documents)
+        .merge(guarded(api, needs.need(Group::Api)))
+}
+
+/// Closed to who shows no certificate, if one is needed.
+fn guarded<S: Clone + Send + Sync + 'static>(routes: OpenApiRouter<S>, is_needed: bool) -> OpenApiRouter<S> {
+    if is_needed { routes.route_layer(from_fn(certified)) } else { routes }
+}
+
+async fn certified(request: Request, next: Next) -> Response {
+    match request.extensions().get::<Certificate>() {
+        Some(_) => next.run(request).await,
+        None => Problem::from(Code::ClientCertificateNeeded).into_response(),
+    }
 }
 
 /// What operators reach, on the loopback interface only.
@@ -95,28 +117,23 @@ pub(crate) fn internal(app: Arc<App>) -> Router {
 }
 
 /// What operators reach in a process of its own, on the loopback interface only, with a token for it.
-pub(crate) fn operators(operators: Arc<Operators>, clients: &ClientOptions) -> Router {
-    let routes = Router::new()
-        .route("/dead", get(dead::list))
-        .route("/dead/{sequence}", get(dead::get).delete(dead::purge))
-        .route("/dead/{sequence}/requeue", post(dead::requeue));
-    let routes = bounded(guarded(routes, clients.need(Group::Operators)))
+pub(crate) fn operators(operators: Arc<Operators>, needs: &ClientOptions) -> Router {
+    let routes = guarded(for_operators(), needs.need(Group::Operators));
+    let (routes, _) = routes.split_for_parts();
+    let routes = bounded(routes)
         .layer(from_fn_with_state(operators.clone(), rates::count))
         .layer(from_fn_with_state(operators.clone(), audited))
         .layer(from_fn_with_state(operators.clone(), rates::tell));
     dressed(routes, operators)
 }
 
-/// Closed to who shows no certificate, if one is needed.
-fn guarded<S: Clone + Send + Sync + 'static>(routes: Router<S>, is_needed: bool) -> Router<S> {
-    if is_needed { routes.route_layer(from_fn(certified)) } else { routes }
-}
-
-async fn certified(request: Request, next: Next) -> Response {
-    match request.extensions().get::<Certificate>() {
-        Some(_) => next.run(request).await,
-        None => Problem::from(Code::ClientCertificateNeeded).into_response(),
-    }
+/// The API of operators, with the document that describes it.
+fn for_operators() -> OpenApiRouter<Arc<Operators>> {
+    OpenApiRouter::with_openapi(openapi::document())
+        .routes(routes!(openapi::operators))
+        .routes(routes!(dead::list))
+        .routes(routes!(dead::get, dead::purge))
+        .routes(routes!(dead::requeue))
 }
 
 fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {

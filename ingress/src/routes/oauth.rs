@@ -3,10 +3,14 @@
 //!
 //! Errors have RFC 6749's form here, not the API's, because that is what OAuth libraries read.
 
-use std::{borrow::Cow, collections::HashMap, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use axum::{
-    Extension,
+    Extension, Json,
     extract::{FromRequest, State},
     http::{HeaderMap, HeaderValue, Request, StatusCode, header},
     response::{IntoResponse, Response},
@@ -25,8 +29,13 @@ use dermflow_auth::{
 use dermflow_schemas::{clock, error::Code, id::ClientId, limits::MAX_FORM_BYTES};
 use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
+use serde::Serialize;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
+use utoipa::{
+    IntoResponses, ToSchema,
+    openapi::{Content, Ref, RefOr, Response as Described, ResponseBuilder},
+};
 use uuid::Uuid;
 
 use crate::{
@@ -36,6 +45,7 @@ use crate::{
     audited::{Deeds, Origin, Refused},
     extract::{Body, Held, bearer, has_room},
     rates::{self, Counted},
+    routes::openapi::{Any, Sent},
     submit::internal,
 };
 
@@ -89,7 +99,7 @@ impl IntoResponse for Refusal {
         match self {
             Self::Api(problem) => problem.into_response(),
             OAuth(status, error, description) => {
-                let mut response = answer::json(json!({ "error": error, "error_description": description }));
+                let mut response = Json(OAuthError { error, error_description: description }).into_response();
                 *response.status_mut() = status;
                 let refused = match error {
                     "invalid_client" | "invalid_grant" => Code::LoginFailed,
@@ -105,6 +115,118 @@ impl IntoResponse for Refusal {
             }
         }
     }
+}
+
+/// How requests for tokens, and about them, are refused.
+pub(super) enum Refusals {}
+
+impl IntoResponses for Refusals {
+    fn responses() -> BTreeMap<String, RefOr<Described>> {
+        let oauth = |text: &str| {
+            let content = Content::new(Some(Ref::from_schema_name("OAuthError")));
+            ResponseBuilder::new().description(text).content("application/json", content).build().into()
+        };
+        let others = <Sent as IntoResponses>::responses();
+        let own = [("400", oauth("RFC 6749 §5.2.")), ("401", oauth("The caller did not prove itself."))];
+        others.into_iter().chain(own.map(|(status, refusal)| (status.to_owned(), refusal))).collect()
+    }
+}
+
+/// An error of RFC 6749 §5.2.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct OAuthError {
+    /// The code.
+    error: &'static str,
+    /// One sentence.
+    error_description: &'static str,
+}
+
+/// A request for a token.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "a description: fields are read one by one, each given once")]
+struct TokenRequest {
+    /// `client_credentials` or `refresh_token`.
+    grant_type: String,
+    /// Less than all that the client may do, and `offline_access` for a refresh token.
+    scope: Option<String>,
+    /// Unless the client proves itself with Basic.
+    client_id: Option<String>,
+    /// The same.
+    client_secret: Option<String>,
+    /// `urn:ietf:params:oauth:client-assertion-type:jwt-bearer`.
+    client_assertion_type: Option<String>,
+    /// A JWT (RFC 7523, `private_key_jwt`).
+    client_assertion: Option<String>,
+    /// For the grant of this name.
+    refresh_token: Option<String>,
+}
+
+/// A token that something is asked about, or done to.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "a description: fields are read one by one, each given once")]
+struct AboutToken {
+    /// An access token or a refresh token.
+    token: String,
+    /// Unless the caller proves itself by a header.
+    client_id: Option<String>,
+    /// The same.
+    client_secret: Option<String>,
+}
+
+/// A token (RFC 6749 §5.1).
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Token {
+    /// To be sent as `Authorization: Bearer <token>`.
+    access_token: String,
+    /// `Bearer`, or at `/login` what clients of the device API look for.
+    token_type: String,
+    /// Seconds.
+    expires_in: u64,
+    /// What clients of the device API read.
+    expires_in_minutes: u64,
+    /// What it is good for.
+    scope: String,
+    /// Good once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refresh_token: Option<String>,
+}
+
+/// What a token is good for (RFC 7662 §2.2): nothing but `active` when it is not good, or not the caller's. A refresh token
+/// has neither audience nor id.
+#[derive(Debug, Default, Serialize, ToSchema)]
+struct Introspection {
+    /// Whether it is good.
+    active: bool,
+    /// Who issued it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iss: Option<String>,
+    /// The account.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sub: Option<Uuid>,
+    /// The same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    client_id: Option<Uuid>,
+    /// What it is good for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scope: Option<String>,
+    /// When it ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exp: Option<i64>,
+    /// For whom it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    aud: Option<&'static str>,
+    /// Its id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    jti: Option<Uuid>,
+    /// Always `Bearer`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_type: Option<&'static str>,
+    /// When it was issued.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iat: Option<i64>,
+    /// Since when it is good.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nbf: Option<i64>,
 }
 
 /// The fields of a form, each given once (RFC 6749 §3.2). `Debug` shows none of them.
@@ -202,7 +324,10 @@ fn basic(headers: &HeaderMap) -> Result<Option<(String, SecretString)>, Refusal>
     Ok(Some((plain(pair.0)?, plain(pair.1)?.into())))
 }
 
-/// `POST /oauth/token`.
+/// A token for a client that proves itself (RFC 6749 §4.4), or for a refresh token (§6).
+#[utoipa::path(post, path = "/oauth/token", operation_id = "token", tag = "sign-in", security((), ("client" = [])),
+    request_body(content = TokenRequest, content_type = "application/x-www-form-urlencoded"),
+    responses((status = 200, description = "The token.", body = Token), Refusals, Any))]
 pub(crate) async fn token(
     State(app): State<Arc<App>>,
     origin: Origin,
@@ -302,17 +427,15 @@ fn tokens(
         u64::try_from((ends - now).whole_seconds()).unwrap_or(0).min(token::LIFETIME.as_secs())
     });
     let token = app.tokens.issue(grant, now).map_err(|error| internal(&error))?;
-    let mut body = json!({
-        "access_token": token.expose_secret(),
-        "token_type": token_type,
-        "expires_in": seconds,
-        "expires_in_minutes": seconds / 60,
-        "scope": scope,
-    });
-    if let Some(refresh) = refresh {
-        body["refresh_token"] = json!(refresh.expose_secret());
-    }
-    Ok(answer::json(body))
+    let token = Token {
+        access_token: token.expose_secret().to_owned(),
+        token_type: token_type.to_owned(),
+        expires_in: seconds,
+        expires_in_minutes: seconds / 60,
+        scope,
+        refresh_token: refresh.map(|refresh| refresh.expose_secret().to_owned()),
+    };
+    Ok(Json(token).into_response())
 }
 
 /// The account that asks about a token or revokes one: a client, or whoever holds an access token.
@@ -337,7 +460,11 @@ async fn holder(
     Ok(caller.client.uuid())
 }
 
-/// `POST /oauth/revoke`: 200 whatever the token was (RFC 7009 §2.2). Another account's token stays as it is.
+/// Ends a token: 200 whatever the token was (RFC 7009 §2.2). Another account's token stays as it is.
+#[utoipa::path(post, path = "/oauth/revoke", operation_id = "revoke", tag = "sign-in",
+    security((), ("client" = []), ("token" = [])),
+    request_body(content = AboutToken, content_type = "application/x-www-form-urlencoded"),
+    responses((status = 200, description = "It is not good, or no longer."), Refusals, Any))]
 pub(crate) async fn revoke(
     State(app): State<Arc<App>>,
     origin: Origin,
@@ -367,7 +494,11 @@ pub(crate) async fn revoke(
     Ok(deed.of(answer))
 }
 
-/// `POST /oauth/introspect`, about one's own tokens.
+/// What one of one's own tokens is good for (RFC 7662).
+#[utoipa::path(post, path = "/oauth/introspect", operation_id = "introspect", tag = "sign-in",
+    security((), ("client" = []), ("token" = [])),
+    request_body(content = AboutToken, content_type = "application/x-www-form-urlencoded"),
+    responses((status = 200, description = "What it is.", body = Introspection), Refusals, Any))]
 pub(crate) async fn introspect(
     State(app): State<Arc<App>>,
     origin: Origin,
@@ -379,33 +510,45 @@ pub(crate) async fn introspect(
     let account = holder(&app, &origin, &counted, &headers, &form).await?;
     let token = form.secret("token").ok_or(invalid_request("token is missing."))?;
     let now = clock::now();
-    let inactive = || answer::json(json!({ "active": false }));
+    let told = |told: Introspection| Json(told).into_response();
+    let good = |scope, ends: OffsetDateTime| Introspection {
+        active: true,
+        iss: Some(app.public_url.clone()),
+        sub: Some(account),
+        client_id: Some(account),
+        scope: Some(scope),
+        exp: Some(ends.unix_timestamp()),
+        ..Introspection::default()
+    };
     let Ok(caller) = app.tokens.verify(token.expose_secret(), now) else {
         let described = refresh::describe(&app.sign_ins, &token, account, now).await?;
-        return Ok(described.map_or_else(inactive, |refresh| {
-            answer::json(json!({
-                "active": true, "iss": app.public_url, "sub": account, "client_id": account,
-                "scope": refresh.scope, "exp": refresh.ends.unix_timestamp(),
-            }))
-        }));
+        let known = described.map(|refresh| good(refresh.scope, refresh.ends));
+        return Ok(told(known.unwrap_or_default()));
     };
     if caller.client.uuid() != account || app.access.judge(&caller) != Verdict::Open {
-        return Ok(inactive());
+        return Ok(told(Introspection::default()));
     }
-    Ok(answer::json(json!({
-        "active": true, "iss": app.public_url, "sub": caller.client, "client_id": caller.client,
-        "aud": token::AUDIENCE, "jti": caller.jti, "token_type": "Bearer", "scope": caller.scope,
-        "iat": caller.issued_at.unix_timestamp(), "nbf": caller.issued_at.unix_timestamp(),
-        "exp": caller.expires_at.unix_timestamp(),
-    })))
+    let since = Some(caller.issued_at.unix_timestamp());
+    Ok(told(Introspection {
+        aud: Some(token::AUDIENCE),
+        jti: Some(caller.jti),
+        token_type: Some(BEARER),
+        iat: since,
+        nbf: since,
+        ..good(caller.scope, caller.expires_at)
+    }))
 }
 
-/// `GET /.well-known/jwks.json`.
+/// The keys that tokens are signed with (RFC 7517).
+#[utoipa::path(get, path = "/.well-known/jwks.json", operation_id = "keys", tag = "documents", security(()),
+    responses((status = 200, description = "A JWK set.", body = Object), Any))]
 pub(crate) async fn jwks(State(app): State<Arc<App>>) -> Response {
     cacheable(app.tokens.published(clock::now()))
 }
 
-/// `GET /.well-known/oauth-authorization-server` (RFC 8414 §2).
+/// What OAuth libraries read (RFC 8414 §2).
+#[utoipa::path(get, path = "/.well-known/oauth-authorization-server", operation_id = "authorizationServer",
+    tag = "documents", security(()), responses((status = 200, description = "The metadata.", body = Object), Any))]
 pub(crate) async fn metadata(State(app): State<Arc<App>>) -> Response {
     let url = &app.public_url;
     let mut document = endpoints(&app);
@@ -419,7 +562,9 @@ pub(crate) async fn metadata(State(app): State<Arc<App>>) -> Response {
     cacheable(document)
 }
 
-/// `GET /fhir/.well-known/smart-configuration` (SMART App Launch 2.2, backend services).
+/// What SMART clients read (SMART App Launch 2.2, backend services).
+#[utoipa::path(get, path = "/fhir/.well-known/smart-configuration", operation_id = "smartConfiguration",
+    tag = "documents", security(()), responses((status = 200, description = "The metadata.", body = Object), Any))]
 pub(crate) async fn smart(State(app): State<Arc<App>>) -> Response {
     let mut document = endpoints(&app);
     let capabilities = ["client-confidential-asymmetric", "client-confidential-symmetric", "permission-v2"];

@@ -23,10 +23,15 @@ use crate::{
     app::App,
     audited::Deeds,
     extract::{Allowed, JobPath, Read, Search},
+    routes::openapi::{Any, Bundle, Guarded, Own, Queried, Task},
     store::{Record, batches::Filter},
 };
 
 /// One job.
+#[utoipa::path(get, path = "/fhir/Task/{id}", operation_id = "readTask", tag = "jobs",
+    params(("id" = Uuid, Path, description = "The job.")),
+    responses((status = 200, description = "The job.", body = Task, content_type = "application/fhir+json"),
+        Any, Guarded, Own))]
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     Allowed { client, .. }: Allowed<Read>,
@@ -39,6 +44,17 @@ pub(crate) async fn get(
 
 /// `status`, `authored-on` (`gt`, `ge`, `sa`, `lt`, `le`, `eb`), `_sort=-authored-on`, `_count`; the latest first. A
 /// parameter that would be passed over in silence is refused: the answer would be another than was asked for.
+#[utoipa::path(get, path = "/fhir/Task", operation_id = "searchTasks", tag = "jobs",
+    params(
+        ("status" = Option<String>, Query, description = "Codes of FHIR's task-status, with commas."),
+        ("authored-on" = Option<String>, Query,
+            description = "`gt`, `ge`, `sa`, `lt`, `le` or `eb`, and a date or an instant."),
+        ("_sort" = Option<String>, Query, pattern = "^-authored-on$", description = "The only order."),
+        ("_count" = Option<u32>, Query, description = "Entries at most."),
+        ("_cursor" = Option<Uuid>, Query, description = "From the link `next`."),
+        ("_format" = Option<String>, Query, pattern = "json", description = "FHIR JSON.")),
+    responses((status = 200, description = "A page.", body = Bundle, content_type = "application/fhir+json"),
+        Any, Guarded, Queried))]
 pub(crate) async fn search(
     State(app): State<Arc<App>>,
     Allowed { client, .. }: Allowed<Search>,

@@ -29,9 +29,14 @@ use crate::{
     app::App,
     audited::Deeds,
     extract::{Allowed, ReadTrail, SearchTrail},
+    routes::openapi::{Any, AuditEvent, Bundle, Guarded, Negotiated, Own, Queried},
 };
 
 /// One event.
+#[utoipa::path(get, path = "/fhir/AuditEvent/{id}", operation_id = "readAuditEvent", tag = "audit trail",
+    params(("id" = u64, Path, description = "Its number.")),
+    responses((status = 200, description = "The event.", body = AuditEvent, content_type = "application/fhir+json"),
+        Any, Guarded, Own, Negotiated))]
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     _: Allowed<ReadTrail>,
@@ -53,6 +58,22 @@ pub(crate) async fn get(
 /// `date` (`ge`, `le`, `gt`, `lt`, `sa`, `eb`, or none for the whole day or the millisecond), `agent` (a user's id or
 /// the name of a part of the system), `outcome` (0, 4 or 8), `action` (C, R, U, D or E), `subtype` (our word for what
 /// was done), `entity` (the id of what it was done to), `_count`; the latest first. Any other parameter is refused.
+#[utoipa::path(get, path = "/fhir/AuditEvent", operation_id = "searchAuditEvents", tag = "audit trail",
+    params(
+        ("date" = Option<String>, Query,
+            description = "`ge`, `le`, `gt`, `lt`, `sa`, `eb` or nothing, and a date or an instant."),
+        ("agent" = Option<String>, Query, pattern = "^[A-Za-z0-9_-]{1,64}$",
+            description = "A user's id, or the name of a part of the system."),
+        ("entity" = Option<String>, Query, pattern = "^[A-Za-z0-9_-]{1,64}$", description = "What it was done to."),
+        ("outcome" = Option<String>, Query, description = "0, 4 or 8, with commas."),
+        ("action" = Option<String>, Query, description = "C, R, U, D or E, with commas."),
+        ("subtype" = Option<String>, Query, description = "Our words for what was done, with commas."),
+        ("_sort" = Option<String>, Query, pattern = "^-date$", description = "The only order."),
+        ("_count" = Option<u32>, Query, description = "Entries at most."),
+        ("_cursor" = Option<i64>, Query, description = "From the link `next`."),
+        ("_format" = Option<String>, Query, pattern = "json", description = "FHIR JSON.")),
+    responses((status = 200, description = "A page.", body = Bundle, content_type = "application/fhir+json"),
+        Any, Guarded, Negotiated, Queried))]
 pub(crate) async fn search(
     State(app): State<Arc<App>>,
     _: Allowed<SearchTrail>,
