@@ -119,6 +119,11 @@ pub(crate) async fn bearer<G: Gate>(
             Err(Foreign::Unknown(code)) => return Err(code.into()),
         },
     };
+    if caller.bound_to.is_some() && caller.bound_to != origin.certificate() {
+        tracing::info!(client = %caller.client, "access refused: bound to another certificate");
+        origin.claims(Some(caller.client));
+        return Err(refused());
+    }
     match gate.access().judge(&caller) {
         Verdict::Open => {
             origin.is(caller.client);

@@ -114,6 +114,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let trail = Trail::start(store.pool().clone(), metrics.audit_lost.clone());
     let app = Arc::new(App {
         public_url: options.public_url.as_str().into(),
+        asks_for_certificates: options.clients.client_ca.is_some(),
         store,
         tokens,
         access: Access::new(providers.issuers()),
