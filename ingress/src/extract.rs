@@ -28,7 +28,7 @@ use tokio::{select, sync::OwnedSemaphorePermit, time::timeout};
 use crate::{
     access::{Gate, Stale, Verdict},
     answer::Problem,
-    app::Bounds,
+    app::{App, Bounds},
     audited::Origin,
     providers::{Proof, Trouble},
     rates,
@@ -88,8 +88,16 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
 ///
 /// # Errors
 /// [`Code::Overloaded`].
-pub(crate) fn has_room(pool: &Pool) -> Result<(), Code> {
+fn has_room(pool: &Pool) -> Result<(), Code> {
     if pool.status().waiting < DATABASE_QUEUE { Ok(()) } else { Err(Code::Overloaded) }
+}
+
+/// The same for signing in. It is the record that is out of reach: that a sign-in found no place would have to be recorded.
+///
+/// # Errors
+/// [`Code::DatabaseUnavailable`].
+pub(crate) fn sign_ins_have_room(app: &App) -> Result<(), Problem> {
+    Ok(has_room(&app.sign_ins).map_err(|_| Code::DatabaseUnavailable)?)
 }
 
 /// Who calls. The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is

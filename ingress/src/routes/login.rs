@@ -28,7 +28,7 @@ use crate::{
     answer::Problem,
     app::App,
     audited::Origin,
-    extract::{Body, Held, has_room},
+    extract::{Body, Held, sign_ins_have_room},
     routes::oauth::{self, Refusal},
     submit::internal,
 };
@@ -58,7 +58,7 @@ pub(crate) async fn post(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    has_room(&app.sign_ins).map_err(Problem::from)?;
+    sign_ins_have_room(&app)?;
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let Credentials { username, password, scope } = read(headers, bytes).await?;
     let (pool, now) = (&app.sign_ins, clock::now());

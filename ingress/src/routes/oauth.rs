@@ -35,7 +35,7 @@ use crate::{
     answer::{self, Problem},
     app::App,
     audited::{Deeds, Origin, Refused},
-    extract::{Body, Held, bearer, has_room},
+    extract::{Body, Held, bearer, sign_ins_have_room},
     rates::{self, Counted},
     submit::internal,
 };
@@ -117,7 +117,7 @@ struct Form(HashMap<String, String>);
 
 impl Form {
     async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Self, Refusal> {
-        has_room(&app.sign_ins).map_err(Problem::from)?;
+        sign_ins_have_room(app)?;
         let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
         let malformed = || invalid_request("The body is a form, application/x-www-form-urlencoded.");
         let mut request = Request::post("/").body(bytes.into()).map_err(|_| malformed())?;
