@@ -13,7 +13,8 @@ use clap::{Args, Parser, Subcommand};
 use deadpool_postgres::Pool;
 use dermflow_auth::{
     audit::{self, Who},
-    credentials::PublicKey,
+    confirmation::fingerprint,
+    credentials::{BadKey, PublicKey},
     db::{self, DatabaseOptions},
     keys::{self, Key, Keys},
     password::{PepperOptions, Peppers},
@@ -61,7 +62,7 @@ enum Command {
     /// Accounts: clients, and staff.
     #[command(subcommand)]
     User(UserCommand),
-    /// What clients prove themselves with at `/oauth/token`: secrets and public keys.
+    /// What clients prove themselves with at `/oauth/token`: secrets, public keys and certificates.
     #[command(subcommand)]
     Credential(CredentialCommand),
     /// The audit trail.
@@ -136,6 +137,9 @@ enum UserCommand {
         /// Never expires any more.
         #[arg(long, conflicts_with = "expires")]
         no_expiry: bool,
+        /// Whether only tokens that are bound to a client certificate are good, within a second.
+        #[arg(long, value_name = "BOOL")]
+        certificate_bound: Option<bool>,
         #[command(flatten)]
         sure: Sure,
     },
@@ -199,7 +203,8 @@ enum UserCommand {
 
 #[derive(Debug, Subcommand)]
 enum CredentialCommand {
-    /// A new secret, printed once with the client's id; or with --key a public key (JWK).
+    /// A new secret, printed once with the client's id; or with --key a public key (JWK), with --certificate a client
+    /// certificate.
     Add {
         /// The account's name or id.
         name: String,
@@ -209,6 +214,9 @@ enum CredentialCommand {
         /// A file with the public key, for `private_key_jwt`.
         #[arg(long)]
         key: Option<PathBuf>,
+        /// A file with the certificate (PEM), for `tls_client_auth`.
+        #[arg(long, conflicts_with = "key")]
+        certificate: Option<PathBuf>,
         /// When it expires (RFC 3339).
         #[arg(long, value_parser = moment)]
         expires: Option<OffsetDateTime>,
@@ -223,7 +231,7 @@ enum CredentialCommand {
         #[command(flatten)]
         sure: Sure,
     },
-    /// Removes a secret or key; every token that was given for it is refused within a second.
+    /// Removes a secret, key or certificate; every token that was given for it is refused within a second.
     Remove {
         /// The account's name or id.
         name: String,
@@ -390,13 +398,22 @@ impl Console {
                 shown["external_identities"] = json!(registry::identities(pool, account.id).await?);
                 println!("{shown:#}");
             }
-            UserCommand::Change { name, role, contact, no_contact, expires, no_expiry, sure } => {
+            UserCommand::Change {
+                name,
+                role,
+                contact,
+                no_contact,
+                expires,
+                no_expiry,
+                certificate_bound,
+                sure,
+            } => {
                 if role.is_some() {
                     sure.check(&format!("removes the credentials of {name}"))?;
                 }
                 let expires_at = if no_expiry { Some(None) } else { expires.map(Some) };
                 let contact = if no_contact { Some(None) } else { contact.map(Some) };
-                let change = Change { role, contact, expires_at, ..Change::default() };
+                let change = Change { role, contact, expires_at, certificate_bound, ..Change::default() };
                 registry::change(pool, actor, &name, &change, clock::now()).await.context("cannot change")?;
             }
             UserCommand::Disable { name } => {
@@ -470,11 +487,20 @@ impl Console {
     async fn credential(&self, command: CredentialCommand) -> Result<()> {
         let Self { pool, actor, .. } = self;
         match command {
-            CredentialCommand::Add { name, label, key: None, expires } => {
+            CredentialCommand::Add { name, label, key: None, certificate: None, expires } => {
                 let given = registry::add_secret(pool, actor, &name, &label, expires, clock::now()).await;
                 show(&given.context("cannot add a secret")?)
             }
-            CredentialCommand::Add { name, label, key: Some(file), expires } => {
+            CredentialCommand::Add { name, label, certificate: Some(file), expires, .. } => {
+                let text = std::fs::read(&file).with_context(|| file.display().to_string())?;
+                let certificate = fingerprint(&text).ok_or(BadKey::NotCertificate);
+                let certificate = certificate.with_context(|| file.display().to_string())?;
+                let (pool, now) = (&self.pool, clock::now());
+                let given =
+                    registry::add_certificate(pool, actor, &name, &label, &certificate, expires, now).await;
+                show(&given.context("cannot add the certificate")?)
+            }
+            CredentialCommand::Add { name, label, key: Some(file), expires, .. } => {
                 let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
                 let key = PublicKey::parse(&text).with_context(|| file.display().to_string())?;
                 let given = registry::add_key(pool, actor, &name, &label, &key, expires, clock::now()).await;

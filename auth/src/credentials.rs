@@ -1,5 +1,5 @@
-//! What clients prove themselves with at the token endpoint: secrets, and public keys (RFC 7523, as SMART Backend
-//! Services 2.2 profiles it). An account may have several, so that one replaces another with an overlap.
+//! What clients prove themselves with at the token endpoint: secrets, public keys (RFC 7523, as SMART Backend Services 2.2
+//! profiles it), and certificates (RFC 8705 §2). An account may have several, so that one replaces another with an overlap.
 
 use deadpool_postgres::Pool;
 use dermflow_schemas::id::ClientId;
@@ -15,6 +15,7 @@ use tokio_postgres::types::Json;
 use uuid::Uuid;
 
 use crate::{
+    confirmation::Fingerprint,
     db::{self, DbError},
     secret,
     token::LEEWAY,
@@ -42,6 +43,9 @@ pub enum BadKey {
     /// Neither for ES384 nor for RS384.
     #[error("a key has kty EC with crv P-384, or kty RSA with 2,048 bits or more")]
     Type,
+    /// A file without a certificate.
+    #[error("no certificate (PEM)")]
+    NotCertificate,
     /// It has no id.
     #[error("a key has a kid of 1 to 255 bytes")]
     NoId,
@@ -87,7 +91,7 @@ fn algorithm(jwk: &Jwk) -> Option<Algorithm> {
 pub struct Proof {
     /// The account.
     pub user: User,
-    /// The secret or key.
+    /// The secret, key or certificate.
     pub credential: Uuid,
     /// When that expires.
     pub ends: Option<OffsetDateTime>,
@@ -103,15 +107,38 @@ pub async fn check_secret(
     given: &SecretString,
     now: OffsetDateTime,
 ) -> Result<Option<Proof>, DbError> {
+    find(pool, client, "secret_hash", &secret::hash(given), now).await
+}
+
+/// Checks the certificate of a client's connection, which its CA has signed; `None` when it is not one of the client's, or
+/// the account may not sign in.
+///
+/// # Errors
+/// When the database is away.
+pub async fn check_certificate(
+    pool: &Pool,
+    client: ClientId,
+    shown: &Fingerprint,
+    now: OffsetDateTime,
+) -> Result<Option<Proof>, DbError> {
+    find(pool, client, "certificate", shown, now).await
+}
+
+/// The credential of a client that has `value` in a column.
+async fn find(
+    pool: &Pool,
+    client: ClientId,
+    column: &str,
+    value: &[u8],
+    now: OffsetDateTime,
+) -> Result<Option<Proof>, DbError> {
     let select = format!(
         "SELECT {COLUMNS}, c.id AS credential, c.expires_at AS ends \
          FROM auth.credentials c JOIN auth.users ON users.id = c.account \
-         WHERE c.account = $2 AND c.secret_hash = $3 AND (c.expires_at IS NULL OR c.expires_at > $1) AND {OPEN}"
+         WHERE c.account = $2 AND c.{column} = $3 AND (c.expires_at IS NULL OR c.expires_at > $1) AND {OPEN}"
     );
     let found = db::within(async {
-        Ok::<_, DbError>(
-            pool.get().await?.query_opt(&select, &[&now, &client.uuid(), &secret::hash(given)]).await?,
-        )
+        Ok::<_, DbError>(pool.get().await?.query_opt(&select, &[&now, &client.uuid(), &value]).await?)
     });
     let proof = found.await?.as_ref().and_then(proof);
     if let Some(Proof { user, credential, .. }) = proof {

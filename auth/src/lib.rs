@@ -5,6 +5,7 @@
 //! the command line register anybody.
 
 pub mod audit;
+pub mod confirmation;
 pub mod credentials;
 pub mod db;
 pub mod keys;

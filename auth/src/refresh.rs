@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::{
     audit::{self, Action, Actor, Event, Object, Who},
+    confirmation::Fingerprint,
     db::{self, DbError},
     revocation, scope,
     secret::{self, Kind, NoRandomness},
@@ -68,7 +69,8 @@ pub enum Outcome {
     Unknown,
 }
 
-/// The first token of a new family, for an account that has proved itself with `credential`. Returns the family's id
+/// The first token of a new family, for an account that has proved itself with `credential`; it goes on with the
+/// certificate `bound_to` only, if there is one. Returns the family's id
 /// as well, and when it ends.
 ///
 /// # Errors
@@ -77,6 +79,7 @@ pub async fn begin(
     pool: &Pool,
     user: User,
     credential: Uuid,
+    bound_to: Option<Fingerprint>,
     scope: &str,
     now: OffsetDateTime,
 ) -> Result<(Uuid, OffsetDateTime, SecretString), RefreshError> {
@@ -85,8 +88,8 @@ pub async fn begin(
     let lock = format!(
         "SELECT FROM auth.users WHERE id = $2 AND {OPEN} AND valid_after IS NOT DISTINCT FROM $3 FOR SHARE"
     );
-    let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
-                  SELECT $1, $2, $3, $4, $5, $6 \
+    let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at, certificate) \
+                  SELECT $1, $2, $3, $4, $5, $6, $7 \
                   WHERE $4::uuid = $3::uuid OR EXISTS (SELECT FROM auth.credentials WHERE id = $4)";
     let begun = db::within(async {
         let mut connection = pool.get().await?;
@@ -96,7 +99,9 @@ pub async fn begin(
         if transaction.query_opt(&lock, &[&now, &account, &user.valid_after]).await?.is_none() {
             return Ok(0);
         }
-        let parameters: [&(dyn ToSql + Sync); 6] = [&hash, &family, &account, &credential, &scope, &ends];
+        let certificate = bound_to.as_ref().map(<[u8; 32]>::as_slice);
+        let parameters: [&(dyn ToSql + Sync); 7] =
+            [&hash, &family, &account, &credential, &scope, &ends, &certificate];
         let inserted = transaction.execute(insert, &parameters).await?;
         transaction.commit().await?;
         Ok::<_, DbError>(inserted)
@@ -105,7 +110,7 @@ pub async fn begin(
 }
 
 /// Uses a refresh token, for a client that has proved to be `client`, or that has proved nothing, and that asks for a
-/// scope; it came from where `from` says. What happens is in the audit trail in the same transaction.
+/// scope, on a connection with the certificate `shown`; it came from where `from` says. What happens is in the audit trail in the same transaction.
 ///
 /// # Errors
 /// When the database is away: the token is as good as before.
@@ -113,6 +118,7 @@ pub async fn spend(
     pool: &Pool,
     token: &SecretString,
     client: Option<Uuid>,
+    shown: Option<Fingerprint>,
     asked: Option<&str>,
     from: &Who,
     now: OffsetDateTime,
@@ -121,9 +127,11 @@ pub async fn spend(
     let spend = format!(
         "WITH spent AS (UPDATE auth.refresh_tokens SET used_at = $1 \
            WHERE hash = $2 AND used_at IS NULL AND expires_at > $1 \
-           AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END RETURNING *) \
+           AND CASE WHEN $3::uuid IS NULL THEN credential = account ELSE account = $3 END \
+           AND (certificate IS NULL OR certificate = $4) RETURNING *) \
          SELECT {COLUMNS}, family, scope, {ENDS} AS ends FROM spent r {BEGUN_WITH} \
-         WHERE {OPEN} AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1"
+         WHERE {OPEN} AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1 \
+         AND (NOT certificate_bound OR $4 IS NOT NULL)"
     );
     let next = secret::generate(Kind::Refresh)?;
     let outcome = db::within(async {
@@ -143,9 +151,10 @@ pub async fn spend(
             transaction.commit().await?;
             return Ok(Outcome::Reused(account.into()));
         }
-        if let Some(row) = transaction.query_opt(&spend, &[&now, &hash, &client]).await? {
-            let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
-                          SELECT $1, family, account, credential, scope, expires_at \
+        let shown = shown.as_ref().map(<[u8; 32]>::as_slice);
+        if let Some(row) = transaction.query_opt(&spend, &[&now, &hash, &client, &shown]).await? {
+            let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at, \
+                          certificate) SELECT $1, family, account, credential, scope, expires_at, certificate \
                           FROM auth.refresh_tokens WHERE hash = $2";
             transaction.execute(insert, &[&secret::hash(&next), &hash]).await?;
             let Some(user) = User::read(&row) else { return Ok(Outcome::Unknown) };
@@ -207,6 +216,8 @@ pub struct Described {
     pub scope: String,
     /// When the family ends.
     pub ends: OffsetDateTime,
+    /// The certificate with which alone it goes on.
+    pub bound_to: Option<Fingerprint>,
 }
 
 /// Looks at a refresh token of `account` that may still be used.
@@ -220,13 +231,17 @@ pub async fn describe(
     now: OffsetDateTime,
 ) -> Result<Option<Described>, DbError> {
     let select = format!(
-        "SELECT scope, {ENDS} AS ends FROM auth.refresh_tokens r {BEGUN_WITH} \
+        "SELECT scope, {ENDS} AS ends, r.certificate FROM auth.refresh_tokens r {BEGUN_WITH} \
          WHERE hash = $2 AND r.account = $3 AND used_at IS NULL AND {OPEN} \
          AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1"
     );
     db::within(async {
         let row = pool.get().await?.query_opt(&select, &[&now, &secret::hash(token), &account]).await?;
-        Ok(row.map(|row| Described { scope: row.get("scope"), ends: row.get("ends") }))
+        Ok(row.map(|row| Described {
+            scope: row.get("scope"),
+            ends: row.get("ends"),
+            bound_to: row.get::<_, Option<Vec<u8>>>("certificate").and_then(|hash| hash.try_into().ok()),
+        }))
     })
     .await
 }

@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use crate::{
     audit::{self, Action, Actor, Event, Object, Outcome, Who},
+    confirmation::Fingerprint,
     credentials::{BadKey, PublicKey},
     db::{self, DbError},
     password::{self, PasswordError, Peppers},
@@ -124,6 +125,7 @@ impl RegistryError {
             Self::Exists(_) | Self::BadName => Some("name"),
             Self::BadValue(field, _) => Some(field),
             Self::Past => Some("expires_at"),
+            Self::Key(BadKey::NotCertificate) => Some("certificate"),
             Self::Key(_) => Some("jwk"),
             Self::Policy(_) => Some("password"),
             _ => None,
@@ -214,17 +216,19 @@ pub struct Account {
     /// When it signed in last, to the hour.
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_used_at: Option<OffsetDateTime>,
+    /// Whether only tokens that are bound to a client certificate are good (RFC 8705).
+    pub certificate_bound: bool,
     /// What it may have open at once.
     pub quota: Quota,
 }
 
-/// A secret or key as staff sees it.
+/// A secret, key or certificate as staff sees it.
 #[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
 pub struct Credential {
     /// Its id.
     pub id: Uuid,
-    /// `secret` or `key`.
-    pub kind: &'static str,
+    /// `secret`, `key` or `certificate`.
+    pub kind: String,
     /// What staff calls it.
     pub label: String,
     /// When it was made.
@@ -258,7 +262,7 @@ pub struct Given {
     pub client: ClientId,
     /// The credential's id.
     pub credential: Uuid,
-    /// The secret, which is kept nowhere in clear; `None` for a key.
+    /// The secret, which is kept nowhere in clear; `None` for a key or a certificate.
     pub secret: Option<SecretString>,
 }
 
@@ -278,6 +282,8 @@ pub struct Change {
     pub expires_at: Option<Option<OffsetDateTime>>,
     /// Whether it is shut out.
     pub disabled: Option<bool>,
+    /// Whether only tokens that are bound to a client certificate are good (RFC 8705).
+    pub certificate_bound: Option<bool>,
     /// What it may have open at once; null, as a whole or for a number, for what the build gives.
     #[serde(default, deserialize_with = "quota")]
     #[schema(value_type = Option<QuotaChange>)]
@@ -312,8 +318,8 @@ pub struct Filter {
     pub limit: i64,
 }
 
-const COLUMNS: &str = "id, username, role, contact, created_at, expires_at, last_used_at, quota_jobs, quota_bytes, \
-                       quota_running, weight, quota_requests, quota_images, \
+const COLUMNS: &str = "id, username, role, contact, created_at, expires_at, last_used_at, certificate_bound, \
+                       quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images, \
                        CASE WHEN deleted_at IS NOT NULL THEN 'deleted' \
                        WHEN disabled THEN 'disabled' WHEN expires_at <= now() THEN 'expired' ELSE 'active' END AS state";
 
@@ -327,6 +333,7 @@ fn account(row: &Row) -> Account {
         created_at: row.get("created_at"),
         expires_at: row.get("expires_at"),
         last_used_at: row.get("last_used_at"),
+        certificate_bound: row.get("certificate_bound"),
         quota: Quota::read(row),
     }
 }
@@ -447,7 +454,8 @@ pub async fn get(
     now: OffsetDateTime,
 ) -> Result<(Account, Vec<Credential>), RegistryError> {
     let select = format!("SELECT {COLUMNS} FROM auth.users WHERE username = $1 OR id::text = $1");
-    let credentials = "SELECT id, label, secret_hash IS NULL AS is_key, created_at, expires_at, last_used_at \
+    let credentials = "SELECT id, label, CASE WHEN jwk IS NOT NULL THEN 'key' WHEN certificate IS NOT NULL \
+                       THEN 'certificate' ELSE 'secret' END AS kind, created_at, expires_at, last_used_at \
                        FROM auth.credentials WHERE account = $1 ORDER BY created_at";
     let act = Act { actor, action: Action::AccountRead, who, now };
     act.run(pool, async |transaction| {
@@ -463,7 +471,7 @@ pub async fn get(
 fn credential(row: &Row) -> Credential {
     Credential {
         id: row.get("id"),
-        kind: if row.get("is_key") { "key" } else { "secret" },
+        kind: row.get("kind"),
         label: row.get("label"),
         created_at: row.get("created_at"),
         expires_at: row.get("expires_at"),
@@ -512,7 +520,7 @@ pub async fn change(
                       expires_at = CASE WHEN $14 THEN $4 ELSE expires_at END, disabled = coalesce($5, disabled), \
                       valid_after = CASE WHEN $2 <> role OR $5 THEN greatest($6, valid_after + interval '1 second') ELSE valid_after END, \
                       quota_jobs = $7, quota_bytes = $8, quota_running = $9, weight = $10, quota_requests = $11, \
-                      quota_images = $12 WHERE id = $1";
+                      quota_images = $12, certificate_bound = coalesce($15, certificate_bound) WHERE id = $1";
         let role = change.role.map(Role::as_str);
         transaction
             .execute(
@@ -532,6 +540,7 @@ pub async fn change(
                     &images.unwrap_or_else(|| old.get("quota_images")),
                     &change.contact.is_some(),
                     &change.expires_at.is_some(),
+                    &change.certificate_bound,
                 ],
             )
             .await?;
@@ -539,7 +548,8 @@ pub async fn change(
             forget(transaction, id).await?;
         }
         let event = act.event(Some(id)).with(json!({
-            "role": change.role, "disabled": change.disabled, "contact": change.contact.is_some(),
+            "role": change.role, "disabled": change.disabled,
+            "certificate_bound": change.certificate_bound, "contact": change.contact.is_some(),
             "expires_at": change.expires_at.map(|at| at.map(OffsetDateTime::unix_timestamp)),
             "quota": (change.quota != QuotaChange::default()).then_some(change.quota),
         }));
@@ -667,6 +677,27 @@ pub async fn add_key(
     .await
 }
 
+/// Registers a certificate of a client: who shows it need prove nothing else.
+///
+/// # Errors
+/// As [`add_secret`].
+pub async fn add_certificate(
+    pool: &Pool,
+    actor: &Who,
+    who: &str,
+    label: &str,
+    certificate: &Fingerprint,
+    expires_at: Option<OffsetDateTime>,
+    now: OffsetDateTime,
+) -> Result<Given, RegistryError> {
+    let act = Act { actor, action: Action::CredentialAdded, who, now };
+    act.run(pool, async |transaction| {
+        let account = find(transaction, who).await?;
+        add(transaction, &act, account, label, Proves::Certificate(certificate), expires_at).await
+    })
+    .await
+}
+
 /// A new secret in the place of all that a client has, which stay good for `overlap`; without one, they and every token
 /// that was given for them end as with [`remove_credential`].
 ///
@@ -700,6 +731,7 @@ pub async fn rotate(
 enum Proves<'a> {
     Secret(SecretString),
     Key(&'a PublicKey),
+    Certificate(&'a Fingerprint),
 }
 
 async fn add(
@@ -724,19 +756,22 @@ async fn add(
     if row.get::<_, i64>(1) >= MAX_CREDENTIALS {
         return Err(RegistryError::TooMany);
     }
-    let (hash, jwk, secret) = match proves {
-        Proves::Secret(secret) => (Some(secret::hash(&secret)), None, Some(secret)),
-        Proves::Key(key) => (None, Some(Json(key)), None),
+    let (hash, jwk, certificate, secret) = match proves {
+        Proves::Secret(secret) => (Some(secret::hash(&secret)), None, None, Some(secret)),
+        Proves::Key(key) => (None, Some(Json(key)), None, None),
+        Proves::Certificate(certificate) => (None, None, Some(certificate.as_slice()), None),
     };
     let id = Uuid::new_v4();
-    let insert = "INSERT INTO auth.credentials (id, account, label, secret_hash, jwk, created_at, expires_at) \
-                  VALUES ($1, $2, $3, $4, $5, $6, $7)";
-    transaction.execute(insert, &[&id, &account, &label, &hash, &jwk, &act.now, &expires_at]).await?;
+    let insert = "INSERT INTO auth.credentials (id, account, label, secret_hash, jwk, certificate, created_at, \
+                  expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 8] =
+        [&id, &account, &label, &hash, &jwk, &certificate, &act.now, &expires_at];
+    transaction.execute(insert, &parameters).await?;
     act.note(transaction, account).await?;
     Ok(Given { client: account.into(), credential: id, secret })
 }
 
-/// Removes a secret or key; every token that was given for it is refused within a second.
+/// Removes a secret, key or certificate; every token that was given for it is refused within a second.
 ///
 /// # Errors
 /// When there is no such account or credential, or the database is away.

@@ -8,13 +8,11 @@ use time::OffsetDateTime;
 
 use crate::{
     audit::{self, Action, Event, Object, Who},
+    confirmation::Fingerprint,
     db::{self, DbError},
     secret::{self, Kind, NoRandomness},
     users::{COLUMNS, OPEN, User},
 };
-
-/// SHA-256 of the certificate that a session is good with.
-pub type Fingerprint = [u8; 32];
 
 /// Why a session could not be opened.
 #[derive(Debug, thiserror::Error)]

@@ -21,6 +21,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    confirmation::{Confirmation, Fingerprint},
     keys::{KeyError, Keys},
     scope::Permission,
 };
@@ -65,6 +66,8 @@ struct Claims {
     scope: String,
     /// Ours: what the client proved itself with, see [`Caller::credential`].
     credential: Uuid,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cnf: Option<Confirmation>,
 }
 
 /// Who a believed token speaks for.
@@ -83,6 +86,8 @@ pub struct Caller {
     pub expires_at: OffsetDateTime,
     /// What it may be used for.
     pub scope: String,
+    /// The certificate of the connections on which alone it is good.
+    pub bound_to: Option<Fingerprint>,
 }
 
 impl Caller {
@@ -105,6 +110,8 @@ pub struct Grant {
     pub ends: Option<OffsetDateTime>,
     /// Tokens of the account that were issued until then are refused: this one is not.
     pub after: Option<OffsetDateTime>,
+    /// See [`Caller::bound_to`].
+    pub bound_to: Option<Fingerprint>,
 }
 
 /// Makes and checks tokens with the keys of a folder.
@@ -213,6 +220,7 @@ impl Tokens {
             client_id: grant.client.uuid(),
             scope: grant.scope,
             credential: grant.credential,
+            cnf: grant.bound_to.map(|certificate| Confirmation { certificate }),
         };
         let mut header = Header::new(Algorithm::EdDSA);
         header.typ = Some(TYPE.into());
@@ -296,6 +304,7 @@ impl Tokens {
             issued_at: time(claims.iat)?,
             expires_at: time(claims.exp)?,
             scope: claims.scope,
+            bound_to: claims.cnf.map(|cnf| cnf.certificate),
         })
     }
 }
@@ -322,7 +331,14 @@ mod tests {
     }
 
     fn grant(client: ClientId) -> Grant {
-        Grant { client, credential: Uuid::new_v4(), scope: SCOPE.into(), ends: None, after: None }
+        Grant {
+            client,
+            credential: Uuid::new_v4(),
+            scope: SCOPE.into(),
+            ends: None,
+            after: None,
+            bound_to: None,
+        }
     }
 
     fn client() -> ClientId {
@@ -369,6 +385,20 @@ mod tests {
         }
         assert!((REMEMBERED / 2..=REMEMBERED).contains(&tokens.believed.len()), "{}", tokens.believed.len());
         tokens.verify(first.expose_secret(), now).unwrap();
+    }
+
+    #[test]
+    fn a_bound_token_says_to_what() {
+        let (tokens, now) = (tokens("bound-to"), clock::now());
+        let bound_to = Some([7; 32]);
+        let token = tokens.issue(Grant { bound_to, ..grant(client()) }, now).unwrap();
+        // Once proved, and once remembered.
+        for _ in 0..2 {
+            assert_eq!(tokens.verify(token.expose_secret(), now).unwrap().bound_to, bound_to);
+        }
+        let claims = token.expose_secret().split('.').nth(1).unwrap();
+        let claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).unwrap()).unwrap();
+        assert_eq!(claims["cnf"], json!({"x5t#S256": URL_SAFE_NO_PAD.encode([7; 32])}));
     }
 
     /// Of two tokens with one id each is judged by itself.

@@ -10,6 +10,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    confirmation::Fingerprint,
     db::{self, DbError},
     password::{Hasher, PasswordError, Verdict},
     throttle::{Admission, Outcome, Throttle},
@@ -90,6 +91,8 @@ pub struct User {
     pub expires_at: Option<OffsetDateTime>,
     /// Tokens that were issued until then are refused.
     pub valid_after: Option<OffsetDateTime>,
+    /// Only tokens that are bound to a certificate are good.
+    pub certificate_bound: bool,
 }
 
 /// A condition of SQL on `auth.users`: the account may sign in. `$1` is the time.
@@ -97,7 +100,7 @@ pub(crate) const OPEN: &str =
     "NOT disabled AND deleted_at IS NULL AND (users.expires_at IS NULL OR users.expires_at > $1)";
 /// The columns that [`User::read`] needs.
 pub(crate) const COLUMNS: &str =
-    "users.id AS user_id, role, users.expires_at AS user_expires_at, valid_after";
+    "users.id AS user_id, role, users.expires_at AS user_expires_at, valid_after, certificate_bound";
 
 impl User {
     /// `None` for a role that a newer build has introduced: it opens nothing here.
@@ -107,14 +110,21 @@ impl User {
             role: row.get::<_, &str>("role").parse().ok()?,
             expires_at: row.get("user_expires_at"),
             valid_after: row.get("valid_after"),
+            certificate_bound: row.get("certificate_bound"),
         })
     }
 
     /// What a token for this account is given for. `credential` is what the account proved itself with, and when
-    /// that ends.
-    pub fn grant(self, credential: Uuid, ends: Option<OffsetDateTime>, scope: String) -> Grant {
+    /// that ends; `bound_to` is the certificate of the connection on which it was asked for.
+    pub fn grant(
+        self,
+        credential: Uuid,
+        ends: Option<OffsetDateTime>,
+        scope: String,
+        bound_to: Option<Fingerprint>,
+    ) -> Grant {
         let ends = self.expires_at.into_iter().chain(ends).min();
-        Grant { client: self.client, credential, scope, ends, after: self.valid_after }
+        Grant { client: self.client, credential, scope, ends, after: self.valid_after, bound_to }
     }
 }
 
@@ -413,6 +423,8 @@ pub struct Standing {
     pub closed: bool,
     /// Tokens that were issued until then are refused.
     pub valid_after: Option<OffsetDateTime>,
+    /// Tokens that are not bound to a certificate are refused.
+    pub certificate_bound: bool,
     /// Its quota.
     pub quota: Quota,
 }
@@ -424,10 +436,10 @@ pub struct Standing {
 /// When the database is away.
 pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbError> {
     let select = "SELECT id, disabled OR deleted_at IS NOT NULL OR coalesce(expires_at <= now(), false) AS closed, \
-                  valid_after, quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images \
+                  valid_after, certificate_bound, quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images \
                   FROM auth.users WHERE disabled OR deleted_at > now() - interval '1 hour' \
                   OR expires_at BETWEEN now() - interval '1 hour' AND now() \
-                  OR valid_after > now() - interval '1 hour' \
+                  OR valid_after > now() - interval '1 hour' OR certificate_bound \
                   OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0 \
                   OR num_nonnulls(quota_requests, quota_images) > 0";
     db::within(async {
@@ -438,7 +450,12 @@ pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbEr
 }
 
 fn standing(row: &tokio_postgres::Row) -> Standing {
-    Standing { closed: row.get("closed"), valid_after: row.get("valid_after"), quota: Quota::read(row) }
+    Standing {
+        closed: row.get("closed"),
+        valid_after: row.get("valid_after"),
+        certificate_bound: row.get("certificate_bound"),
+        quota: Quota::read(row),
+    }
 }
 
 pub(crate) fn valid_name(name: &str) -> bool {

@@ -54,7 +54,7 @@ pub(crate) trait Gate: Send + Sync + 'static {
 pub(crate) enum Verdict {
     /// It may.
     Open,
-    /// Its account is shut out, or its token or what that was given for is revoked.
+    /// Its account is shut out, its token or what that was given for is revoked, or it is not bound and has to be.
     Revoked,
     /// The view is too old to say.
     Unknown,
@@ -94,6 +94,7 @@ fn speaks_for(link: &Link, identity: &Identity) -> Caller {
         issued_at: identity.issued_at,
         expires_at: identity.expires_at,
         scope: if is_granted { link.role.scope().into() } else { String::new() },
+        bound_to: identity.bound_to,
     }
 }
 
@@ -137,6 +138,7 @@ impl Access {
         let standing = view.exceptions.get(&caller.client).copied().unwrap_or_default();
         let revoked = standing.closed
             || standing.valid_after.is_some_and(|after| is_from_before(caller.issued_at, after))
+            || (standing.certificate_bound && caller.bound_to.is_none())
             || view.revoked.contains(&caller.jti)
             || view.revoked.contains(&caller.credential);
         if revoked { Verdict::Revoked } else { Verdict::Open }
@@ -205,6 +207,7 @@ mod tests {
             issued_at: now,
             expires_at: now + Duration::from_mins(15),
             scope: String::new(),
+            bound_to: None,
         }
     }
 

@@ -28,6 +28,8 @@ use crate::{
 pub(crate) struct App {
     /// The origin that clients see, such as `https://localhost:8443`, without a slash at the end.
     pub(crate) public_url: String,
+    /// The public listener asks for certificates of clients.
+    pub(crate) asks_for_certificates: bool,
     pub(crate) store: Store,
     pub(crate) tokens: Tokens,
     pub(crate) providers: Providers,

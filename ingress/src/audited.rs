@@ -25,8 +25,14 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use dermflow_auth::audit::{Action, Actor, Event, Object, Who};
-use dermflow_http::{dress::REQUEST_ID, serve::Peer};
+use dermflow_auth::{
+    audit::{Action, Actor, Event, Object, Who},
+    confirmation::Fingerprint,
+};
+use dermflow_http::{
+    dress::REQUEST_ID,
+    serve::{Certificate, Peer},
+};
 use dermflow_schemas::{
     clock,
     error::Code,
@@ -45,6 +51,7 @@ pub(crate) struct Origin(Arc<Known>);
 #[derive(Debug, Default)]
 struct Known {
     source: Option<IpAddr>,
+    certificate: Option<Fingerprint>,
     request: Option<Uuid>,
     user: OnceLock<ClientId>,
     account: OnceLock<ClientId>,
@@ -55,7 +62,13 @@ impl Origin {
         let source = request.extensions().get::<Peer>().map(|peer| peer.0);
         // A caller's own id may be any word; only what is certainly no more than an id is kept.
         let id = request.headers().get(&REQUEST_ID).and_then(|id| id.to_str().ok()?.parse().ok());
-        Self(Arc::new(Known { source, request: id, ..Known::default() }))
+        let certificate = request.extensions().get().map(|Certificate(fingerprint)| *fingerprint);
+        Self(Arc::new(Known { source, certificate, request: id, ..Known::default() }))
+    }
+
+    /// The certificate of the caller's connection.
+    pub(crate) fn certificate(&self) -> Option<Fingerprint> {
+        self.0.certificate
     }
 
     /// The caller has proved to be this user.

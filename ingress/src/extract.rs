@@ -29,7 +29,7 @@ use tokio::{select, sync::OwnedSemaphorePermit, time::timeout};
 use crate::{
     access::{Gate, Stale, Verdict},
     answer::{EXPIRED, Problem},
-    app::Bounds,
+    app::{App, Bounds},
     audited::Origin,
     providers::{Proof, Trouble},
     rates,
@@ -89,8 +89,16 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
 ///
 /// # Errors
 /// [`Code::Overloaded`].
-pub(crate) fn has_room(pool: &Pool) -> Result<(), Code> {
+fn has_room(pool: &Pool) -> Result<(), Code> {
     if pool.status().waiting < DATABASE_QUEUE { Ok(()) } else { Err(Code::Overloaded) }
+}
+
+/// The same for signing in. It is the record that is out of reach: that a sign-in found no place would have to be recorded.
+///
+/// # Errors
+/// [`Code::DatabaseUnavailable`].
+pub(crate) fn sign_ins_have_room(app: &App) -> Result<(), Problem> {
+    Ok(has_room(&app.sign_ins).map_err(|_| Code::DatabaseUnavailable)?)
 }
 
 /// Who calls. The token comes from the one `Authorization` header (RFC 6750 §2.1), never from the URL. Why it is
@@ -120,6 +128,11 @@ pub(crate) async fn bearer<G: Gate>(
             Err(Foreign::Unknown(code)) => return Err(code.into()),
         },
     };
+    if caller.bound_to.is_some() && caller.bound_to != origin.certificate() {
+        tracing::info!(client = %caller.client, "access refused: bound to another certificate");
+        origin.claims(Some(caller.client));
+        return Err(refused());
+    }
     match gate.access().judge(&caller) {
         Verdict::Open => {
             origin.is(caller.client);

@@ -62,7 +62,7 @@ use dermflow_http::{
     crowd::Crowd,
     door::Door,
     rates::Rates,
-    serve::{self, Tls, tls_config},
+    serve::{self, tls_config},
 };
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, NETWORK_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
@@ -109,12 +109,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     files.served().register(&metrics.registry)?;
     let acme = Acme::new(&options.acme, &options.public_url, &metrics.registry)?;
     let public_tls = options.clients.tls(acme.as_ref().map_or_else(|| files.served(), Acme::served))?;
-    let (turned_away, unnamed) = (metrics.turned_away.clone(), metrics.proxy_headers_refused.clone());
     let public_url = options.public_url.as_str();
     let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
     let trail = Trail::start(store.pool().clone(), metrics.audit_lost.clone());
     let app = Arc::new(App {
         public_url: options.public_url.as_str().into(),
+        asks_for_certificates: options.clients.client_ca.is_some(),
         store,
         tokens,
         access: Access::new(providers.issuers()),
@@ -152,13 +152,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(timekeeper::run(app.store.clone(), stop_recording.clone())),
         tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
         tokio::spawn(files.follow(stop_recording.clone())),
+        tokio::spawn(public_tls.clone().follow(stop_recording.clone())),
         tokio::spawn(resealer::run(app.clone(), stop_recording.clone())),
         tokio::spawn(resealer::follow_keys(app.clone(), stop_recording.clone())),
     ];
     let mut followers = app.providers.start(&stop_recording);
-    if let Tls::Asking(clients) = &public_tls {
-        followers.push(tokio::spawn(clients.clone().follow(stop_recording.clone())));
-    }
     let answers = acme.as_ref().map(Acme::answers).unwrap_or_default();
     let challenge =
         move |path: &str| answers.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
@@ -168,14 +166,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     let in_clear = app.clone();
     let seen = move |request, source| clear::seen(in_clear.clone(), request, source);
-    let crowd = || Crowd::new(options.network_connections as usize, turned_away.clone());
+    let crowd = || Crowd::new(options.network_connections as usize, app.metrics.turned_away.clone());
     let balancers = Balancers::new(&options.balancers, &options.http_balancers);
-    let door = || Door::new(crowd(), balancers.clone(), unnamed.clone());
+    let door = || Door::new(crowd(), balancers.clone(), app.metrics.proxy_headers_refused.clone());
     let routes = routes::public(app.clone(), &options.clients);
     let listeners = [
         tokio::spawn(serve::https(public, public_tls, routes, door(), stop.clone())),
         tokio::spawn(serve::redirect(plain, public_url.into(), challenge, seen, door(), stop.clone())),
-        tokio::spawn(serve::https(internal, tls, routes::internal(app), crowd(), stop.clone())),
+        tokio::spawn(serve::https(internal, tls, routes::internal(app.clone()), crowd(), stop.clone())),
     ];
     tracing::info!(listen = %options.listen, "ready");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -231,15 +229,13 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let listener = serve::bind("listen", address).await?;
     // Revocations are followed until the last request has ended.
     let (stop_following, stop) = (CancellationToken::new(), CancellationToken::new());
-    let mut followers = operators.providers.start(&stop_following);
-    if let Tls::Asking(clients) = &tls {
-        followers.push(tokio::spawn(clients.clone().follow(stop_following.clone())));
-    }
+    let followers = operators.providers.start(&stop_following);
     let tasks = [
         tokio::spawn(access::run(operators.clone(), stop_following.clone())),
         tokio::spawn(rates::exchange(operators.clone(), nats, stop_following.clone())),
         tokio::spawn(timekeeper::run(operators.store.clone(), stop_following.clone())),
         tokio::spawn(files.follow(stop_following.clone())),
+        tokio::spawn(tls.clone().follow(stop_following.clone())),
     ];
     let crowd = Crowd::new(NETWORK_CONNECTIONS, metrics.turned_away);
     let routes = routes::operators(operators.clone(), &options.clients);

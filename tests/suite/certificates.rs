@@ -3,10 +3,11 @@
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use dermflow_local::stack::Ports;
 use dermflow_tests::{
     authority::{Authority, Identity},
-    client::{Client, sample},
+    client::{Answer, Client, sample},
     lab::{Lab, Setup},
     wait::eventually,
 };
@@ -16,13 +17,18 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     version::{TLS12, TLS13},
 };
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+use crate::identity::{form, secret, text, token, with};
+
 const SOON: Duration = Duration::from_secs(10);
+/// What staff changes shows on every replica (I6).
+const A_SECOND: Duration = Duration::from_secs(1);
 const YEAR: time::Duration = time::Duration::days(365);
 const NEEDED: &str = "client-certificate-needed";
 const HTTP_BALANCER: &str = "127.0.0.16";
@@ -217,5 +223,182 @@ async fn a_session_does_not_outlive_its_certificate() -> Result<()> {
         kinds.push(stream.get_ref().1.handshake_kind());
     }
     assert_eq!(kinds, [Some(HandshakeKind::Full), Some(HandshakeKind::Resumed)]);
+    asking.lab.stop().await
+}
+
+/// The claims of an access token, as nobody but its issuer has to read them.
+fn claims(token: &str) -> Result<Value> {
+    let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1).context("no token")?)?;
+    Ok(serde_json::from_slice(&claims)?)
+}
+
+fn bound_to(identity: &Identity) -> Result<Value> {
+    Ok(json!({"x5t#S256": URL_SAFE_NO_PAD.encode(identity.sha256()?)}))
+}
+
+fn is_refused(answer: &Answer) -> bool {
+    (answer.status, answer.code()) == (401, "unauthenticated")
+        && answer.header("www-authenticate").contains("invalid_token")
+}
+
+async fn refresh(client: &Client, [id, _, secret]: &[String; 3], token: &str) -> Result<Answer> {
+    let fields = [
+        ("grant_type", "refresh_token"),
+        ("client_id", id),
+        ("client_secret", secret),
+        ("refresh_token", token),
+    ];
+    form(&client.clone().with_token(""), "/oauth/token", &fields).await
+}
+
+// RFC 8705 §3: what is asked for over a connection with a certificate is good on connections with that one only, over both
+// versions of HTTP and on every replica, whichever way the client has signed in; a listener that asks for none cannot tell.
+// Refresh tokens go on with their certificate only, and give tokens that are bound to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_good_with_the_certificate_that_it_was_given_for() -> Result<()> {
+    let mut asking = Asking::start("").await?;
+    let ca = asking.folder.join("ca.pem").display().to_string();
+    asking.lab.start_ingress(Ports::free()?, &["--client-ca", &ca]).await?;
+    let lab = &asking.lab;
+    let [own, other] = ["own", "other"].map(|name| asking.authority.certify(name, YEAR));
+    let (own, other) = (own?, other?);
+    let (secret, password, without) = (secret(lab, "demo")?, lab.password("demo")?, asking.without());
+    let ([own_1, own_2], others) = (asking.with(&own)?, asking.with(&other)?);
+    let tokens = [
+        token(&own_1, &secret, "system/DiagnosticReport.rs").await?,
+        token(&own_2, &secret, "system/DiagnosticReport.rs").await?,
+        own_1.try_login("demo", &password).await?,
+    ];
+    for given in &tokens {
+        assert_eq!(given.status, 200, "{}", given.text);
+        let bound = text(given, "access_token");
+        assert_eq!(claims(bound)?["cnf"], bound_to(&own)?);
+        for good in [&own_1, &own_2, &own_1.clone().at(&lab.url(2)), &own_2.clone().at(&lab.url(2))] {
+            assert_eq!(with(good, given).get("/jobs").await?.status, 200);
+        }
+        for bad in [&without, &others[0], &others[1], &others[0].clone().at(&lab.url(2)), lab.client()] {
+            assert!(is_refused(&with(bad, given).get("/jobs").await?));
+        }
+        // Nor does it open what is about tokens.
+        let about = form(&with(&others[0], given), "/oauth/introspect", &[("token", bound)]).await?;
+        assert_eq!((about.status, text(&about, "error")), (401, "invalid_client"));
+        let about = form(&with(&own_1, given), "/oauth/introspect", &[("token", bound)]).await?;
+        assert_eq!((&about.body["active"], &about.body["cnf"]), (&json!(true), &bound_to(&own)?));
+    }
+    let unbound = token(&without, &secret, "").await?;
+    assert_eq!(claims(text(&unbound, "access_token"))?["cnf"], Value::Null);
+    assert_eq!(with(&others[0], &unbound).get("/jobs").await?.status, 200);
+
+    let mut last = token(&own_1, &secret, "offline_access").await?;
+    for good in [&own_2, &own_1, &own_1.clone().at(&lab.url(2))] {
+        let spent = text(&last, "refresh_token");
+        for bad in [&without, &others[0], lab.client()] {
+            assert_eq!(refresh(bad, &secret, spent).await?.body["error"], "invalid_grant");
+        }
+        let about = [("client_id", &*secret[0]), ("client_secret", &*secret[2]), ("token", spent)];
+        let about = form(&without.clone().with_token(""), "/oauth/introspect", &about).await?;
+        assert_eq!((&about.body["active"], &about.body["cnf"]), (&json!(true), &bound_to(&own)?));
+        last = refresh(good, &secret, spent).await?;
+        assert_eq!(claims(text(&last, "access_token"))?["cnf"], bound_to(&own)?);
+        assert!(is_refused(&with(&others[0], &last).get("/jobs").await?));
+    }
+    // One that was begun without goes on as it likes, and what comes of it is bound where it is asked for.
+    let free = token(&without, &secret, "offline_access").await?;
+    let bound = refresh(&others[0], &secret, text(&free, "refresh_token")).await?;
+    assert_eq!(claims(text(&bound, "access_token"))?["cnf"], bound_to(&other)?);
+    let free = refresh(&without, &secret, text(&bound, "refresh_token")).await?;
+    assert_eq!(claims(text(&free, "access_token"))?["cnf"], Value::Null);
+    asking.lab.stop().await
+}
+
+// Of a client whose tokens must be bound, others are refused within a second, and none is given without a certificate.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_may_be_held_to_bound_tokens() -> Result<()> {
+    let asking = Asking::start("").await?;
+    let lab = &asking.lab;
+    let own = asking.authority.certify("own", YEAR)?;
+    let (secret, password, without) = (secret(lab, "demo")?, lab.password("demo")?, asking.without());
+    let bound = token(&asking.with(&own)?[0], &secret, "").await?;
+    let free = token(&without, &secret, "offline_access").await?;
+    for client in [lab.client(), &without] {
+        assert_eq!(client.get("/jobs").await?.status, 200);
+    }
+    lab.auth(&["user", "change", "demo", "--certificate-bound", "true"])?;
+    assert!(lab.auth(&["user", "show", "demo"])?.contains("\"certificate_bound\": true"));
+    for client in [lab.client(), &without] {
+        let refused = async || client.get("/jobs").await.ok().filter(is_refused);
+        eventually("a token that is not bound is refused", A_SECOND, refused).await?;
+    }
+    let own = &asking.with(&own)?[0];
+    assert_eq!(with(own, &bound).get("/jobs").await?.status, 200);
+    assert_eq!(with(own, &token(own, &secret, "").await?).get("/jobs").await?.status, 200);
+    for answer in [token(&without, &secret, "").await?, without.try_login("demo", &password).await?] {
+        assert_eq!((answer.status, text(&answer, "error")), (400, "invalid_request"), "{}", answer.text);
+    }
+    let spent = text(&free, "refresh_token");
+    assert_eq!(refresh(&without, &secret, spent).await?.body["error"], "invalid_grant");
+    assert_eq!(refresh(own, &secret, spent).await?.status, 200);
+    let told =
+        "SELECT count(*) FROM auth.audit WHERE action = 'login' AND code = 'client-certificate-needed'";
+    assert_eq!(lab.count(told).await?, 2);
+    lab.auth(&["user", "change", "demo", "--certificate-bound", "false"])?;
+    let back = async || without.get("/jobs").await.ok().filter(|answer| answer.status == 200);
+    eventually("it is as before", A_SECOND, back).await?;
+    for (client, asks) in [(lab.client(), false), (&without, true)] {
+        for path in ["/.well-known/oauth-authorization-server", "/fhir/.well-known/smart-configuration"] {
+            let document = client.get(path).await?.body;
+            assert_eq!(document["tls_client_certificate_bound_access_tokens"], asks);
+            let ways = document["token_endpoint_auth_methods_supported"].as_array().context("no ways")?;
+            assert_eq!(ways.contains(&json!("tls_client_auth")), asks);
+        }
+    }
+    asking.lab.stop().await
+}
+
+// RFC 8705 §2: a certificate that staff has noted is all that a client needs to prove itself, as long as it is noted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_is_a_credential() -> Result<()> {
+    let asking = Asking::start("").await?;
+    let lab = &asking.lab;
+    let [own, other] = ["own", "other"].map(|name| asking.authority.certify(name, YEAR));
+    let (own, other) = (own?, other?);
+    let add = |name: &str, file: &std::path::Path| {
+        lab.auth(&["credential", "add", name, "--label", "device", "--certificate", &file.to_string_lossy()])
+    };
+    assert!(add("demo", &own.key).is_err(), "a file without a certificate");
+    let added: Value = serde_json::from_str(&add("demo", &own.cert)?)?;
+    let (id, credential) = (added["client_id"].as_str().context("no id")?, added["credential"].as_str());
+    let credential = credential.context("no credential")?;
+    assert!(lab.auth(&["user", "show", "demo"])?.contains("\"kind\": \"certificate\""));
+    let stranger = lab.register("stranger").await?;
+    let stranger = claims(stranger.token())?["sub"].as_str().context("no sub")?.to_owned();
+    let ask = async |client: &Client, id: &str| {
+        let fields = [("grant_type", "client_credentials"), ("client_id", id)];
+        form(&client.clone().with_token(""), "/oauth/token", &fields).await
+    };
+    let own_clients = asking.with(&own)?;
+    for client in &own_clients {
+        let given = ask(client, id).await?;
+        assert_eq!(
+            (given.status, claims(text(&given, "access_token"))?["cnf"].clone()),
+            (200, bound_to(&own)?)
+        );
+        assert_eq!(with(client, &given).get("/jobs").await?.status, 200);
+    }
+    let kept = with(&own_clients[0], &ask(&own_clients[0], id).await?);
+    for (client, id) in [
+        (&own_clients[0], stranger.as_str()),
+        (&own_clients[0], "demo"),
+        (&asking.with(&other)?[0], id),
+        (&asking.without(), id),
+        (lab.client(), id),
+    ] {
+        let answer = ask(client, id).await?;
+        assert_eq!((answer.status, text(&answer, "error")), (401, "invalid_client"), "{id}");
+    }
+    lab.auth(&["credential", "remove", "demo", credential, "--yes"])?;
+    assert_eq!(ask(&own_clients[0], id).await?.status, 401);
+    let refused = async || kept.get("/jobs").await.ok().filter(is_refused);
+    eventually("what was given for it is refused", A_SECOND, refused).await?;
     asking.lab.stop().await
 }

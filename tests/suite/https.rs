@@ -10,6 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use dermflow_local::{
+    servers::python_packages,
+    stack::{Ports, repo},
+};
 use dermflow_schemas::limits::{NETWORK_CONNECTIONS, WRITE_TIMEOUT};
 use dermflow_tests::{
     client::{Client, sample},
@@ -17,9 +21,11 @@ use dermflow_tests::{
     wait::eventually,
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject};
+use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
+    process::Command,
     task::JoinSet,
     time::timeout,
 };
@@ -184,6 +190,33 @@ async fn who_asks_for_nothing_is_told_to_leave() -> Result<()> {
     let last_words = last_words.await.context("a silent peer keeps its connection")?;
     assert!(frames(&last_words).contains(&GOAWAY), "{last_words:?}");
     assert_eq!(head(&mut kept).await?, "HTTP/1.1 200 OK");
+    lab.stop().await
+}
+
+// SRS-002: SSLyze finds nothing that Mozilla's intermediate configuration does not want but the CA, which is of the test,
+// and that TLS 1.0 and 1.1 are refused; on a listener that asks for certificates, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn sslyze_finds_mozillas_intermediate_configuration() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let ca = lab.pki().staff_ca.display().to_string();
+    lab.start_ingress(Ports::free()?, &["--client-ca", &ca]).await?;
+    let pins = fs::read_to_string(repo().join("tests/tls/requirements.txt"))?;
+    let libs = python_packages(repo(), "sslyze", &pins, |step| println!("{step}")).await?;
+    for n in 0..2 {
+        let mut scan = Command::new("python3");
+        scan.arg(repo().join("tests/tls/scan.py")).arg("--libs").arg(&libs);
+        let output = scan.arg(lab.address(n).port().to_string()).output().await?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let found: Value = serde_json::from_slice(&output.stdout)?;
+        println!("{found:#}");
+        let issues: Vec<&String> = found["issues"].as_object().context("no issues")?.keys().collect();
+        assert_eq!(issues, ["certificate_path_validation"], "replica {n}: {}", found["issues"]);
+        let accepted = |version: &str| found["accepted"][version].as_u64().context("not scanned");
+        for version in ["ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1"] {
+            assert_eq!(accepted(version)?, 0, "replica {n}: {version}");
+        }
+        assert!(accepted("tls_1_2")? > 0 && accepted("tls_1_3")? > 0);
+    }
     lab.stop().await
 }
 

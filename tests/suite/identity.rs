@@ -363,7 +363,8 @@ async fn tokens_are_revoked_by_and_described_to_their_owner() -> Result<()> {
     let tokens = Tokens::open(&lab.signing_keys(), &lab.url(0))?;
     let issued = |ago: u64| {
         let (client, credential) = (own[0].parse()?, own[1].parse()?);
-        let grant = Grant { client, credential, scope: String::new(), ends: None, after: None };
+        let grant =
+            Grant { client, credential, scope: String::new(), ends: None, after: None, bound_to: None };
         let token = tokens.issue(grant, clock::now() - Duration::from_secs(ago))?;
         anyhow::Ok(token.expose_secret().to_owned())
     };

@@ -3,8 +3,13 @@
 use std::{fmt::Write as _, fs, net::TcpListener, path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use dermflow_local::{servers::python_packages, stack::repo};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use dermflow_local::{
+    servers::python_packages,
+    stack::{Ports, repo},
+};
 use dermflow_tests::{
+    authority::{Authority, Identity},
     client::{Answer, Client, sample, send},
     lab::{Lab, Setup},
     wait::eventually,
@@ -258,6 +263,7 @@ async fn what_a_provider_did_not_sign_for_us_is_refused() -> Result<()> {
         (json!({}), json!({"iat": null})),
         (json!({}), json!({"nbf": 4_102_444_800_u64})),
         (json!({}), json!({"cnf": {"jkt": "x"}})),
+        (json!({}), json!({"cnf": {"x5t#S256": "A".repeat(43)}})),
         (json!({"alg": "HS256"}), json!({})),
         (json!({"alg": "none"}), json!({})),
         (json!({"alg": "PS256"}), json!({})),
@@ -290,6 +296,44 @@ async fn what_a_provider_did_not_sign_for_us_is_refused() -> Result<()> {
         "{connected:?}"
     );
     assert_eq!(good.get("/jobs").await?.status, 200);
+    lab.stop().await?;
+    provider.stop().await
+}
+
+// RFC 8705 §3: a token that its provider has bound to a certificate is good on connections with that one, and nowhere else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_a_provider_has_bound_is_good_with_its_certificate() -> Result<()> {
+    let provider = Provider::start().await?;
+    let config = provider.config("")?;
+    let mut lab = Lab::start(Setup { providers: Some(config.clone()), ..Setup::without_workers() }).await?;
+    let folder = lab.folder("clients")?;
+    let (authority, ca) = (Authority::new(&folder, "Clients")?, folder.join("ca.pem"));
+    fs::write(&ca, authority.pem())?;
+    let (ca, config) = (ca.display().to_string(), config.display().to_string());
+    lab.start_ingress(Ports::free()?, &["--client-ca", &ca, "--providers", &config]).await?;
+    link(&lab, "link", "demo", &provider, "device")?;
+    let life = time::Duration::days(1);
+    let (own, other) = (authority.certify("own", life)?, authority.certify("other", life)?);
+    let with = |identity: &Identity, token: &str| -> Result<Client> {
+        let client = Client::with_certificate(&lab.ca(), &lab.url(1), &identity.cert, &identity.key)?;
+        Ok(client.with_token(token))
+    };
+    let thumbprint = URL_SAFE_NO_PAD.encode(own.sha256()?);
+    let bound = provider.signed(json!({}), json!({"cnf": {"x5t#S256": thumbprint}})).await?;
+    until_status("a bound token with its certificate", 3 * SOON, &with(&own, &bound)?, 200).await?;
+    for bad in [with(&other, &bound)?, lab.client().clone().at(&lab.url(1)).with_token(&bound)] {
+        let answer = bad.get("/jobs").await?;
+        assert_eq!((answer.status, answer.code()), (401, "unauthenticated"));
+    }
+    assert_eq!(with(&own, &provider.signed(json!({}), json!({})).await?)?.get("/jobs").await?.status, 200);
+    for cnf in [json!({"jkt": "x"}), json!({"x5t#S256": thumbprint, "jkt": "x"})] {
+        let token = provider.signed(json!({}), json!({"cnf": cnf})).await?;
+        assert_eq!(with(&own, &token)?.get("/jobs").await?.status, 401, "{cnf}");
+    }
+    lab.auth(&["user", "change", "demo", "--certificate-bound", "true"])?;
+    let free = with(&own, &provider.signed(json!({}), json!({})).await?)?;
+    until_status("one that is not bound", SOON, &free, 401).await?;
+    assert_eq!(with(&own, &bound)?.get("/jobs").await?.status, 200);
     lab.stop().await?;
     provider.stop().await
 }
@@ -372,8 +416,9 @@ async fn a_provider_changes_its_keys_and_goes_away() -> Result<()> {
     let mut provider = Provider::start().await?;
     let config = provider.config(&provider.introspection())?;
     let lab = Lab::start(Setup { providers: Some(config), ..Setup::without_workers() }).await?;
-    link(&lab, "link", "demo", &provider, "device")?;
     link(&lab, "link", "demo", &provider, "device-opaque")?;
+    // Last: who sees it has seen the other one.
+    link(&lab, "link", "demo", &provider, "device")?;
     let theirs = |token: &str| lab.client().clone().with_token(token);
 
     let before = theirs(&provider.token("device").await?);

@@ -36,6 +36,7 @@ impl<S> Patient<S> {
             self.end.as_mut().reset(Instant::now() + WRITE_TIMEOUT);
         }
         ready!(self.end.as_mut().poll(context));
+        self.is_waiting = false;
         Poll::Ready(Err(ErrorKind::TimedOut.into()))
     }
 }

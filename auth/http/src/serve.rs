@@ -101,6 +101,13 @@ impl From<Arc<ServerConfig>> for Tls {
 }
 
 impl Tls {
+    /// Follows the CA of clients, if they are asked, until `stop`.
+    pub async fn follow(self, stop: CancellationToken) {
+        if let Self::Asking(clients) = self {
+            clients.follow(stop).await;
+        }
+    }
+
     fn acceptor(&self) -> TlsAcceptor {
         match self {
             Self::Fixed(config) => config.clone().into(),

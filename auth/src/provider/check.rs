@@ -12,7 +12,12 @@ use super::{
     config::{Provider, TokenType},
     jwks::KeySet,
 };
-use crate::{secret, token::LEEWAY, users::Role};
+use crate::{
+    confirmation::{Confirmation, Fingerprint},
+    secret,
+    token::LEEWAY,
+    users::Role,
+};
 
 /// Why a token is not believed. The caller is told nothing of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +47,8 @@ pub struct Identity {
     pub begins_at: OffsetDateTime,
     /// When it expires. Where a provider does not say: when it has to be asked again.
     pub expires_at: OffsetDateTime,
+    /// The certificate of the connections on which alone it is good (RFC 8705 §3).
+    pub bound_to: Option<Fingerprint>,
 }
 
 impl Identity {
@@ -131,8 +138,12 @@ struct Answer {
     rest: Map<String, Value>,
 }
 
-/// A token that is bound to a key or certificate of its holder (RFC 7800) is no bearer token.
-const BOUND: Refusal = Refusal::Never("bound to a key");
+/// To which certificate a token is bound. One that is bound to anything else (RFC 7800) is no bearer token.
+fn bound_to(cnf: Option<Value>) -> Result<Option<Fingerprint>, Refusal> {
+    let confirmation = cnf.map(serde_json::from_value::<Confirmation>).transpose();
+    let confirmation = confirmation.map_err(|_| Refusal::Never("bound to a key"))?;
+    Ok(confirmation.map(|confirmation| confirmation.certificate))
+}
 
 impl Provider {
     /// Who a signed token speaks for at `now`.
@@ -156,15 +167,14 @@ impl Provider {
         validation.set_required_spec_claims(&["exp", "aud", "iss"]);
         let claims = jsonwebtoken::decode::<Claims>(token, key, &validation);
         let claims = claims.map_err(|_| refused("signature or claims"))?.claims;
-        if claims.cnf.is_some() {
-            return Err(BOUND);
-        }
+        let bound_to = bound_to(claims.cnf)?;
         let lifetime = claims.exp.checked_sub(claims.iat);
         if !lifetime.is_some_and(|lifetime| (0..=EXTERNAL_LIFETIME.as_secs() as i64).contains(&lifetime)) {
             return Err(refused("lives too long"));
         }
         let jti = signed_id(&self.issuer, claims.jti.as_deref(), token);
-        self.identity(jti, claims.rest, (Some(claims.iat), claims.nbf, claims.exp), now)
+        let identity = self.identity(jti, claims.rest, (Some(claims.iat), claims.nbf, claims.exp), now)?;
+        Ok(Identity { bound_to, ..identity })
     }
 
     /// RFC 8725 §3.1, §3.10 and §3.11. A key that a token brings along, or an address where one would be, proves
@@ -226,13 +236,11 @@ impl Provider {
         if answer.token_type.is_some_and(|kind| !kind.eq_ignore_ascii_case("bearer")) {
             return Err(refused("type"));
         }
-        if answer.cnf.is_some() {
-            return Err(BOUND);
-        }
+        let bound_to = bound_to(answer.cnf)?;
         let expires = answer.exp.unwrap_or((now + INTROSPECTION_CACHE).unix_timestamp());
         let times = (answer.iat, answer.nbf, expires);
         let jti = id(&self.issuer, answer.jti.as_deref().unwrap_or(token));
-        self.identity(jti, answer.rest, times, now)
+        Ok(Identity { bound_to, ..self.identity(jti, answer.rest, times, now)? })
     }
 
     fn identity(
@@ -254,6 +262,7 @@ impl Provider {
             issued_at,
             begins_at: begins.map(time).transpose()?.map_or(issued_at, |begins| begins.max(issued_at)),
             expires_at: time(expires)?,
+            bound_to: None,
         };
         if identity.is_in_time(now) { Ok(identity) } else { Err(Refusal::Never("times")) }
     }
@@ -382,12 +391,19 @@ mod tests {
             ("nbf", json!(seconds + 60)),
             ("nbf", json!("now")),
             ("cnf", json!({"jkt": "x"})),
+            ("cnf", json!({"jkt": "x", "x5t#S256": "A".repeat(43)})),
+            ("cnf", json!({"x5t#S256": "A".repeat(42)})),
+            ("cnf", json!({})),
         ];
         for (name, value) in wrong {
             let mut bad = good.clone();
             bad[name] = value.clone();
             assert!(provider.prove(&signer.sign(|_| (), &bad), &keys, now).is_err(), "{name} = {value}");
         }
+        let mut bound = good.clone();
+        bound["cnf"] = json!({"x5t#S256": "A".repeat(43)});
+        let identity = provider.prove(&signer.sign(|_| (), &bound), &keys, now).unwrap();
+        assert_eq!(identity.bound_to, Some([0; 32]));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `/accounts/{account}/credentials`: the secrets and public keys that clients prove themselves with.
+//! `/accounts/{account}/credentials`: the secrets, public keys and certificates that clients prove themselves with.
 
 use std::sync::Arc;
 
@@ -8,7 +8,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use dermflow_auth::{
-    credentials::PublicKey,
+    confirmation::fingerprint,
+    credentials::{BadKey, PublicKey},
     registry::{self, OVERLAP, RegistryError},
 };
 use dermflow_http::answer::Problem;
@@ -27,7 +28,7 @@ use super::{
     openapi::Errors,
 };
 
-/// A credential to be: a secret, which is generated, or a public key.
+/// A credential to be: a secret, which is generated, or a public key, or a certificate.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Addition {
@@ -39,6 +40,8 @@ pub(super) struct Addition {
     /// A public key (RFC 7517) with a `kid`, for ES384 or RS384.
     #[schema(value_type = Option<Object>)]
     jwk: Option<Value>,
+    /// A client certificate (PEM), in place of a key.
+    certificate: Option<String>,
 }
 
 /// How to replace the secrets of a client.
@@ -57,7 +60,7 @@ pub(super) struct Given {
     client_id: ClientId,
     /// The credential's id.
     credential: Uuid,
-    /// The secret. Shown once; there is none for a key.
+    /// The secret. Shown once; there is none for a key or a certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     client_secret: Option<String>,
 }
@@ -75,7 +78,7 @@ impl From<registry::Given> for Given {
     }
 }
 
-/// Gives a client a secret, or registers a public key of its.
+/// Gives a client a secret, or registers a public key or a certificate of its.
 #[utoipa::path(post, path = "/accounts/{account}/credentials",
     params(("account" = String, Path, description = "Name or id.")), request_body = Addition,
     responses((status = 201, description = "Added.", body = Given), Errors))]
@@ -83,13 +86,23 @@ pub(super) async fn add(
     State(service): State<Arc<Service>>,
     registrar: Registrar,
     Named(name): Named<String>,
-    Json(Addition { label, expires_at, jwk }): Json<Addition>,
+    Json(Addition { label, expires_at, jwk, certificate }): Json<Addition>,
 ) -> Result<Given, Problem> {
     let key = jwk.map(|jwk| PublicKey::parse(&jwk.to_string())).transpose().map_err(RegistryError::from)?;
     let (pool, who, now) = (&service.pool, registrar.acts(), clock::now());
-    let given = match key {
-        None => registry::add_secret(pool, who, &name, &label, expires_at, now).await?,
-        Some(key) => registry::add_key(pool, who, &name, &label, &key, expires_at, now).await?,
+    let certificate = certificate.map(|pem| fingerprint(pem.as_bytes()).ok_or(BadKey::NotCertificate));
+    let certificate = certificate.transpose().map_err(RegistryError::from)?;
+    let given = match (key, certificate) {
+        (None, None) => registry::add_secret(pool, who, &name, &label, expires_at, now).await?,
+        (Some(_), Some(_)) => {
+            return Err(
+                RegistryError::BadValue("certificate", "a credential is a key or a certificate").into()
+            );
+        }
+        (None, Some(certificate)) => {
+            registry::add_certificate(pool, who, &name, &label, &certificate, expires_at, now).await?
+        }
+        (Some(key), None) => registry::add_key(pool, who, &name, &label, &key, expires_at, now).await?,
     };
     Ok(given.into())
 }
@@ -109,7 +122,7 @@ pub(super) async fn rotate(
     Ok(given.into())
 }
 
-/// Removes a secret or key; every token that was given for it is refused within a second.
+/// Removes a secret, key or certificate; every token that was given for it is refused within a second.
 #[utoipa::path(delete, path = "/accounts/{account}/credentials/{credential}",
     params(("account" = String, Path, description = "Name or id."),
         ("credential" = Uuid, Path, description = "The credential's id.")),

@@ -30,7 +30,7 @@ use crate::{
     app::App,
     audited::Origin,
     element::Faults,
-    extract::{Body, Held, has_room},
+    extract::{Body, Held, sign_ins_have_room},
     routes::{
         oauth::{self, OAuthError, Refusal, Token},
         openapi::{Any, Sent},
@@ -81,7 +81,7 @@ pub(crate) async fn post(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    has_room(&app.sign_ins).map_err(Problem::from)?;
+    sign_ins_have_room(&app)?;
     let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
     let (username, password, scope) = read(headers, bytes).await?;
     let (pool, now) = (&app.sign_ins, clock::now());

@@ -1,4 +1,4 @@
-//! OAuth 2.0 for systems: tokens (RFC 6749 §4.4 and §6, RFC 7523), revocation (RFC 7009), introspection (RFC 7662), and
+//! OAuth 2.0 for systems: tokens (RFC 6749 §4.4 and §6, RFC 7523, RFC 8705), revocation (RFC 7009), introspection (RFC 7662), and
 //! the documents that let clients find all this (RFC 8414, RFC 7517, SMART App Launch 2.2).
 //!
 //! Errors have RFC 6749's form here, not the API's, because that is what OAuth libraries read.
@@ -18,6 +18,7 @@ use axum::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_auth::{
     audit::{Action, Event, Object},
+    confirmation::{Confirmation, Fingerprint},
     credentials::{self, Proof},
     db::DbError,
     keys,
@@ -43,7 +44,7 @@ use crate::{
     answer::{self, Problem},
     app::App,
     audited::{Deeds, Origin, Refused},
-    extract::{Body, Held, bearer, has_room},
+    extract::{Body, Held, bearer, sign_ins_have_room},
     rates::{self, Counted},
     routes::openapi::{Any, Sent},
     submit::internal,
@@ -67,6 +68,9 @@ const INVALID_GRANT: Refusal =
     OAuth(StatusCode::BAD_REQUEST, "invalid_grant", "The refresh token is not good, or no longer.");
 const INVALID_SCOPE: Refusal =
     OAuth(StatusCode::BAD_REQUEST, "invalid_scope", "More than this client is granted.");
+
+/// Of a client whose tokens have to be bound.
+const NO_CERTIFICATE: &str = "Tokens of this client are bound to a certificate: connect with one.";
 
 fn invalid_request(why: &'static str) -> Refusal {
     OAuth(StatusCode::BAD_REQUEST, "invalid_request", why)
@@ -104,6 +108,7 @@ impl IntoResponse for Refusal {
                 let refused = match error {
                     "invalid_client" | "invalid_grant" => Code::LoginFailed,
                     "invalid_scope" => Code::Forbidden,
+                    _ if description == NO_CERTIFICATE => Code::ClientCertificateNeeded,
                     _ => Code::FormInvalid,
                 };
                 response.extensions_mut().insert(Refused(refused));
@@ -227,6 +232,10 @@ struct Introspection {
     /// Since when it is good.
     #[serde(skip_serializing_if = "Option::is_none")]
     nbf: Option<i64>,
+    /// What it is bound to (RFC 8705 §3.2).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    cnf: Option<Confirmation>,
 }
 
 /// The fields of a form, each given once (RFC 6749 §3.2). `Debug` shows none of them.
@@ -234,7 +243,7 @@ struct Form(HashMap<String, String>);
 
 impl Form {
     async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Self, Refusal> {
-        has_room(&app.sign_ins).map_err(Problem::from)?;
+        sign_ins_have_room(app)?;
         let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
         let malformed = || invalid_request("The body is a form, application/x-www-form-urlencoded.");
         let mut request = Request::post("/").body(bytes.into()).map_err(|_| malformed())?;
@@ -260,8 +269,8 @@ impl Form {
     }
 }
 
-/// The client, by the one way in which it proves itself: `client_secret_basic`, `client_secret_post` or
-/// `private_key_jwt`. `None` when it tries none.
+/// The client, by the one way in which it proves itself: `client_secret_basic`, `client_secret_post`, `private_key_jwt`, or
+/// else `tls_client_auth`. `None` when it tries none.
 async fn client(
     app: &App,
     origin: &Origin,
@@ -286,7 +295,13 @@ async fn client(
             (Some(given), _, _) => given,
             (None, Some(id), Some(secret)) => (id.to_owned(), secret),
             (None, None, Some(_)) => return Err(invalid_request("client_id is missing.")),
-            (None, _, None) => return Ok(None),
+            (None, id, None) => {
+                let id = id.and_then(|id| id.parse().ok());
+                let Some((id, shown)) = id.zip(origin.certificate()) else { return Ok(None) };
+                // A certificate may be there for other reasons.
+                let proof = credentials::check_certificate(pool, id, &shown, now).await?;
+                return proof.map(|proof| known(app, origin, counted, proof)).transpose();
+            }
         };
         match given.0.parse::<ClientId>() {
             Ok(id) => credentials::check_secret(pool, id, &given.1, now).await?,
@@ -297,11 +312,17 @@ async fn client(
         tracing::info!("client refused");
         INVALID_CLIENT
     })?;
-    origin.is(proof.user.client);
-    rates::charge_form(app, proof.user.client, counted)?;
+    let proof = known(app, origin, counted, proof)?;
     // What is said besides must not contradict it.
     let contradicts = form.get("client_id").is_some_and(|id| id != proof.user.client.to_string());
     if contradicts { Err(INVALID_CLIENT) } else { Ok(Some(proof)) }
+}
+
+/// Notes who the client has proved to be, and counts its request.
+fn known(app: &App, origin: &Origin, counted: &Counted, proof: Proof) -> Result<Proof, Refusal> {
+    origin.is(proof.user.client);
+    rates::charge_form(app, proof.user.client, counted)?;
+    Ok(proof)
 }
 
 /// RFC 6749 §2.3.1: id and secret are form-encoded, then Base64. `None` when the header is none or of another scheme.
@@ -373,6 +394,10 @@ pub(crate) async fn granted(
     let now = clock::now();
     let Proof { user, credential, ends } = *proof;
     origin.is(user.client);
+    let bound_to = origin.certificate();
+    if user.certificate_bound && bound_to.is_none() {
+        return Err(invalid_request(NO_CERTIFICATE));
+    }
     let (asked, offline) = without_offline(asked);
     let scope = scope::narrow(user.role.scope(), asked.as_deref()).ok_or(INVALID_SCOPE)?;
     tracing::info!(client = %user.client, offline, "signed in");
@@ -382,11 +407,14 @@ pub(crate) async fn granted(
         if !users::is_unchanged(&app.sign_ins, &user, now).await? {
             return Err(INVALID_CLIENT);
         }
-        return Ok(login.of(tokens(app, user.grant(credential, ends, scope), None, token_type, now)?));
+        let grant = user.grant(credential, ends, scope, bound_to);
+        return Ok(login.of(tokens(app, grant, None, token_type, now)?));
     }
-    let (family, until, refresh) = refresh::begin(&app.sign_ins, user, credential, &scope, now).await?;
+    let begun = refresh::begin(&app.sign_ins, user, credential, bound_to, &scope, now);
+    let (family, until, refresh) = begun.await?;
     let ends = ends.map_or(until, |ends| ends.min(until));
-    Ok(login.of(tokens(app, user.grant(family, Some(ends), scope), Some(refresh), token_type, now)?))
+    let grant = user.grant(family, Some(ends), scope, bound_to);
+    Ok(login.of(tokens(app, grant, Some(refresh), token_type, now)?))
 }
 
 async fn refreshed(
@@ -399,7 +427,8 @@ async fn refreshed(
     let client = proof.map(|proof| proof.user.client.uuid());
     let (asked, _) = without_offline(form.get("scope"));
     let (pool, who, now) = (&app.sign_ins, origin.who(), clock::now());
-    let refreshed = match refresh::spend(pool, &spent, client, asked.as_deref(), &who, now).await? {
+    let shown = origin.certificate();
+    let refreshed = match refresh::spend(pool, &spent, client, shown, asked.as_deref(), &who, now).await? {
         Outcome::Good(refreshed) => refreshed,
         Outcome::TooWide => return Err(INVALID_SCOPE),
         Outcome::Reused(client) => {
@@ -410,7 +439,7 @@ async fn refreshed(
         Outcome::Unknown => return Err(INVALID_GRANT),
     };
     origin.is(refreshed.user.client);
-    let grant = refreshed.user.grant(refreshed.family, Some(refreshed.ends), refreshed.scope);
+    let grant = refreshed.user.grant(refreshed.family, Some(refreshed.ends), refreshed.scope, shown);
     tokens(app, grant, Some(refreshed.next), BEARER, now)
 }
 
@@ -511,18 +540,19 @@ pub(crate) async fn introspect(
     let token = form.secret("token").ok_or(invalid_request("token is missing."))?;
     let now = clock::now();
     let told = |told: Introspection| Json(told).into_response();
-    let good = |scope, ends: OffsetDateTime| Introspection {
+    let good = |scope, ends: OffsetDateTime, bound_to: Option<Fingerprint>| Introspection {
         active: true,
         iss: Some(app.public_url.clone()),
         sub: Some(account),
         client_id: Some(account),
         scope: Some(scope),
         exp: Some(ends.unix_timestamp()),
+        cnf: bound_to.map(|certificate| Confirmation { certificate }),
         ..Introspection::default()
     };
     let Ok(caller) = app.tokens.verify(token.expose_secret(), now) else {
         let described = refresh::describe(&app.sign_ins, &token, account, now).await?;
-        let known = described.map(|refresh| good(refresh.scope, refresh.ends));
+        let known = described.map(|refresh| good(refresh.scope, refresh.ends, refresh.bound_to));
         return Ok(told(known.unwrap_or_default()));
     };
     if caller.client.uuid() != account || app.access.judge(&caller) != Verdict::Open {
@@ -535,7 +565,7 @@ pub(crate) async fn introspect(
         token_type: Some(BEARER),
         iat: since,
         nbf: since,
-        ..good(caller.scope, caller.expires_at)
+        ..good(caller.scope, caller.expires_at, caller.bound_to)
     }))
 }
 
@@ -576,6 +606,10 @@ pub(crate) async fn smart(State(app): State<Arc<App>>) -> Response {
 fn endpoints(app: &App) -> Value {
     let url = &app.public_url;
     let scopes: Vec<&str> = ROLES.into_iter().map(Role::scope).chain([OFFLINE]).collect();
+    let mut ways = vec!["client_secret_basic", "client_secret_post", "private_key_jwt"];
+    if app.asks_for_certificates {
+        ways.push("tls_client_auth");
+    }
     json!({
         "issuer": url,
         "jwks_uri": format!("{url}/.well-known/jwks.json"),
@@ -583,7 +617,8 @@ fn endpoints(app: &App) -> Value {
         "revocation_endpoint": format!("{url}/oauth/revoke"),
         "introspection_endpoint": format!("{url}/oauth/introspect"),
         "grant_types_supported": ["client_credentials", "refresh_token"],
-        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post", "private_key_jwt"],
+        "token_endpoint_auth_methods_supported": ways,
+        "tls_client_certificate_bound_access_tokens": app.asks_for_certificates,
         "token_endpoint_auth_signing_alg_values_supported": ["ES384", "RS384"],
         "scopes_supported": scopes,
     })

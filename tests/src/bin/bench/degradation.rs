@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -318,50 +318,89 @@ async fn slow_clients(long: bool) -> Result<()> {
     Arc::into_inner(lab).context("the system is still in use")?.stop().await
 }
 
-/// 500 idle connections, 50 handshakes that stop, 50 bodies of which 1 kB arrives a second. Who is thrown out comes
-/// again.
-struct Siege(JoinSet<()>);
+/// Clients that do harm. Who is thrown out comes again.
+pub(crate) struct Siege {
+    clients: JoinSet<()>,
+    times: Arc<AtomicUsize>,
+}
+
+/// How a client says that it is where it wants to be.
+#[derive(Clone, Default)]
+pub(crate) struct Arrived {
+    is_there: Arc<AtomicBool>,
+    times: Arc<AtomicUsize>,
+}
+
+impl Arrived {
+    pub(crate) fn note(&self) {
+        self.is_there.store(true, Ordering::Relaxed);
+        self.times.fetch_add(1, Ordering::Relaxed);
+    }
+}
 
 impl Siege {
     const IDLE: usize = 500;
     const STALLED: usize = 50;
     const SLOW: usize = 50;
 
+    /// 500 idle connections, 50 handshakes that stop, 50 bodies of which 1 kB arrives a second.
     async fn begin(lab: &Arc<Lab>, announced: usize) -> Result<Self> {
-        let (mut clients, there) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
         let tls = TlsConnector::from(Arc::new(lab.tls(rustls::ALL_VERSIONS)?));
-        let head = format!(
-            "POST /fhir/DiagnosticReport/$analyze HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\n\
-             content-type: application/fhir+json\r\ncontent-length: {announced}\r\n\r\n{{",
-            lab.client().token()
-        );
-        for n in 0..Self::IDLE + Self::STALLED + Self::SLOW {
-            let (address, tls, head, there) = (lab.address(0), tls.clone(), head.clone(), there.clone());
+        let (address, head) = (lab.address(0), analyze_head(lab, announced));
+        Self::of(Self::IDLE + Self::STALLED + Self::SLOW, move |n, arrived| {
+            let (tls, head) = (tls.clone(), head.clone());
+            async move {
+                match n {
+                    n if n < Self::IDLE => idle(address, &tls, &arrived).await,
+                    n if n < Self::IDLE + Self::STALLED => stalled(address, &arrived).await,
+                    _ => slow(address, &tls, &head, &arrived).await,
+                }
+            }
+        })
+        .await
+    }
+
+    /// So many clients, each of which does `harm` again and again. Returns when all are there.
+    pub(crate) async fn of<F: Future<Output = Result<()>> + Send>(
+        count: usize,
+        harm: impl Fn(usize, Arrived) -> F + Clone + Send + 'static,
+    ) -> Result<Self> {
+        let (mut clients, times) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
+        let mut there = Vec::new();
+        for n in 0..count {
+            let arrived = Arrived { times: times.clone(), ..Arrived::default() };
+            there.push(arrived.is_there.clone());
+            let harm = harm.clone();
             clients.spawn(async move {
-                let mut count = Some(there);
-                let mut arrived = move || {
-                    count.take().map(|there| there.fetch_add(1, Ordering::Relaxed));
-                };
                 loop {
                     // It ends when the server has had enough.
-                    let _ = match n {
-                        n if n < Self::IDLE => idle(address, &tls, &mut arrived).await,
-                        n if n < Self::IDLE + Self::STALLED => stalled(address, &mut arrived).await,
-                        _ => slow(address, &tls, &head, &mut arrived).await,
-                    };
+                    let _ = harm(n, arrived.clone()).await;
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             });
         }
-        let all = Self::IDLE + Self::STALLED + Self::SLOW;
-        let complete = async || (there.load(Ordering::Relaxed) == all).then_some(());
-        eventually("all slow clients are there", Duration::from_secs(30), complete).await?;
-        Ok(Self(clients))
+        let complete = async || there.iter().all(|there| there.load(Ordering::Relaxed)).then_some(());
+        eventually("all of the siege are there", Duration::from_secs(30), complete).await?;
+        Ok(Self { clients, times })
     }
 
-    async fn end(mut self) {
-        self.0.shutdown().await;
+    /// How often one of them was where it wanted to be.
+    pub(crate) fn times(&self) -> usize {
+        self.times.load(Ordering::Relaxed)
     }
+
+    pub(crate) async fn end(mut self) {
+        self.clients.shutdown().await;
+    }
+}
+
+/// The head of a request that announces so many bytes, and the first of them.
+pub(crate) fn analyze_head(lab: &Lab, announced: usize) -> String {
+    format!(
+        "POST /fhir/DiagnosticReport/$analyze HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\n\
+         content-type: application/fhir+json\r\ncontent-length: {announced}\r\n\r\n{{",
+        lab.client().token()
+    )
 }
 
 /// From other addresses than that of who is measured, as one may have only so many connections.
@@ -373,36 +412,39 @@ async fn connect(address: std::net::SocketAddr) -> Result<TcpStream> {
     Ok(socket.connect(address).await?)
 }
 
-async fn handshake(address: std::net::SocketAddr, tls: &TlsConnector) -> Result<TlsStream<TcpStream>> {
+pub(crate) async fn handshake(
+    address: std::net::SocketAddr,
+    tls: &TlsConnector,
+) -> Result<TlsStream<TcpStream>> {
     let stream = connect(address).await?;
     Ok(tls.connect(ServerName::try_from("localhost")?, stream).await?)
 }
 
-async fn idle(address: std::net::SocketAddr, tls: &TlsConnector, arrived: &mut impl FnMut()) -> Result<()> {
+async fn idle(address: std::net::SocketAddr, tls: &TlsConnector, arrived: &Arrived) -> Result<()> {
     let mut stream = handshake(address, tls).await?;
-    arrived();
+    arrived.note();
     stream.read_u8().await?;
     Ok(())
 }
 
-async fn stalled(address: std::net::SocketAddr, arrived: &mut impl FnMut()) -> Result<()> {
+pub(crate) async fn stalled(address: std::net::SocketAddr, arrived: &Arrived) -> Result<()> {
     let mut stream = connect(address).await?;
     // The head of a record with a ClientHello that never comes.
     stream.write_all(&[22, 3, 1, 2, 0]).await?;
-    arrived();
+    arrived.note();
     stream.read_u8().await?;
     Ok(())
 }
 
-async fn slow(
+pub(crate) async fn slow(
     address: std::net::SocketAddr,
     tls: &TlsConnector,
     head: &str,
-    arrived: &mut impl FnMut(),
+    arrived: &Arrived,
 ) -> Result<()> {
     let mut stream = handshake(address, tls).await?;
     stream.write_all(head.as_bytes()).await?;
-    arrived();
+    arrived.note();
     let (mut answer, mut body) = tokio::io::split(stream);
     let trickle = async {
         loop {

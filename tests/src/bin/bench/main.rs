@@ -27,11 +27,13 @@ use crate::measure::{bare, cpu_seconds, maximum, median, minimum, model_millis, 
 
 mod burst;
 mod degradation;
+mod hostile;
 mod logins;
 mod measure;
 mod publish;
 mod scale;
 mod soak;
+mod tls;
 mod tokens;
 mod upload;
 
@@ -44,6 +46,8 @@ const USAGE: &str = "usage: bench COMMAND
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
   logins                      what 200 logins at once cost others, and what an unknown name costs
   tokens                      what checking a token costs, and what is not told of another client's job
+  tls                         what TLS costs a request, on connections that are reused and on new ones
+  hostile                     what stalled, slow and flooding connections cost others
   publish                     durable publications a second, single and in batches, and accepted jobs";
 
 /// The images of a run, in turn.
@@ -90,6 +94,8 @@ async fn run(args: &[&str]) -> Result<()> {
         ["upload", "--short"] => upload::memory(256_000_000).await,
         ["logins"] => Box::pin(logins::logins()).await,
         ["tokens"] => tokens::tokens().await,
+        ["tls"] => Box::pin(tls::tls()).await,
+        ["hostile"] => Box::pin(hostile::hostile()).await,
         ["publish"] => Box::pin(publish::publish()).await,
         _ => bail!("{USAGE}"),
     }

@@ -46,6 +46,7 @@ fn verification() -> Result<()> {
         scope: "system/DiagnosticReport.crds".into(),
         ends: None,
         after: None,
+        bound_to: None,
     };
     let issued = (0..TOKENS).map(|_| tokens.issue(grant(), now)).collect::<Result<Vec<_>, _>>()?;
     let micros = |goal: f64, what: &str| -> Result<()> {
