@@ -24,7 +24,7 @@ use crate::{
     audited::{Deed, Deeds},
     drain::{Place, place},
     extract::{Allowed, Delete, JobPath, Read},
-    recorder,
+    language, recorder,
     store::Record,
     submit::{Ended, ended, status_url},
 };
@@ -111,8 +111,12 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Response {
         // That the job failed is what is asked for.
         Err(failed) => return Deeds::Status(Some(Object::job(job))).of(failed.into_response()),
     };
+    let written = language::of_report(&report);
     let mut response = answer::fhir(StatusCode::OK, report);
     let headers = response.headers_mut();
+    if let Some(language) = written {
+        insert(headers, &header::CONTENT_LANGUAGE, &language);
+    }
     let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);
     insert(headers, &header::CONTENT_LOCATION, &location);
     insert(headers, &header::ETAG, "W/\"1\"");
