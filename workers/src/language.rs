@@ -172,6 +172,18 @@ pub fn fill(template: &str, parts: &[&str]) -> String {
     pieces.fold(first, |text, piece| text + parts.next().copied().unwrap_or_default() + piece)
 }
 
+/// A text as it stands within a sentence.
+pub fn within(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().into_iter().flat_map(char::to_lowercase).chain(letters).collect()
+}
+
+/// A text as it begins a sentence.
+pub fn begun(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().into_iter().flat_map(char::to_uppercase).chain(letters).collect()
+}
+
 impl Words {
     /// Hundredths of a per cent.
     pub fn percent(&self, points: u32) -> String {

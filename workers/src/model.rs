@@ -55,6 +55,8 @@ use aws_lc_rs::digest::{SHA256, digest};
 use dermflow_schemas::{fhir::Language, image::hex};
 use serde::Deserialize;
 
+use crate::language::within;
+
 /// The largest input side, in pixels: more is a typing error.
 const MAX_INPUT_SIDE: u32 = 4_096;
 /// What the ids of other resources in a report begin with.
@@ -192,14 +194,7 @@ pub fn points(fraction: f64) -> u32 {
 
 /// What something is called in `language`, within a sentence.
 pub fn name_in<'a>(language: Language, display: &'a str, names: &'a Names) -> std::borrow::Cow<'a, str> {
-    match names.get(language.tag()) {
-        Some(name) => name.into(),
-        None => {
-            let mut letters = display.chars();
-            let first = letters.next().into_iter().flat_map(char::to_lowercase);
-            first.chain(letters).collect::<String>().into()
-        }
-    }
+    names.get(language.tag()).map_or_else(|| within(display).into(), |name| name.as_str().into())
 }
 
 /// A performance figure of the model, as a fraction.
@@ -349,8 +344,8 @@ impl Model {
         };
         let log_priors = document.class.iter().map(|class| class.prior.unwrap_or(1.0).ln()).collect();
         let mut classes = document.class;
-        let no_skin = document.domain.as_ref().map(|domain| domain.class.as_str());
-        let not_skin = classes.iter().position(|class| Some(class.code.as_str()) == no_skin);
+        let foreign = document.domain.as_ref().map(|domain| domain.class.as_str());
+        let not_skin = classes.iter().position(|class| Some(class.code.as_str()) == foreign);
         if let Some(index) = not_skin {
             classes.remove(index);
         }
@@ -479,9 +474,9 @@ fn check_indicators(document: &Document) -> Result<(), String> {
             return Err(format!("indicator {id}: a class occurs twice"));
         }
     }
-    let named = indicators.iter().map(|i| (i.id.as_str(), i.threshold));
+    let indicated = indicators.iter().map(|i| (i.id.as_str(), i.threshold));
     let domain = document.domain.iter().map(|domain| ("domain", domain.threshold));
-    for (what, threshold) in named.chain(domain) {
+    for (what, threshold) in indicated.chain(domain) {
         if !(threshold > 0.0 && threshold < 1.0) {
             return Err(format!("the {what} threshold {threshold} is not between 0 and 1"));
         }

@@ -20,7 +20,7 @@ use time::OffsetDateTime;
 use crate::{
     analyse::{Finding, ranked},
     heat::HeatMap,
-    language::{Words, fill, words},
+    language::{Words, begun, fill, words},
     model::{Class, Indicator, Metric, Model, name_in, points},
     quality,
 };
@@ -459,24 +459,13 @@ impl Case<'_> {
 
     fn cancelled(&self, n: usize, finding: &Finding) -> Resource {
         let mut reason = CodeableConcept::from(hl7("data-absent-reason", "not-performed", "Not Performed"));
-        let why = self.reasons(finding, words(Language::English));
+        let why = reasons(finding, words(Language::English));
         reason.text = Some(format!("The image was not analysed because it {why}."));
         Resource::Observation(Box::new(Observation {
             status: "cancelled",
             data_absent_reason: Some(reason),
             ..self.observation(distribution(), &[n])
         }))
-    }
-
-    /// Why an image is refused.
-    fn reasons(&self, finding: &Finding, words: &Words) -> String {
-        let skin = (!finding.is_skin).then(|| words.not_skin.to_owned());
-        let quality = finding.quality;
-        let poor = (!quality.is_acceptable()).then(|| {
-            let score = format!("{} %", quality.score());
-            fill(words.poor, &[score.as_str()])
-        });
-        skin.into_iter().chain(poor).collect::<Vec<_>>().join(words.and)
     }
 
     /// Where the lesion is in an image, and how much of it.
@@ -624,7 +613,7 @@ impl Case<'_> {
     fn image_line(&self, n: usize, finding: &Finding, reading: Option<&Reading>) -> String {
         let (words, n) = (self.words(), n.to_string());
         let Some(reading) = reading else {
-            return fill(words.no_result, &[&n, &self.reasons(finding, words)]);
+            return fill(words.no_result, &[&n, &reasons(finding, words)]);
         };
         let taken = finding
             .clinical
@@ -679,11 +668,7 @@ impl Case<'_> {
                     let kind = if indicator.referral { words.referral } else { words.threshold };
                     fill(kind[usize::from(!high)], &[self.name_of(indicator)])
                 }));
-                sentences.extend(refused.iter().map(|refusal| {
-                    let mut letters = refusal.chars();
-                    let first = letters.next().into_iter().flat_map(char::to_uppercase);
-                    first.chain(letters).chain(['.']).collect()
-                }));
+                sentences.extend(refused.iter().map(|refusal| format!("{}.", begun(refusal))));
                 sentences.push(words.no_diagnosis.to_owned());
             }
         }
@@ -699,11 +684,22 @@ impl Case<'_> {
     }
 }
 
+/// Why an image is refused.
+fn reasons(finding: &Finding, words: &Words) -> String {
+    let skin = (!finding.is_skin).then(|| words.not_skin.to_owned());
+    let quality = finding.quality;
+    let poor = (!quality.is_acceptable()).then(|| {
+        let score = format!("{} %", quality.score());
+        fill(words.poor, &[score.as_str()])
+    });
+    skin.into_iter().chain(poor).collect::<Vec<_>>().join(words.and)
+}
+
 fn distribution() -> Coding {
     local("condition-distribution", "Probability distribution over skin condition classes")
 }
 
-/// A closed line in an image, from x and y in turn (the `imageRegion2D` of R5's ImagingSelection).
+/// A closed line in an image, from x and y in turn (the `imageRegion2D` of R5's `ImagingSelection`).
 fn region(coordinates: impl Iterator<Item = u32>) -> Extension {
     let kind = Extension { url: "regionType".into(), value_code: Some("polyline"), ..Extension::default() };
     Extension {
