@@ -25,6 +25,7 @@ mod extract;
 mod json;
 mod keeper;
 mod lanes;
+mod language;
 mod lines;
 mod list;
 mod lost;

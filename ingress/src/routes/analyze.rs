@@ -21,7 +21,7 @@ use crate::{
     answer::{Problem, accepts_fhir, sends_fhir},
     app::{App, Place},
     extract::{Allowed, Body, Held, Submit},
-    parameters,
+    language, parameters,
     prefer::Prefer,
     routes::{
         openapi::{
@@ -97,7 +97,8 @@ pub(super) async fn analysed(
     let prefer = Prefer::from_headers(&headers);
     let _turn = Turn::new(&app, client, prefer.lane())?;
     let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
-    let payload = blocking(move || parse(&bytes)).await??;
+    let mut payload = blocking(move || parse(&bytes)).await??;
+    payload.manifest.language = language::accepted(&headers);
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
     let patience = Duration::ZERO;

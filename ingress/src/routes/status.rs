@@ -24,7 +24,7 @@ use crate::{
     audited::{Deed, Deeds},
     drain::{Place, place},
     extract::{Allowed, Delete, JobPath, Read},
-    recorder,
+    language, recorder,
     routes::openapi::{Any, DiagnosticReport, Failed, Guarded, Negotiated, OperationOutcome, Own},
     store::Record,
     submit::{Ended, ended, status_url},
@@ -136,8 +136,12 @@ pub(super) fn finished_record(ended: Ended) -> Result<(Record, Vec<u8>), Problem
 /// What a job that has ended answers: its report with 200, or its error.
 pub(crate) fn finished(app: &App, ended: Ended) -> Response {
     answered(ended, |record, report| {
+        let language = language::of_report(&report);
         let mut response = answer::fhir(StatusCode::OK, report);
         let headers = response.headers_mut();
+        if let Some(language) = language {
+            insert(headers, &header::CONTENT_LANGUAGE, &language);
+        }
         let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);
         insert(headers, &header::CONTENT_LOCATION, &location);
         insert(headers, &header::ETAG, "W/\"1\"");
