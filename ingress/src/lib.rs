@@ -20,6 +20,8 @@ mod dead;
 mod drain;
 mod element;
 mod extract;
+#[doc(hidden)]
+pub mod fuzz;
 mod json;
 mod keeper;
 mod lanes;

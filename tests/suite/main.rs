@@ -17,6 +17,7 @@ mod decoding;
 mod encryption;
 mod fairness;
 mod faults;
+mod fuzz;
 mod https;
 mod idempotency;
 mod identity;

@@ -21,7 +21,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     limits::MAX_FORM_BYTES,
 };
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use crate::{
@@ -80,6 +80,12 @@ async fn read(headers: HeaderMap, bytes: Bytes) -> Result<Credentials, Problem> 
     *request.headers_mut() = headers;
     let form = Form::from_request(request, &()).await.map_err(|_| Code::FormInvalid)?;
     Ok(form.0)
+}
+
+/// The name and the password of a form, for `fuzz`.
+pub(crate) async fn form(headers: HeaderMap, bytes: Bytes) -> Option<(String, String)> {
+    let Credentials { username, password, .. } = read(headers, bytes).await.ok()?;
+    Some((username, password.expose_secret().to_owned()))
 }
 
 /// When to come back who found no place: at different times, or they would all find the same again.

@@ -20,7 +20,7 @@ mod bundle;
 mod dead;
 mod health;
 mod jobs;
-mod login;
+pub(crate) mod login;
 mod oauth;
 mod status;
 mod tasks;
