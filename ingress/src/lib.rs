@@ -22,6 +22,8 @@ mod device;
 mod drain;
 mod element;
 mod extract;
+#[doc(hidden)]
+pub mod fuzz;
 mod json;
 mod keeper;
 mod lanes;

@@ -16,8 +16,11 @@ pub const MAX_SIDE_PIXELS: u32 = 12_000;
 pub const MAX_PIXELS: u64 = 40_000_000;
 /// Memory that one decoder may allocate: [`MAX_PIXELS`] as 16-bit RGBA is refused, as 8-bit RGBA it fits.
 pub const MAX_DECODE_BYTES: u64 = 192 * 1024 * 1024;
-/// Memory that reading a header may take.
-pub const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
+/// Address space of a decoder's process. Beside its program, a progressive JPEG of [`MAX_PIXELS`] takes six bytes a pixel
+/// for its coefficients and three for the pixels: 360 MB.
+pub const DECODER_ADDRESS_SPACE: u64 = 448 * 1024 * 1024;
+/// One image in it: ten times what 40 megapixels take. Twice this is less than [`DEFAULT_JOB_TIMEOUT`].
+pub const DECODE_DEADLINE: Duration = Duration::from_secs(10);
 /// JSON values in one request: a full request has about 60; more is an attempt to exhaust memory.
 pub const MAX_JSON_VALUES: u32 = 2_000;
 /// Bytes of a member's name in JSON.

@@ -11,7 +11,7 @@ use rustls::{
 };
 use serde_json::{Value, json};
 
-use crate::wait::eventually;
+use crate::{secrets, wait::eventually};
 
 /// The media type of requests.
 pub const FHIR_JSON: &str = "application/fhir+json";
@@ -250,15 +250,19 @@ impl Client {
     }
 }
 
-/// Sends a request and reads the answer whole.
+/// Sends a request and reads the answer whole. What is secret in them no log may hold.
 ///
 /// # Errors
 /// When there is no answer.
 pub async fn send(request: RequestBuilder) -> anyhow::Result<Answer> {
-    let response = request.send().await?;
+    let (client, request) = request.build_split();
+    let request = request?;
+    secrets::note_request(&request);
+    let response = client.execute(request).await?;
     let (status, headers) = (response.status(), response.headers().clone());
     let text = response.text().await?;
     let body = serde_json::from_str(&text).unwrap_or_default();
+    secrets::note_document(&body);
     Ok(Answer { status: StatusCode::as_u16(&status), headers, text, body })
 }
 

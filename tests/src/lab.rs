@@ -36,6 +36,7 @@ use crate::{
     chaos::Proxy,
     client::Client,
     cluster::{Cluster, in_step, leader},
+    secrets,
     wait::eventually,
 };
 
@@ -117,6 +118,13 @@ impl Worker {
     #[must_use]
     pub fn forbidden(mut self) -> Self {
         self.allow_simulated = false;
+        self
+    }
+
+    /// With `--decode-in-process`.
+    #[must_use]
+    pub fn decoding_in_process(mut self) -> Self {
+        self.args.push("--decode-in-process".to_owned());
         self
     }
 
@@ -314,10 +322,10 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Stops everything in order, and removes the folder.
+    /// Stops everything in order, looks through all logs, and removes the folder.
     ///
     /// # Errors
-    /// When something had to be killed.
+    /// When something had to be killed, or a log holds what none may; then the folder stays.
     pub async fn stop(mut self) -> Result<()> {
         let dir = self.stack.state.path("");
         let mut outcome = self.stack.stop().await;
@@ -326,6 +334,7 @@ impl Lab {
             outcome = outcome.and(standby.stop().await);
         }
         drop(self);
+        secrets::look(&dir)?;
         fs::remove_dir_all(dir)?;
         outcome
     }
@@ -738,6 +747,11 @@ impl Lab {
         let servers = [&self.stack.nats.process, &self.stack.postgres.process];
         let read = |process: &Process| fs::read_to_string(process.log()).context(process.name().to_owned());
         ingress.chain(registration).chain(&self.stack.workers).chain(servers).map(read).collect()
+    }
+
+    /// The folder of the logs.
+    pub fn log_folder(&self) -> PathBuf {
+        self.stack.state.path("log")
     }
 
     /// The folders in which broker and database keep their data.

@@ -11,4 +11,5 @@ pub mod fhir;
 pub mod form;
 pub mod lab;
 pub mod pebble;
+mod secrets;
 pub mod wait;

@@ -14,7 +14,17 @@ const ALLOWED: [(&str, &[&str]); 8] = [
     ("dermflow-workers", &["dermflow-schemas"]),
     ("dermflow-cli", &["dermflow-schemas"]),
     ("dermflow-local", &["dermflow-schemas"]),
-    ("dermflow-tests", &["dermflow-auth", "dermflow-local", "dermflow-schemas", "dermflow-workers"]),
+    (
+        "dermflow-tests",
+        &[
+            "dermflow-auth",
+            "dermflow-http",
+            "dermflow-ingress",
+            "dermflow-local",
+            "dermflow-schemas",
+            "dermflow-workers",
+        ],
+    ),
 ];
 
 /// What only these crates may know.

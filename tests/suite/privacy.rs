@@ -66,3 +66,27 @@ fn search(folder: &Path, needles: &[&[u8]]) -> Result<()> {
     }
     Ok(())
 }
+
+// Every test looks through its logs at its end: with one that holds a secret which the client has sent, it fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leak_into_a_log_is_found_at_the_end_of_any_test() -> Result<()> {
+    for leaked in [0, 1, 2] {
+        let lab = Lab::start(Setup::without_workers()).await?;
+        let mut request = sample("ham10000-mel.jpg");
+        request["parameter"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"name": "subject", "valueReference": {"identifier": {"value": PATIENT}}}));
+        lab.client().submit(&request).await?;
+        let image = STANDARD.encode(sample_bytes("ham10000-mel.jpg"))[100..600].to_owned();
+        let secret = [lab.client().token().to_owned(), image, PATIENT.to_owned()][leaked].clone();
+        let folder = lab.log_folder();
+        let log = folder.join("ingress-1.log");
+        let written = fs::read_to_string(&log)?;
+        fs::write(&log, format!("{written}{{\"message\":\"a caller sent {secret} to us\"}}\n"))?;
+        let found = lab.stop().await.unwrap_err();
+        assert!(format!("{found:#}").contains("holds what no log may"), "{found:#}");
+        fs::remove_dir_all(folder.parent().unwrap())?;
+    }
+    Ok(())
+}

@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use dermflow_schemas::{
     image::Format,
-    limits::{MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
+    limits::{DECODE_DEADLINE, MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
 };
 use fast_image_resize::{
     FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
@@ -12,7 +12,7 @@ use fast_image_resize::{
 };
 use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, metadata::Orientation};
 
-use crate::resize;
+use crate::{child, resize};
 
 /// Why a file with a right header cannot be decoded. The same file fails again.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +26,15 @@ pub enum DecodeError {
     /// More than [`MAX_PIXELS`].
     #[error("the image has more than {MAX_PIXELS} pixels")]
     TooLarge,
+    /// One of these, as the decoder's process says it.
+    #[error("{0}")]
+    Told(String),
+    /// The decoder's process died twice over it; how, the second time.
+    #[error("its decoder died: {0}")]
+    Died(String),
+    /// The decoder did not finish within [`DECODE_DEADLINE`].
+    #[error("its decoder did not finish within {DECODE_DEADLINE:?}")]
+    Slow,
 }
 
 /// A decoded image: 8-bit RGB as stored, and how to turn it for display.
@@ -42,11 +51,17 @@ impl std::fmt::Debug for Picture {
 }
 
 impl Picture {
-    /// Decodes a file. An alpha channel is dropped, 16-bit values are cut to 8.
+    /// Decodes a file, in a process of its own on a thread that has one (see [`Decoding`](crate::child::Decoding)). An
+    /// alpha channel is dropped, 16-bit values are cut to 8.
     ///
     /// # Errors
     /// See [`DecodeError`].
     pub fn decode(file: &[u8], format: Format) -> Result<Self, DecodeError> {
+        child::decode(file, format).unwrap_or_else(|| Self::decode_here(file, format))
+    }
+
+    /// Decodes a file in this process.
+    pub(crate) fn decode_here(file: &[u8], format: Format) -> Result<Self, DecodeError> {
         if format == Format::Jpeg && !jpeg_ends(file) {
             return Err(DecodeError::CutShort);
         }
@@ -64,7 +79,15 @@ impl Picture {
         limits.reserve(decoder.total_bytes())?;
         decoder.set_limits(limits)?;
         let orientation = decoder.orientation()?;
-        Ok(Self { pixels: DynamicImage::from_decoder(decoder)?.into_rgb8(), orientation })
+        Ok(Self::new(without_alpha(DynamicImage::from_decoder(decoder)?), orientation))
+    }
+
+    pub(crate) fn new(pixels: RgbImage, orientation: Orientation) -> Self {
+        Self { pixels, orientation }
+    }
+
+    pub(crate) fn into_parts(self) -> (RgbImage, Orientation) {
+        (self.pixels, self.orientation)
     }
 
     /// Columns as displayed, in pixels.
@@ -117,6 +140,19 @@ pub fn fit(width: u32, height: u32, side: u32) -> (u32, u32) {
     (scaled(width), scaled(height))
 }
 
+/// 8-bit RGB. RGBA becomes it in place: of [`MAX_PIXELS`], both would take 280 MB.
+fn without_alpha(image: DynamicImage) -> RgbImage {
+    let DynamicImage::ImageRgba8(image) = image else { return image.into_rgb8() };
+    let (width, height) = image.dimensions();
+    let mut bytes = image.into_raw();
+    let pixels = bytes.len() / 4;
+    for pixel in 0..pixels {
+        bytes.copy_within(4 * pixel..4 * pixel + 3, 3 * pixel);
+    }
+    bytes.truncate(3 * pixels);
+    RgbImage::from_raw(width, height, bytes).expect("three bytes a pixel are left")
+}
+
 fn shrink(pixels: &RgbImage, width: u32, height: u32) -> RgbImage {
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
     let mut small = Image::new(width, height, PixelType::U8x3);
@@ -166,6 +202,13 @@ pub(crate) mod tests {
             .write_image(&sample(width, height), width, height, ExtendedColorType::Rgb8)
             .unwrap();
         file
+    }
+
+    #[test]
+    fn rgba_becomes_rgb_in_place() {
+        let image = image::RgbaImage::from_fn(7, 5, |x, y| image::Rgba([x as u8, y as u8, 9, 128]));
+        let expected = DynamicImage::ImageRgba8(image.clone()).into_rgb8();
+        assert_eq!(without_alpha(DynamicImage::ImageRgba8(image)), expected);
     }
 
     #[test]

@@ -17,6 +17,9 @@ pub enum EngineError {
     /// The library cannot be loaded, or is too old.
     #[error("the ONNX Runtime cannot be loaded: {0}")]
     Runtime(String),
+    /// The executor has no decoder.
+    #[error("the decoder cannot be started: {0}")]
+    Decoder(String),
     /// The network cannot be loaded or run.
     #[error("the ONNX Runtime reports: {0}")]
     Network(String),

@@ -22,7 +22,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::{Engine, EngineError, Factory};
+use crate::{
+    child::Decoding,
+    engine::{Engine, EngineError, Factory},
+};
 
 /// Why work gave no result. In both cases another attempt may succeed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -56,21 +59,25 @@ pub struct Executors {
 }
 
 impl Executors {
-    /// Starts `count` threads, each with an engine of its own, and waits until all have one.
+    /// Starts `count` threads, each with an engine and a decoder of its own, and waits until all have one.
     ///
     /// # Errors
-    /// When an engine cannot be made.
-    pub async fn start(count: NonZeroUsize, factory: &Factory) -> Result<Self, EngineError> {
+    /// When an engine cannot be made, or a decoder cannot be started.
+    pub async fn start(
+        count: NonZeroUsize,
+        factory: &Factory,
+        decoding: &Decoding,
+    ) -> Result<Self, EngineError> {
         // Never full: whoever hands over work holds a slot.
         let (work, queue) = sync_channel(count.get());
         let queue = Arc::new(Mutex::new(queue));
         let mut starting = Vec::new();
         for number in 0..count.get() {
             let (ready, started) = oneshot::channel();
-            let (queue, factory) = (queue.clone(), factory.clone());
+            let (queue, factory, decoding) = (queue.clone(), factory.clone(), decoding.clone());
             thread::Builder::new()
                 .name(format!("executor-{number}"))
-                .spawn(move || serve(&queue, &factory, ready))
+                .spawn(move || serve(&queue, &factory, &decoding, ready))
                 .map_err(|error| EngineError::Runtime(error.to_string()))?;
             starting.push(started);
         }
@@ -133,9 +140,11 @@ impl Executors {
 fn serve(
     queue: &Mutex<Receiver<(Work, Slot)>>,
     factory: &Factory,
+    decoding: &Decoding,
     ready: oneshot::Sender<Result<(), EngineError>>,
 ) {
-    let mut engine = match factory() {
+    let decoder = decoding.enter().map_err(|error| EngineError::Decoder(error.to_string()));
+    let mut engine = match decoder.and_then(|()| factory()) {
         Ok(engine) => Some(engine),
         Err(error) => {
             let _ = ready.send(Err(error));
@@ -186,7 +195,8 @@ mod tests {
             counter.fetch_add(1, Ordering::SeqCst);
             Ok(Box::new(Silent))
         });
-        let executors = Executors::start(NonZeroUsize::new(count).unwrap(), &factory).await.unwrap();
+        let executors =
+            Executors::start(NonZeroUsize::new(count).unwrap(), &factory, &Decoding::Here).await.unwrap();
         (executors, made)
     }
 
@@ -244,7 +254,7 @@ mod tests {
     #[tokio::test]
     async fn an_engine_that_cannot_be_made_is_an_error_at_start() {
         let factory: Factory = Arc::new(|| Err(EngineError::Misfit("as planned".into())));
-        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &factory).await;
+        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &factory, &Decoding::Here).await;
         assert!(matches!(failed, Err(EngineError::Misfit(_))));
     }
 }

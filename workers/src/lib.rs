@@ -5,16 +5,18 @@
 //!
 //! Invariants kept here: a job is acked only after the broker has stored what replaces it; jobs in hand never
 //! exceed the executors by more than one; nothing is decoded beyond the limits; the same image gives the same
-//! numbers; whatever a model does, short of ending the process, costs its own job only.
+//! numbers; whatever a model does, short of ending the process, costs its own job only, and so does whatever a decoder
+//! does.
 //!
 //! `schedule`, `fair` (whom to ask: pure), `watch` (who has jobs), `pull` (the requests), `cancel` (what was
-//! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread and its engine) → `analyse` → `report`;
-//! `quality` is how good an image is, `outline` what a report says of a lesion's place, `heat` what speaks for a class, and
-//! `language` how it is said.
+//! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread, its engine and `child`, its decoder's
+//! process) → `analyse` → `report`; `quality` is how good an image is, `outline` what a report says of a lesion's place,
+//! `heat` what speaks for a class, and `language` how it is said.
 
 pub mod analyse;
 pub mod attempt;
 pub mod cancel;
+pub mod child;
 pub mod consume;
 pub mod decode;
 pub mod engine;

@@ -1,6 +1,7 @@
 //! The worker process.
 
 use std::{
+    env,
     num::NonZeroUsize,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -20,6 +21,7 @@ use dermflow_schemas::{
 use dermflow_workers::{
     attempt::Attempts,
     cancel::Cancels,
+    child::{self, Decoding},
     consume::{Consumer, End},
     engine,
     executor::Executors,
@@ -53,15 +55,26 @@ struct Options {
     /// Seconds that one attempt may take, all images together.
     #[arg(long, env = "DERMFLOW_JOB_TIMEOUT", default_value_t = DEFAULT_JOB_TIMEOUT.as_secs())]
     job_timeout: u64,
+    /// Decode images in the worker's own process. An image that crashes a decoder takes the worker along. For benchmarks.
+    #[arg(long)]
+    decode_in_process: bool,
     /// Accept a model folder that only simulates a model. Its reports say so. For tests and benchmarks.
     #[arg(long)]
     allow_simulated: bool,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     process::init();
     log_panics();
+    if env::args_os().nth(1).is_some_and(|first| first == child::ARGUMENT) {
+        // The worker says what became of it.
+        return if child::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    work_until_told()
+}
+
+#[tokio::main]
+async fn work_until_told() -> ExitCode {
     match Box::pin(run(Options::parse())).await {
         Ok(code) => code,
         Err(error) => {
@@ -98,7 +111,12 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
     let in_folder = || format!("model {}", folder.display());
     let model = Arc::new(Model::load(folder, options.allow_simulated).with_context(in_folder)?);
     let factory = engine::factory(&model, &options.ort_dylib).with_context(|| hint(&options.ort_dylib))?;
-    let executors = Executors::start(count, &factory).await.with_context(in_folder)?;
+    let decoding = if options.decode_in_process {
+        Decoding::Here
+    } else {
+        Decoding::InChild(env::current_exe().context("the system does not tell where this program is")?)
+    };
+    let executors = Executors::start(count, &factory, &decoding).await.with_context(in_folder)?;
     tracing::info!(
         model = model.name,
         version = model.version,

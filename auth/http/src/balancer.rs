@@ -17,7 +17,7 @@ use hyper::HeaderMap;
 use ipnet::IpNet;
 use proxy_header::{Error, ParseConfig, ProxyHeader};
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
+    io::{AsyncBufRead, AsyncBufReadExt, BufReader},
     net::TcpStream,
     time::timeout,
 };
@@ -93,7 +93,7 @@ fn is_in(networks: &[Network], address: IpAddr) -> bool {
 
 /// Reads a PROXY header and nothing of what follows it. Gives no address when the balancer speaks for itself, as for a
 /// health check (`LOCAL`), or for a caller that has no IP address.
-async fn read_header(stream: &mut Stream) -> io::Result<Option<IpAddr>> {
+pub(crate) async fn read_header(stream: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<IpAddr>> {
     let config = ParseConfig { include_tlvs: false, ..ParseConfig::default() };
     let mut header = Vec::new();
     loop {

@@ -11,6 +11,8 @@ pub mod crowd;
 pub mod door;
 pub mod dress;
 mod forwarded;
+#[doc(hidden)]
+pub mod fuzz;
 mod linger;
 pub mod meter;
 pub mod metrics;

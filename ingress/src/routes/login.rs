@@ -21,7 +21,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     limits::MAX_FORM_BYTES,
 };
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -114,6 +114,12 @@ async fn read(headers: HeaderMap, bytes: Bytes) -> Result<(String, SecretString,
         (Some(username), Some(password)) => Ok((username, password, scope)),
         _ => Err(ApiError::from(faults.0).into()),
     }
+}
+
+/// The name and the password of a form, for `fuzz`.
+pub(crate) async fn form(headers: HeaderMap, bytes: Bytes) -> Option<(String, String)> {
+    let Credentials { username, password, .. } = read(headers, bytes).await.ok()?;
+    Some((username, password.expose_secret().to_owned()))
 }
 
 /// When to come back who found no place: at different times, or they would all find the same again.

@@ -33,7 +33,7 @@ mod dead;
 mod device;
 mod health;
 mod jobs;
-mod login;
+pub(crate) mod login;
 mod oauth;
 mod openapi;
 mod status;

@@ -26,6 +26,7 @@ use futures_util::{StreamExt, stream};
 use crate::measure::{bare, cpu_seconds, maximum, median, minimum, model_millis, payload, peak_rss_mb};
 
 mod burst;
+mod decode;
 mod degradation;
 mod hostile;
 mod logins;
@@ -41,6 +42,7 @@ mod upload;
 const USAGE: &str = "usage: bench COMMAND
   sustained [--model FOLDER]  the pipeline against a bare ONNX Runtime loop
   latency                     what it adds to the model's own time
+  decode                      what it costs to decode in a process of its own
   burst [--model FOLDER]      5,000 jobs at once, and what becomes of others
   degradation [ROW] [--long]  what goes wrong, case by case
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
@@ -83,6 +85,7 @@ async fn run(args: &[&str]) -> Result<()> {
         ["sustained"] => sustained(&derm7()).await,
         ["sustained", "--model", folder] => sustained(Path::new(folder)).await,
         ["latency"] => latency().await,
+        ["decode"] => Box::pin(decode::decode()).await,
         ["burst"] => Box::pin(burst::burst(&derm7())).await,
         ["burst", "--model", folder] => Box::pin(burst::burst(Path::new(folder))).await,
         ["degradation"] => degradation::all(false).await,

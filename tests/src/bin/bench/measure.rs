@@ -23,6 +23,7 @@ use dermflow_schemas::{
 use dermflow_tests::{client::Client, lab::Lab, wait::eventually};
 use dermflow_workers::{
     analyse::analyse,
+    child::Decoding,
     engine::{self, Factory},
     model::Model,
 };
@@ -37,6 +38,18 @@ pub(crate) fn bare(
     payloads: &[Payload],
     time: Duration,
 ) -> Result<f64> {
+    bare_decoding(&Decoding::Here, model, make, threads, payloads, time)
+}
+
+/// The same with another way to decode.
+pub(crate) fn bare_decoding(
+    decoding: &Decoding,
+    model: &Model,
+    make: &Factory,
+    threads: usize,
+    payloads: &[Payload],
+    time: Duration,
+) -> Result<f64> {
     let (done, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let mut engines = (0..threads).map(|_| make()).collect::<Result<Vec<_>, _>>()?;
     let begun = Instant::now();
@@ -44,6 +57,9 @@ pub(crate) fn bare(
         for engine in &mut engines {
             let (model, done, stop) = (model, &done, &stop);
             scope.spawn(move || {
+                if decoding.enter().is_err() {
+                    return;
+                }
                 for payload in payloads.iter().cycle() {
                     if stop.load(Ordering::Relaxed)
                         || analyse(&mut **engine, model, payload, 1, &|| false).is_err()

@@ -1,0 +1,191 @@
+//! What no log may hold: everything secret that a test has sent or was given, noted on the way, and what looks like it.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, OpenOptions},
+    io::Write,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result, ensure};
+use dermflow_local::stack::programs;
+use reqwest::{
+    Request,
+    header::{AUTHORIZATION, CONTENT_TYPE},
+};
+use serde_json::Value;
+use url::form_urlencoded;
+
+/// Shorter values are met by chance.
+const SHORTEST: usize = 10;
+/// A piece of an image in Base64, which no other one has, and where it begins.
+const PIECE: std::ops::Range<usize> = 200..260;
+/// How JPEG, PNG and JWT begin in Base64.
+const LOOKS: [&str; 4] = ["/9j/4", "iVBORw0KGgo", "eyJhbGci", "eyJ0eXAi"];
+/// Whose logs are looked through: those of our programs, and of the servers that they use.
+const PROGRAMS: [&str; 6] = ["ingress", "worker", "operate", "registration", "nats-server", "postgres"];
+/// Members and fields whose values are secrets.
+const SECRET: [&str; 9] = [
+    "password",
+    "access_token",
+    "refresh_token",
+    "client_secret",
+    "session",
+    "token",
+    "assertion",
+    "client_assertion",
+    "secret",
+];
+/// Members that say who a patient is.
+const PATIENT: [&str; 3] = ["subject", "identifier", "valueReference"];
+
+/// In this process, which with nextest is one test's.
+static NOTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+fn note(secret: &str) {
+    if secret.len() >= SHORTEST {
+        NOTED.lock().unwrap_or_else(PoisonError::into_inner).insert(secret.to_owned());
+    }
+}
+
+/// Notes what is secret in a request: its credentials, passwords, images and what names a patient.
+pub(crate) fn note_request(request: &Request) {
+    let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if let Some((_, credentials)) = header(AUTHORIZATION).split_once(' ') {
+        note(credentials);
+    }
+    let Some(body) = request.body().and_then(reqwest::Body::as_bytes) else { return };
+    if header(CONTENT_TYPE).contains("form") {
+        for (name, value) in form_urlencoded::parse(body) {
+            if SECRET.contains(&&*name) {
+                note(&value);
+            }
+        }
+    } else if let Ok(body) = serde_json::from_slice(body) {
+        note_document(&body);
+    } else {
+        for line in body.split(|byte| *byte == b'\n') {
+            let _ = serde_json::from_slice(line).map(|line: Value| note_document(&line));
+        }
+    }
+}
+
+/// Notes what is secret in a request's or an answer's body.
+pub(crate) fn note_document(document: &Value) {
+    match document {
+        Value::Array(items) => items.iter().for_each(note_document),
+        Value::Object(members) => {
+            for (name, value) in members {
+                match value {
+                    Value::String(text) if SECRET.contains(&name.as_str()) => note(text),
+                    Value::String(text) if name == "data" => {
+                        note(
+                            text.as_bytes()
+                                .get(PIECE)
+                                .and_then(|piece| str::from_utf8(piece).ok())
+                                .unwrap_or_default(),
+                        );
+                    }
+                    value if PATIENT.contains(&name.as_str()) => note_texts(value),
+                    value => note_document(value),
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn note_texts(value: &Value) {
+    match value {
+        // An id of ours may be logged, and is asked for with the same members.
+        Value::String(text) if uuid::Uuid::try_parse(text).is_err() && !text.starts_with("http") => {
+            note(text)
+        }
+        Value::Array(items) => items.iter().for_each(note_texts),
+        Value::Object(members) => {
+            members.iter().filter(|(name, _)| *name != "system").for_each(|(_, value)| note_texts(value))
+        }
+        _ => {}
+    }
+}
+
+/// Notes the passwords and keys in a folder of state.
+fn note_files(state: &Path) -> Result<()> {
+    for entry in fs::read_dir(state)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.ends_with(".password") || name.starts_with("client-") && path.is_file() {
+            note(fs::read_to_string(&path)?.trim());
+        }
+        if name == "password-pepper" || name.ends_with(".key") {
+            fs::read_to_string(&path)?.split_whitespace().for_each(note);
+        }
+        if name == "sealing" {
+            note_files(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Looks through the logs of a system; adds to `logs-looked-at.txt`, beside the programs, how many bytes they are.
+///
+/// # Errors
+/// When one of them holds what none may; the error names the log and the line, not the secret.
+pub(crate) fn look(state: &Path) -> Result<()> {
+    note_files(state)?;
+    let noted = NOTED.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut bytes = 0;
+    for entry in fs::read_dir(state.join("log"))? {
+        let path = entry?.path();
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if PROGRAMS.iter().any(|program| name.starts_with(program)) {
+            let log = fs::read(&path)?;
+            bytes += log.len();
+            leak(&String::from_utf8_lossy(&log), &noted).with_context(|| path.display().to_string())?;
+        }
+    }
+    let mut looked_at =
+        OpenOptions::new().create(true).append(true).open(programs()?.join("logs-looked-at.txt"))?;
+    // In one write, as other tests add to it at the same time.
+    looked_at.write_all(format!("{bytes}\n").as_bytes())?;
+    Ok(())
+}
+
+fn leak(log: &str, noted: &BTreeSet<String>) -> Result<()> {
+    for secret in noted.iter().map(String::as_str).chain(LOOKS) {
+        let at = log.find(secret);
+        let line = at.map_or(0, |at| log[..at].lines().count().max(1));
+        ensure!(at.is_none(), "line {line} holds what no log may: {}…", &secret[..4]);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_a_request_holds_is_found_in_a_log_and_nothing_else() {
+        let image = "A".repeat(150) + &"bCdE1/".repeat(30);
+        note_document(&json!({
+            "resourceType": "Parameters",
+            "parameter": [
+                {"part": [{"valueAttachment": {"data": image}}]},
+                {"name": "subject", "valueReference": {"identifier": {"system": "urn:clinic:patients", "value": "PSEUDONYM-77"}}},
+            ],
+            "identifier": "01890b7e-0000-7000-8000-000000000001",
+            "password": "Zwölf grüne Kacheln",
+        }));
+        let noted = NOTED.lock().unwrap().clone();
+        for leaked in ["PSEUDONYM-77", "Zwölf grüne Kacheln", &image[100..400], "{\"x\":\"/9j/4AAQ\"}"] {
+            let log = format!("one line\nand {leaked} another\n");
+            let found = leak(&log, &noted).unwrap_err().to_string();
+            assert!(found.starts_with("line 2 ") || found.starts_with("line 1 "), "{found}");
+        }
+        let harmless = "01890b7e-0000-7000-8000-000000000001 urn:clinic:patients Parameters image/jpeg";
+        assert!(leak(harmless, &noted).is_ok());
+    }
+}
