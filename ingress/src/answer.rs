@@ -62,7 +62,13 @@ pub(crate) fn accepts_fhir(headers: &HeaderMap) -> bool {
         .filter_map(|v| v.to_str().ok())
         .flat_map(|v| list::split(v, ','))
         .peekable();
-    ranges.peek().is_none() || ranges.any(is_fhir_json)
+    ranges.peek().is_none() || ranges.any(|range| is_r4(range, &FHIR_JSON_RANGES))
+}
+
+/// Whether the caller takes FHIR R4 JSON and calls it by its name.
+pub(crate) fn asks_for_fhir(headers: &HeaderMap) -> bool {
+    let ranges = headers.get_all(header::ACCEPT).iter().filter_map(|v| v.to_str().ok());
+    ranges.flat_map(|v| list::split(v, ',')).any(|range| is_r4(range, &FHIR_JSON_RANGES[3..]))
 }
 
 /// Whether a request body calls itself FHIR R4 JSON.
@@ -70,12 +76,15 @@ pub(crate) fn sends_fhir(headers: &HeaderMap) -> bool {
     headers
         .get(header::CONTENT_TYPE)
         .and_then(|v| v.to_str().ok())
-        .is_some_and(|v| !v.contains('*') && is_fhir_json(v))
+        .is_some_and(|v| !v.contains('*') && is_r4(v, &FHIR_JSON_RANGES))
 }
 
-fn is_fhir_json(range: &str) -> bool {
+/// The media ranges that FHIR JSON is in, its own type last.
+const FHIR_JSON_RANGES: [&str; 4] = ["*/*", "application/*", "application/json", "application/fhir+json"];
+
+/// Whether a range is one of `types`, with no parameter that excludes R4.
+fn is_r4(range: &str, types: &[&str]) -> bool {
     let mut parts = list::split(range, ';').map(|part| part.trim().to_ascii_lowercase());
-    let types = ["*/*", "application/*", "application/json", "application/fhir+json"];
     let known = parts.next().is_some_and(|kind| types.contains(&kind.as_str()));
     let refused = |part: String| match part.split_once('=') {
         Some(("fhirversion", version)) => version.trim_matches('"') != "4.0",
@@ -114,7 +123,15 @@ mod tests {
         ] {
             assert!(!accepts_fhir(&headers(header::ACCEPT, bad)), "{bad}");
         }
-        assert!(accepts_fhir(&HeaderMap::new()));
+        for (accept, asks) in [
+            ("application/json, application/fhir+json; fhirVersion=4.0", true),
+            ("*/*", false),
+            ("application/json", false),
+            ("application/fhir+json;q=0, */*", false),
+        ] {
+            assert_eq!(asks_for_fhir(&headers(header::ACCEPT, accept)), asks, "{accept}");
+        }
+        assert!(accepts_fhir(&HeaderMap::new()) && !asks_for_fhir(&HeaderMap::new()));
         assert!(sends_fhir(&headers(header::CONTENT_TYPE, "application/json; charset=UTF-8")));
         assert!(!sends_fhir(&headers(header::CONTENT_TYPE, "text/plain")));
         assert!(!sends_fhir(&headers(header::CONTENT_TYPE, "*/*")));

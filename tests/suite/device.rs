@@ -1,9 +1,10 @@
 //! The device API, case by case as the clients that speak it check it, at the root and under `/v1.0`.
 
-use std::{io::Cursor, path::Path, time::Duration};
+use std::{io::Cursor, path::Path, slice, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use dermflow_schemas::clock;
 use dermflow_tests::{
     client::{Answer, Client, distribution, observations, sample_bytes, send},
     lab::{Lab, Setup, Worker},
@@ -100,7 +101,7 @@ fn has_indicators(of: &Value) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_case_is_told_image_by_image() -> Result<()> {
     let lab = Lab::start(Setup::derm7()).await?;
-    let (client, today) = (lab.client(), time::OffsetDateTime::now_utc().date());
+    let (client, today) = (lab.client(), clock::now().date());
     let body = case(&[sample_bytes(PHOTO), scribble()?, scribble()?]);
     for root in ROOTS {
         let path = format!("{root}/diagnosis-support");
@@ -131,6 +132,9 @@ async fn a_case_is_told_image_by_image() -> Result<()> {
         ensure!(strict.header("content-type").starts_with("application/fhir+json"), "{}", strict.text);
         let report = &strict.body;
         assert_eq!(told["identifier"]["value"], report["id"]);
+        let read =
+            format!("SELECT count(*) FROM auth.audit WHERE action = 'read' AND object = '{}'", strict.job());
+        assert_eq!(lab.count(&read).await?, 2, "each time that it was told");
         ensure!(answer.header("link").contains(&format!("/fhir/DiagnosticReport/{}>", strict.job())));
         let is_gated = !observations(report, "dermatological-domain").is_empty();
         let images = told["imagingAnalysis"].as_array().context("no images")?;
@@ -225,7 +229,7 @@ async fn refusals_have_the_form_that_clients_read() -> Result<()> {
     let data = "contentAttachment";
     for root in ROOTS {
         let path = format!("{root}/diagnosis-support");
-        let mut prefixed = case(&[file.clone()]);
+        let mut prefixed = case(slice::from_ref(&file));
         let plain = STANDARD.encode(&file);
         prefixed["payload"][0][data]["data"] = json!(format!("data:image/jpeg;base64,{plain}"));
         let refused = post(client, &path, &prefixed).await?;
@@ -263,7 +267,8 @@ async fn refusals_have_the_form_that_clients_read() -> Result<()> {
         let nobody = post(&client.clone().with_token(""), &path, &json!({})).await?;
         assert_eq!((nobody.status, &nobody.body["detail"]), (401, &json!("Invalid token")));
         let waited =
-            send(json(client, case(&[file.clone()]).to_string().into()).header("prefer", "wait=1")).await?;
+            send(json(client, case(slice::from_ref(&file)).to_string().into()).header("prefer", "wait=1"))
+                .await?;
         assert_eq!((waited.status, waited.code()), (504, "wait-ended"));
         ensure!(waited.header("location").contains("/fhir/_async/"), "{:?}", waited.headers);
         let missing = client.get(&format!("{root}/device/nothing")).await?;
@@ -273,8 +278,9 @@ async fn refusals_have_the_form_that_clients_read() -> Result<()> {
             ensure!(is_json(answer) && answer.body["detail"].is_string(), "{}", answer.text);
             ensure!(!answer.header("x-request-id").is_empty() && !answer.header("ratelimit").is_empty());
         }
-        let later =
-            send(json(client, case(&[file.clone()]).to_string().into()).header("prefer", "respond-async"));
+        let later = send(
+            json(client, case(slice::from_ref(&file)).to_string().into()).header("prefer", "respond-async"),
+        );
         let later = later.await?;
         assert_eq!(later.status, 202, "{}", later.text);
         assert_eq!(client.get(&format!("/jobs/{}", later.job())).await?.body["status"], "queued");
@@ -288,9 +294,11 @@ async fn what_the_worker_refuses_has_the_same_form() -> Result<()> {
     let lab = Lab::start(Setup { workers: vec![Worker::simulated(1)], ..Setup::default() }).await?;
     let mut cut = sample_bytes("isic2017-nv.png");
     cut.truncate(cut.len() / 2);
-    let refused = post(lab.client(), "/diagnosis-support", &case(&[cut])).await?;
+    let body = case(&[sample_bytes("isic2017-nv.png"), cut]);
+    let refused = post(lab.client(), "/diagnosis-support", &body).await?;
     assert_eq!((refused.status, refused.code()), (422, "image-undecodable"));
-    assert_eq!(entry(&refused)?.0, "value_error");
+    let (kind, _, loc) = entry(&refused)?;
+    assert_eq!((kind, loc), ("value_error", &json!(["body", "payload", 1, "contentAttachment", "data"])));
     lab.stop().await
 }
 
@@ -457,24 +465,24 @@ async fn scores_from_images_are_checked_and_not_computed() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn scores_from_answers_are_computed() -> Result<()> {
     let lab = Lab::start(Setup::without_workers()).await?;
-    let cases: [(&str, &[&str], &[u32], f64, &str); 3] = [
-        ("dlqi", &QUESTIONS, &[1, 2, 3, 1, 2, 3, 1, 2, 3, 1], 19.0, "Very large effect"),
-        ("pure4", &QUESTIONS[..4], &[1, 0, 1, 0], 2.0, "Positive"),
-        ("sevenPc", &SEVEN, &[1, 1, 0, 1, 0, 0, 1], 6.0, "High risk"),
+    let cases = [
+        ("dlqi", &QUESTIONS[..], vec![1, 2, 3, 1, 2, 3, 1, 2, 3, 1], 19.0, "Very large effect"),
+        ("pure4", &QUESTIONS[..4], vec![1, 0, 1, 0], 2.0, "Positive"),
+        ("sevenPc", &SEVEN[..], vec![1, 1, 0, 1, 0, 0, 1], 6.0, "High risk"),
     ];
     for path in [
         "/severity-assessment/manual",
         "/clinical/severity-assessment/manual",
         "/v1.0/severity-assessment/manual",
     ] {
-        for (code, names, values, score, category) in cases {
-            let body = assessment(true, "armLeft", &json!({ code: answers(names, values) }));
+        for (code, names, values, score, category) in &cases {
+            let body = assessment(true, "armLeft", &json!({ *code: answers(names, values) }));
             let answer = post(lab.client(), path, &body).await?;
             assert_eq!(answer.status, 200, "{}", answer.text);
             assert_eq!(answer.body["resourceType"], "DiagnosticReport");
             ensure!(answer.body["analysisDuration"].as_f64().is_some_and(|seconds| seconds > 0.0));
-            let told = &answer.body["patientEvolution"][code];
-            assert_eq!(told["score"]["value"].as_f64(), Some(score));
+            let told = &answer.body["patientEvolution"][*code];
+            assert_eq!(told["score"]["value"].as_f64(), Some(*score));
             assert_eq!(told["score"]["interpretation"], json!({ "category": category, "intensity": 3 }));
             for (name, value) in names.iter().zip(values) {
                 let item = &told["item"][name];

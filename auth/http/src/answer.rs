@@ -56,6 +56,12 @@ impl Problem {
         self.error.kind().status
     }
 
+    /// Names the element at fault.
+    #[must_use]
+    pub fn at(self, field: impl Into<String>) -> Self {
+        Self { error: self.error.at(field), ..self }
+    }
+
     /// Adds a header, such as the URL to poll.
     #[must_use]
     pub fn header(mut self, name: HeaderName, value: &str) -> Self {

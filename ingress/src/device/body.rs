@@ -104,13 +104,11 @@ impl<'n, 'a> Object<'n, 'a> {
     /// A member that must be there; one that is null has the wrong type.
     pub(super) fn required(&self, name: &str, faults: &mut Faults) -> Option<Part<'n, 'a>> {
         let path = self.place(name);
-        match self.members.iter().find(|(member, _)| member == name) {
-            Some((_, json)) => Some(Part { json, path }),
-            None => {
-                faults.add(Code::ElementMissing, path, None);
-                None
-            }
-        }
+        let Some((_, json)) = self.members.iter().find(|(member, _)| member == name) else {
+            faults.add(Code::ElementMissing, path, None);
+            return None;
+        };
+        Some(Part { json, path })
     }
 
     /// The names of the members.

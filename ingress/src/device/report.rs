@@ -249,7 +249,7 @@ mod tests {
         json!({ "value": value, "unit": "%", "system": "http://unitsofmeasure.org", "code": "%" })
     }
 
-    fn observation(id: &str, code: &str, with: Value) -> Value {
+    fn observation(id: &str, code: &str, with: &Value) -> Value {
         let mut resource = json!({ "resourceType": "Observation", "id": id, "code": CodeableConcept::from(local(code, code)) });
         resource.as_object_mut().unwrap().extend(with.as_object().unwrap().clone());
         resource
@@ -274,7 +274,7 @@ mod tests {
         observation(
             &format!("classification-{about}"),
             "condition-distribution",
-            json!({ "component": component }),
+            &json!({ "component": component }),
         )
     }
 
@@ -293,9 +293,9 @@ mod tests {
         });
         let mut all = vec![
             json!({ "resourceType": "Media", "id": format!("image-{n}") }),
-            observation(&format!("quality-{n}"), "image-quality", quality),
-            observation(&format!("domain-{n}"), "dermatological-domain", domain),
-            observation(&format!("modality-{n}"), "image-modality", modality),
+            observation(&format!("quality-{n}"), "image-quality", &quality),
+            observation(&format!("domain-{n}"), "dermatological-domain", &domain),
+            observation(&format!("modality-{n}"), "image-modality", &modality),
         ];
         if is_skin {
             all.push(distribution(&n.to_string()));
@@ -308,14 +308,14 @@ mod tests {
             }));
         } else {
             let absent = json!({ "dataAbsentReason": { "text": "The image was not analysed." } });
-            all.push(observation(&format!("classification-{n}"), "condition-distribution", absent));
+            all.push(observation(&format!("classification-{n}"), "condition-distribution", &absent));
         }
         all
     }
 
     fn indicators(about: &str, malignancy: f64) -> Vec<Value> {
         let indicator = |id: &str, code: &str, value: f64| {
-            observation(&format!("{id}-{about}"), code, json!({ "valueQuantity": percent(value) }))
+            observation(&format!("{id}-{about}"), code, &json!({ "valueQuantity": percent(value) }))
         };
         vec![
             indicator("malignancy", "malignancy-suspicion", malignancy),

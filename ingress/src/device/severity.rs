@@ -220,12 +220,6 @@ fn graded(score: &Score, items: &Object<'_, '_>, faults: &mut Faults) -> Vec<f64
 #[derive(Debug)]
 pub(crate) struct Assessment(Answered);
 
-impl std::fmt::Debug for Score {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.code)
-    }
-}
-
 impl Assessment {
     /// The body of the answer, at `now`; clients want to read how many seconds it took, more than none.
     pub(crate) fn render(&self, now: OffsetDateTime, seconds: f64) -> Value {
@@ -271,7 +265,7 @@ fn evolution(score: &Score, answers: &[f64]) -> Value {
 mod tests {
     use super::{super::score::SCORES, *};
 
-    fn request(scores: Value) -> Value {
+    fn request(scores: &Value) -> Value {
         json!({
             "bodySite": "armRight",
             "knownCondition": { "conclusion": { "coding": null, "text": "Naevus" } },
@@ -288,7 +282,7 @@ mod tests {
         for score in SCORES {
             let items: Map<String, Value> =
                 score.items.iter().map(|item| (item.code.to_owned(), json!(item.range.end()))).collect();
-            let body = request(json!({ score.code: { "questionnaireResponse": { "item": items } } }));
+            let body = request(&json!({ score.code: { "questionnaireResponse": { "item": items } } }));
             let answer = parse(body.to_string().as_bytes()).unwrap().render(OffsetDateTime::UNIX_EPOCH, 0.0);
             assert_eq!(answer["issued"], "1970-01-01T00:00:00Z");
             assert!(answer["analysisDuration"].as_f64().unwrap() > 0.0);
@@ -307,16 +301,16 @@ mod tests {
     #[test]
     fn what_is_known_and_not_computed_says_so_once_the_request_is_right() {
         let response = json!({ "questionnaireResponse": { "item": {} } });
-        assert_eq!(code(&request(json!({ "scovid": response.clone() }))), "score-unsupported");
-        assert_eq!(code(&request(json!({ "resvech": {} }))), "element-missing");
-        assert_eq!(code(&request(json!({ "unheard": response }))), "value-invalid");
-        assert_eq!(code(&request(json!({}))), "value-invalid");
-        assert_eq!(code(&request(json!([]))), "value-invalid");
+        assert_eq!(code(&request(&json!({ "scovid": response.clone() }))), "score-unsupported");
+        assert_eq!(code(&request(&json!({ "resvech": {} }))), "element-missing");
+        assert_eq!(code(&request(&json!({ "unheard": response }))), "value-invalid");
+        assert_eq!(code(&request(&json!({}))), "value-invalid");
+        assert_eq!(code(&request(&json!([]))), "value-invalid");
     }
 
     #[test]
     fn an_image_for_hair_is_one_of_the_head() {
-        let mut body = request(json!({ "asalt": {} }));
+        let mut body = request(&json!({ "asalt": {} }));
         body["payload"] = json!({ "contentAttachment": { "data": "!" } });
         let faults = |body: &Value| {
             let error = parse_local(body.to_string().as_bytes());

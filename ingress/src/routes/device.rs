@@ -27,11 +27,10 @@ use super::{
     status::{answered, finished, insert},
 };
 use crate::{
-    answer::{self, Problem, sends_fhir},
+    answer::{self, Problem, asks_for_fhir, sends_fhir},
     app::App,
     device::{about, diagnosis, questionnaires, report, severity, sites},
     extract::{Allowed, Body, Held, Submit},
-    list,
     submit::{Ended, blocking},
 };
 
@@ -113,10 +112,11 @@ async fn diagnose(
     }
 }
 
-/// The end of a job in the device API's form, with where the report is.
+/// The end of a job in the device API's form, with where the report is, or which image is at fault.
 fn diagnosed(app: &App, ended: Ended) -> Response {
-    answered(ended, |record, sealed| {
-        let Ok(read) = serde_json::from_slice(&sealed) else {
+    let image = ended.record.failure.as_ref().and_then(|failure| failure.image);
+    let mut response = answered(ended, |record, report| {
+        let Ok(read) = serde_json::from_slice(&report) else {
             return Problem::from(Code::ReportUnreadable).into_response();
         };
         let mut response = answer::json(report::render(&read));
@@ -124,17 +124,11 @@ fn diagnosed(app: &App, ended: Ended) -> Response {
         let link = format!("<{url}>; rel=\"alternate\"; type=\"application/fhir+json\"");
         insert(response.headers_mut(), &header::LINK, &link);
         response
-    })
-}
-
-/// Whether the caller names FHIR among what it takes; `*/*` and `application/json` mean the device API's form.
-fn asks_for_fhir(headers: &HeaderMap) -> bool {
-    let ranges = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    let mut ranges = ranges.flat_map(|value| list::split(value, ','));
-    ranges.any(|range| {
-        let kind = list::split(range, ';').next().unwrap_or_default();
-        kind.trim().eq_ignore_ascii_case("application/fhir+json")
-    })
+    });
+    if let (Some(image), Some(problem)) = (image, response.extensions_mut().remove::<Problem>()) {
+        response.extensions_mut().insert(problem.at(format!("payload[{image}].contentAttachment.data")));
+    }
+    response
 }
 
 async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Held, Problem> {

@@ -11,7 +11,7 @@ mod seven_pc;
 mod uas;
 mod uct;
 
-use std::ops::RangeInclusive;
+use std::{fmt, ops::RangeInclusive};
 
 /// A score.
 pub(super) struct Score {
@@ -76,6 +76,12 @@ pub(super) const NOT_COMPUTED: [&str; 2] = ["resvech", "scovid"];
 /// The score of a name.
 pub(super) fn find(code: &str) -> Option<&'static Score> {
     SCORES.iter().find(|score| score.code == code)
+}
+
+impl fmt::Debug for Score {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.code)
+    }
 }
 
 impl Score {

@@ -1,6 +1,6 @@
 //! Weighted seven-point checklist for pigmented lesions.
 //!
-//! MacKie, Clin Exp Dermatol 1991;16:151-2: three major signs weigh two points, four minor ones weigh one; from 3 on a
+//! MacKie and Doherty, Clin Exp Dermatol 1991;16:151-2: three major signs weigh two points, four minor ones weigh one; from 3 on a
 //! lesion is suspicious, as in NICE guideline NG12.
 
 use super::{Band, Intensity, Item, Score, YES, band, graded, weighted};
