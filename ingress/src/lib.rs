@@ -20,6 +20,7 @@ mod dead;
 mod drain;
 mod element;
 mod extract;
+mod fhir;
 mod json;
 mod keeper;
 mod lanes;

@@ -36,6 +36,20 @@ use crate::{access::Gate, answer::Problem, app::App};
 /// What clients ask again and again until a job or a batch has ended; it has a rate of its own.
 const POLLED: [&str; 3] = ["/fhir/_async/{id}", "/batches/{id}", "/fhir/_bulk/{id}"];
 
+/// What everybody may read, where no handler looks at a token.
+const PUBLISHED: [&str; 10] = [
+    "/openapi.json",
+    "/fhir/metadata",
+    "/fhir/OperationDefinition",
+    "/fhir/OperationDefinition/{id}",
+    "/fhir/CodeSystem",
+    "/fhir/CodeSystem/{id}",
+    "/fhir/ValueSet",
+    "/fhir/ValueSet/{id}",
+    "/fhir/ConceptMap",
+    "/fhir/ConceptMap/{id}",
+];
+
 fn policy(kind: Kind, quota: Quota) -> Policy {
     let a_minute = match kind {
         Kind::Requests => quota.requests,
@@ -109,8 +123,8 @@ fn may_prove_itself(request: &Request) -> bool {
     let path = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
     let header = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
     match path {
-        "" | "/login" | "/openapi.json" => false,
-        path if path.contains("/.well-known/") => false,
+        "" | "/login" => false,
+        path if path.contains("/.well-known/") || PUBLISHED.contains(&path) => false,
         "/oauth/token" => header.is_some_and(|value| value.to_ascii_lowercase().starts_with(b"basic ")),
         _ => header.is_some(),
     }

@@ -13,6 +13,7 @@ mod balancer;
 mod batches;
 mod commands;
 mod dead;
+mod definitions;
 mod encryption;
 mod fairness;
 mod faults;

@@ -19,6 +19,7 @@ mod analyze;
 mod batches;
 mod bundle;
 mod dead;
+mod definitions;
 mod health;
 mod jobs;
 mod login;
@@ -50,6 +51,15 @@ fn clients() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(oauth::metadata))
         .routes(routes!(oauth::smart))
         .routes(routes!(openapi::clients))
+        .routes(routes!(definitions::metadata))
+        .routes(routes!(definitions::operations))
+        .routes(routes!(definitions::operation))
+        .routes(routes!(definitions::code_systems))
+        .routes(routes!(definitions::code_system))
+        .routes(routes!(definitions::value_sets))
+        .routes(routes!(definitions::value_set))
+        .routes(routes!(definitions::concept_maps))
+        .routes(routes!(definitions::concept_map))
         .routes(routes!(analyze::post))
         .routes(routes!(status::report))
         .routes(routes!(status::get, status::delete))
