@@ -22,6 +22,7 @@ mod device;
 mod drain;
 mod element;
 mod extract;
+mod fhir;
 #[doc(hidden)]
 pub mod fuzz;
 mod json;

@@ -12,7 +12,7 @@ use crate::{
     device::sites,
     element::{Element, Faults, Node},
     json::Json,
-    parameters::{self, heat_map, image_code},
+    parameters::{self, heat_map},
     snomed::is_concept_id,
 };
 

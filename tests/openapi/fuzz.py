@@ -18,7 +18,6 @@ CHECKS = [
     "content_type_conformance",
     "response_headers_conformance",
     "response_schema_conformance",
-    "negative_data_rejection",
     "missing_required_header",
     "unsupported_method",
     "allow_header_conformance",

@@ -15,6 +15,7 @@ mod certificates;
 mod commands;
 mod dead;
 mod decoding;
+mod definitions;
 mod device;
 mod encryption;
 mod fairness;

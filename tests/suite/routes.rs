@@ -21,6 +21,8 @@ enum Object {
     /// Nobody's own.
     Event,
     DeadLetter,
+    /// Everybody's.
+    Definition(&'static str),
 }
 
 /// Whom a route wants.
@@ -37,10 +39,10 @@ enum Rule {
     Operator,
 }
 
-use Object::{Batch, DeadLetter, Event, Job, Nothing};
+use Object::{Batch, DeadLetter, Definition, Event, Job, Nothing};
 use Rule::{Auditor, Client as May, Form, Open, Operator};
 
-const ROUTES: [(&str, &str, Rule, Object); 33] = [
+const ROUTES: [(&str, &str, Rule, Object); 42] = [
     ("POST", "/login", Form(422), Nothing),
     ("POST", "/oauth/token", Form(400), Nothing),
     ("POST", "/oauth/revoke", Form(401), Nothing),
@@ -49,6 +51,15 @@ const ROUTES: [(&str, &str, Rule, Object); 33] = [
     ("GET", "/.well-known/oauth-authorization-server", Open, Nothing),
     ("GET", "/fhir/.well-known/smart-configuration", Open, Nothing),
     ("GET", "/openapi.json", Open, Nothing),
+    ("GET", "/fhir/metadata", Open, Nothing),
+    ("GET", "/fhir/OperationDefinition", Open, Nothing),
+    ("GET", "/fhir/OperationDefinition/{id}", Open, Definition("analyze")),
+    ("GET", "/fhir/CodeSystem", Open, Nothing),
+    ("GET", "/fhir/CodeSystem/{id}", Open, Definition("skin-image-analysis")),
+    ("GET", "/fhir/ValueSet", Open, Nothing),
+    ("GET", "/fhir/ValueSet/{id}", Open, Definition("conditions")),
+    ("GET", "/fhir/ConceptMap", Open, Nothing),
+    ("GET", "/fhir/ConceptMap/{id}", Open, Definition("conditions-icd-11")),
     ("POST", "/fhir/DiagnosticReport/$analyze", May('c'), Nothing),
     ("GET", "/fhir/DiagnosticReport/{id}", May('r'), Job),
     ("GET", "/fhir/_async/{id}", May('r'), Job),
@@ -284,11 +295,12 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
             Batch => &batch,
             Event => "1",
             DeadLetter => "4711",
+            Definition(id) => id,
         };
         let with = |id: &str| path.replace("{id}", id).replace("{sequence}", id);
         let (right, wrong) = match rule {
             Open => {
-                opens(&lab, &callers.client, path).await?;
+                opens(&lab, &callers.client, &with(id)).await?;
                 continue;
             }
             Form(status) => {

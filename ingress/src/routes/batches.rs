@@ -60,7 +60,7 @@ const FHIR_NDJSON: &str = "application/fhir+ndjson";
     params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
         description = "The same key is the same batch.")),
     request_body(description = "A line an analysis.",
-        content((String = "application/x-ndjson", example = json!(LINE)), (String = "application/fhir+ndjson"))),
+        content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "A line an input line, while the upload goes on; the first says which batch it is, the \
             last how many lines there were.", body = String, content_type = "application/x-ndjson",
@@ -86,7 +86,7 @@ pub(crate) async fn create(
 #[utoipa::path(post, path = "/batches/{id}", operation_id = "resumeBatch", tag = "batches",
     params(("id" = Uuid, Path, description = "The batch.")),
     request_body(description = "A line an analysis.",
-        content((String = "application/x-ndjson", example = json!(LINE)), (String = "application/fhir+ndjson"))),
+        content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "As to the first upload.", body = String, content_type = "application/x-ndjson",
             headers(("Location" = String, description = "The batch's URL."))),
@@ -335,10 +335,8 @@ pub(crate) struct Wanted {
     cursor: i64,
     /// Seconds to wait when there is nothing yet; more than 60 are 60.
     #[serde(default)]
-    #[param(value_type = u32)]
     wait: u64,
     /// Entries at most.
-    #[param(value_type = Option<u32>)]
     limit: Option<usize>,
     /// The media type, for callers that cannot set `Accept` (FHIR R4, General Parameters).
     #[serde(rename = "_format")]

@@ -67,7 +67,6 @@ pub(crate) struct Wanted {
     #[param(value_type = Option<Uuid>)]
     cursor: Option<String>,
     /// Jobs at most.
-    #[param(value_type = Option<u32>)]
     limit: Option<usize>,
 }
 

@@ -118,7 +118,7 @@ async fn read(headers: HeaderMap, bytes: Bytes) -> Result<(String, SecretString,
 
 /// The name and the password of a form, for `fuzz`.
 pub(crate) async fn form(headers: HeaderMap, bytes: Bytes) -> Option<(String, String)> {
-    let Credentials { username, password, .. } = read(headers, bytes).await.ok()?;
+    let (username, password, _) = read(headers, bytes).await.ok()?;
     Some((username, password.expose_secret().to_owned()))
 }
 

@@ -30,6 +30,7 @@ mod analyze;
 mod batches;
 mod bundle;
 mod dead;
+mod definitions;
 mod device;
 mod health;
 mod jobs;
@@ -42,9 +43,23 @@ mod trail;
 
 pub(crate) use login::is_login;
 
+/// What everybody may read, where no handler looks at a token.
+const PUBLISHED: [&str; 10] = [
+    "/openapi.json",
+    "/fhir/metadata",
+    "/fhir/OperationDefinition",
+    "/fhir/OperationDefinition/{id}",
+    "/fhir/CodeSystem",
+    "/fhir/CodeSystem/{id}",
+    "/fhir/ValueSet",
+    "/fhir/ValueSet/{id}",
+    "/fhir/ConceptMap",
+    "/fhir/ConceptMap/{id}",
+];
+
 /// Whether a route is open to everybody, so that nobody looks at a token there.
 pub(crate) fn is_open(path: &str) -> bool {
-    device::is_open(path) || path == "/openapi.json" || path.contains("/.well-known/")
+    device::is_open(path) || PUBLISHED.contains(&path) || path.contains("/.well-known/")
 }
 
 /// What clients reach.
@@ -71,6 +86,15 @@ fn clients(needs: &ClientOptions) -> OpenApiRouter<Arc<App>> {
         .routes(routes!(oauth::metadata))
         .routes(routes!(oauth::smart))
         .routes(routes!(openapi::clients))
+        .routes(routes!(definitions::metadata))
+        .routes(routes!(definitions::operations))
+        .routes(routes!(definitions::operation))
+        .routes(routes!(definitions::code_systems))
+        .routes(routes!(definitions::code_system))
+        .routes(routes!(definitions::value_sets))
+        .routes(routes!(definitions::value_set))
+        .routes(routes!(definitions::concept_maps))
+        .routes(routes!(definitions::concept_map))
         .merge(device::documents());
     let api = OpenApiRouter::new()
         .routes(routes!(analyze::post))

@@ -169,6 +169,10 @@ answers! {
         "504" "The analysis did not finish in time.";
 }
 
+/// The types of what is published.
+const PUBLISHED: &[&str] =
+    &["CapabilityStatement", "OperationDefinition", "CodeSystem", "ValueSet", "ConceptMap"];
+
 macro_rules! resources {
     ($($(#[$doc:meta])* $name:ident $schema:expr;)*) => {$(
         $(#[$doc])*
@@ -178,7 +182,9 @@ macro_rules! resources {
         impl PartialSchema for $name {
             fn schema() -> RefOr<Schema> {
                 let schema: fn(ObjectBuilder) -> ObjectBuilder = $schema;
-                let kind = words("The type.", [stringify!($name)]);
+                let names: &[&str] =
+                    if stringify!($name) == "Definition" { PUBLISHED } else { &[stringify!($name)] };
+                let kind = words("The type.", names.iter().copied());
                 let object = ObjectBuilder::new().property("resourceType", kind).required("resourceType");
                 schema(object).build().into()
             }
@@ -220,6 +226,16 @@ resources! {
             .property("type", words("What it is.", kinds))
             .required("type")
             .property("entry", list(Object::with_type(Type::Object)))
+    };
+    /// FHIR R4, something that is published.
+    Definition |object| {
+        object
+            .description(Some("FHIR R4: a CapabilityStatement, OperationDefinition, CodeSystem, ValueSet or ConceptMap."))
+            .property("id", text())
+            .property("url", text())
+            .required("id")
+            .required("url")
+            .required("status")
     };
     /// FHIR R4, a report.
     DiagnosticReport |object| {

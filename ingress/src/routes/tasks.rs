@@ -50,7 +50,7 @@ pub(crate) async fn get(
         ("authored-on" = Option<String>, Query,
             description = "`gt`, `ge`, `sa`, `lt`, `le` or `eb`, and a date or an instant."),
         ("_sort" = Option<String>, Query, pattern = "^-authored-on$", description = "The only order."),
-        ("_count" = Option<u32>, Query, description = "Entries at most."),
+        ("_count" = Option<usize>, Query, description = "Entries at most."),
         ("_cursor" = Option<Uuid>, Query, description = "From the link `next`."),
         ("_format" = Option<String>, Query, pattern = "json", description = "FHIR JSON.")),
     responses((status = 200, description = "A page.", body = Bundle, content_type = "application/fhir+json"),

@@ -69,7 +69,7 @@ pub(crate) async fn get(
         ("action" = Option<String>, Query, description = "C, R, U, D or E, with commas."),
         ("subtype" = Option<String>, Query, description = "Our words for what was done, with commas."),
         ("_sort" = Option<String>, Query, pattern = "^-date$", description = "The only order."),
-        ("_count" = Option<u32>, Query, description = "Entries at most."),
+        ("_count" = Option<usize>, Query, description = "Entries at most."),
         ("_cursor" = Option<i64>, Query, description = "From the link `next`."),
         ("_format" = Option<String>, Query, pattern = "json", description = "FHIR JSON.")),
     responses((status = 200, description = "A page.", body = Bundle, content_type = "application/fhir+json"),

@@ -1,0 +1,266 @@
+//! What the codes of ours mean: code systems, value sets of the codes that go with them, and the way to ICD-11.
+
+use dermflow_auth::audit::ACTIONS;
+use dermflow_schemas::{
+    error::{CODES, Retry},
+    fhir::{CANONICAL, ICD11, ICD11_VERSION, SNOMED},
+};
+use serde_json::{Value, json};
+
+use super::definition;
+
+/// A code, and its words.
+type Concept = (&'static str, &'static str);
+
+/// Of the code system of reports and jobs, but for the classes. What a report of the bundled model may have is here,
+/// whichever part of it says so.
+const CONCEPTS: &[Concept] = &[
+    ("skin-image-analysis", "Analysis of skin images"),
+    ("skin-image-analysis-report", "Skin image analysis report"),
+    ("ai-inference", "Artificial intelligence inference"),
+    ("condition-distribution", "Probability distribution over skin condition classes"),
+    ("normalised-entropy", "Normalised entropy of the distribution"),
+    ("malignancy-suspicion", "Suspicion of malignancy"),
+    ("pigmented-lesion", "Pigmented lesion"),
+    ("urgent-referral", "Urgent referral"),
+    ("high-priority-referral", "High-priority referral"),
+    ("has-condition", "Skin condition present"),
+    ("image-quality", "Dermatology image quality score"),
+    ("image-quality-acceptable", "Image quality acceptable"),
+    ("dermatological-domain", "Image shows skin"),
+    ("image-modality", "Image modality"),
+    ("ai-confidence", "Confidence of the model"),
+    ("lesion-area-fraction", "Lesion area as a fraction of the image"),
+    ("lesion-polygon", "Lesion outline in pixel coordinates"),
+    ("bbox-x", "Bounding box left"),
+    ("bbox-y", "Bounding box top"),
+    ("bbox-width", "Bounding box width"),
+    ("bbox-height", "Bounding box height"),
+    ("class-activation-map", "Class activation heat map"),
+    ("top1-sensitivity", "Top-1 macro-averaged sensitivity on the locked test set"),
+    ("top1-specificity", "Top-1 macro-averaged specificity on the locked test set"),
+    ("top1-accuracy", "Top-1 accuracy on the locked test set"),
+    ("macro-auc", "Macro-averaged area under the ROC curve on the locked test set"),
+    ("melanoma-auc", "Area under the ROC curve of melanoma on the locked test set"),
+    ("malignancy-auc", "Area under the ROC curve of malignancy on the locked test set"),
+    ("malignancy-sensitivity", "Sensitivity of the malignancy threshold on the locked test set"),
+    ("malignancy-specificity", "Specificity of the malignancy threshold on the locked test set"),
+    (
+        "urgent-sensitivity",
+        "Sensitivity of the threshold of urgent referral (melanoma) on the locked test set",
+    ),
+    (
+        "urgent-specificity",
+        "Specificity of the threshold of urgent referral (melanoma) on the locked test set",
+    ),
+    (
+        "high-priority-sensitivity",
+        "Sensitivity of the threshold of high-priority referral on the locked test set",
+    ),
+    (
+        "high-priority-specificity",
+        "Specificity of the threshold of high-priority referral on the locked test set",
+    ),
+    ("domain-lesions-accepted", "Share of the locked test set that passes for skin"),
+    ("domain-objects-refused", "Share of everyday objects that do not pass for skin"),
+    ("calibration-error", "Expected calibration error of the first choice on the locked test set"),
+    ("out-of-domain-auc", "Area under the ROC curve of everyday objects against lesions"),
+    (
+        "isic2017-melanoma-auc",
+        "Area under the ROC curve of melanoma on the ISIC 2017 test set, of the same archive as part of the training",
+    ),
+    (
+        "outline-iou",
+        "Mean overlap (intersection over union) of the map of the lesion with drawn ones on the validation set",
+    ),
+];
+
+/// A class of the bundled model, and what ICD-11 has for it.
+struct Class {
+    code: &'static str,
+    display: &'static str,
+    icd11: Option<Target>,
+}
+
+/// A concept of ICD-11. Where the class holds more than that, it says what: the target is narrower then.
+struct Target {
+    code: &'static str,
+    display: &'static str,
+    more: Option<&'static str>,
+}
+
+const fn class(code: &'static str, display: &'static str, icd11: Option<Target>) -> Class {
+    Class { code, display, icd11 }
+}
+
+const fn target(code: &'static str, display: &'static str, more: Option<&'static str>) -> Option<Target> {
+    Some(Target { code, display, more })
+}
+
+const CLASSES: &[Class] = &[
+    class(
+        "class-akiec",
+        "Actinic keratosis or Bowen's disease",
+        target("EK90.0", "Actinic keratosis", Some("The class holds Bowen's disease, too.")),
+    ),
+    class("class-bcc", "Basal cell carcinoma", target("2C32", "Basal cell carcinoma of skin", None)),
+    class(
+        "class-bkl",
+        "Benign keratosis (seborrhoeic keratosis, solar lentigo, lichen-planus-like keratosis)",
+        target(
+            "2F21.0",
+            "Seborrhoeic keratosis",
+            Some("The class holds solar lentigo and lichen-planus-like keratosis, too."),
+        ),
+    ),
+    class("class-df", "Dermatofibroma", target("2F23.0", "Dermatofibroma", None)),
+    class(
+        "class-mel",
+        "Melanoma",
+        target("2C30", "Melanoma of skin", Some("The class holds melanoma in situ, too.")),
+    ),
+    class("class-nv", "Melanocytic naevus (mole)", target("2F20.Z", "Melanocytic naevus, unspecified", None)),
+    class("class-vasc", "Vascular lesion (angioma, angiokeratoma, pyogenic granuloma, haemorrhage)", None),
+    class("class-other", "Something else than a skin lesion", None),
+];
+
+/// Body sites that a caller may choose from: DICOM CID 4029. Any other concept of SNOMED CT is taken, too.
+const BODY_SITES: &[Concept] = &[
+    ("73897004", "Skin structure of face"),
+    ("43067004", "Skin structure of scalp"),
+    ("1902009", "Skin structure of ear"),
+    ("8001006", "Structure of mucous membrane of tongue"),
+    ("181491009", "Skin structure of anterior trunk"),
+    ("66643007", "Skin structure of back"),
+    ("371311000", "Skin structure of upper limb"),
+    ("368208006", "Left upper arm structure"),
+    ("368209003", "Right upper arm structure"),
+    ("181536004", "Skin structure of elbow"),
+    ("33712006", "Skin structure of hand"),
+    ("371304004", "Skin structure of lower limb"),
+    ("181553006", "Skin structure of knee"),
+    ("60496002", "Skin structure of foot"),
+    ("60944009", "Skin structure of external genitalia"),
+];
+
+/// Everything that is published.
+pub(super) fn definitions() -> Vec<Value> {
+    let analysis = CONCEPTS.iter().copied().chain(CLASSES.iter().map(|class| (class.code, class.display)));
+    // What is no error is told by a code, too.
+    let notes = [("job-accepted", "The analysis goes on."), ("job-deleted", "The job is removed.")];
+    let errors = CODES.iter().map(|code| (code.kind().code, code.kind().text)).chain(notes);
+    let retries = [
+        (Retry::Never, "The same request will fail again."),
+        (Retry::Safe, "The same request may be sent again after a while."),
+        (Retry::SameKey, "The same request may be sent again with the same Idempotency-Key."),
+        (Retry::NewKey, "The request may succeed as a new job."),
+        (Retry::Poll, "The job goes on."),
+    ];
+    let retries = retries.map(|(retry, text)| (retry.as_str(), text));
+    let actions = ACTIONS.iter().map(|action| (action.as_str(), action.as_str()));
+    vec![
+        system("skin-image-analysis", "SkinImageAnalysis", "Skin image analysis", analysis),
+        system("error", "Errors", "Errors, and notes that are none", errors),
+        system("retry", "Retries", "Whether a request may be repeated", retries),
+        system("audit-action", "AuditActions", "What the audit trail records", actions),
+        conditions(),
+        body_sites(),
+        map(),
+    ]
+}
+
+fn system(id: &str, name: &str, title: &str, concepts: impl IntoIterator<Item = Concept>) -> Value {
+    let concepts: Vec<Value> =
+        concepts.into_iter().map(|(code, display)| json!({"code": code, "display": display})).collect();
+    let mut system = definition("CodeSystem", id, name, title, "Every code of ours of this kind.");
+    system["caseSensitive"] = json!(true);
+    system["content"] = json!("complete");
+    system["count"] = json!(concepts.len());
+    system["concept"] = json!(concepts);
+    system
+}
+
+fn analysis_system() -> String {
+    format!("{CANONICAL}/CodeSystem/skin-image-analysis")
+}
+
+fn conditions() -> Value {
+    let codes: Vec<Value> =
+        CLASSES.iter().map(|class| json!({"code": class.code, "display": class.display})).collect();
+    let mut set = definition(
+        "ValueSet",
+        "conditions",
+        "Conditions",
+        "Classes of skin lesions",
+        "What the bundled model tells apart.",
+    );
+    set["compose"] = json!({"include": [{"system": analysis_system(), "concept": codes}]});
+    set
+}
+
+fn body_sites() -> Value {
+    let codes: Vec<Value> =
+        BODY_SITES.iter().map(|(code, display)| json!({"code": code, "display": display})).collect();
+    let mut set = definition(
+        "ValueSet",
+        "body-sites",
+        "BodySites",
+        "Body sites of skin images",
+        "Sites to choose from, of DICOM CID 4029; any other concept of SNOMED CT is taken, too.",
+    );
+    set["copyright"] = json!("This value set has concepts of SNOMED CT, which is of SNOMED International.");
+    set["compose"] = json!({"include": [{"system": SNOMED, "concept": codes}]});
+    set
+}
+
+/// From the classes to ICD-11. Equivalence is that of the target, as R4 has it: of a class that holds more than its
+/// concept, the concept is narrower.
+fn map() -> Value {
+    let element = |class: &Class| {
+        let target = match &class.icd11 {
+            None => json!({"equivalence": "unmatched"}),
+            Some(Target { code, display, more: None }) => {
+                json!({"code": code, "display": display, "equivalence": "equivalent"})
+            }
+            Some(Target { code, display, more: Some(more) }) => {
+                json!({"code": code, "display": display, "equivalence": "narrower", "comment": more})
+            }
+        };
+        json!({"code": class.code, "display": class.display, "target": [target]})
+    };
+    let mut map = definition(
+        "ConceptMap",
+        "conditions-icd-11",
+        "ConditionsIcd11",
+        "From the classes of skin lesions to ICD-11",
+        "A class is no diagnosis, and what it is mapped to is none.",
+    );
+    map["sourceCanonical"] = json!(format!("{CANONICAL}/ValueSet/conditions"));
+    map["group"] = json!([{
+        "source": analysis_system(),
+        "target": ICD11,
+        "targetVersion": ICD11_VERSION,
+        "element": CLASSES.iter().map(element).collect::<Vec<_>>(),
+    }]);
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::snomed::is_concept_id;
+
+    use super::*;
+
+    #[test]
+    fn a_code_is_in_its_system_once() {
+        for system in definitions() {
+            let mut seen = std::collections::HashSet::new();
+            for concept in system["concept"].as_array().into_iter().flatten() {
+                assert!(seen.insert(concept["code"].to_string()), "{} in {}", concept["code"], system["id"]);
+            }
+        }
+        for (code, display) in BODY_SITES {
+            assert!(is_concept_id(code), "{code} {display}");
+        }
+    }
+}
