@@ -1,5 +1,5 @@
-//! The public listener's certificate from an ACME server (RFC 8555), without anybody's help: obtained, renewed at two
-//! thirds of its life, shared by all replicas.
+//! The public listener's certificate from an ACME server (RFC 8555), without anybody's help: obtained, renewed when the
+//! server suggests (RFC 9773) or at two thirds of its life, shared by all replicas.
 //!
 //! Account, certificate and open challenges are in the database, keys sealed. Every replica looks there each
 //! [`ACME_LOOK`]: it serves a newer certificate, answers the challenges, whichever replica the server asks, and tries to
@@ -21,7 +21,7 @@ use clap::{Args, ValueEnum};
 use dermflow_http::certificate::ServerCertificate;
 use dermflow_schemas::{
     clock,
-    limits::{ACME_DEADLINE, ACME_LEASE, ACME_LOOK, ACME_RETRY, ACME_RETRY_MOST},
+    limits::{ACME_ASK, ACME_ASK_BOUNDS, ACME_DEADLINE, ACME_LEASE, ACME_LOOK, ACME_RETRY, ACME_RETRY_MOST},
     process::read_secret,
     seal::Content,
 };
@@ -47,7 +47,7 @@ use crate::{
     config::Origin,
     store::acme::{Challenge, Standing},
 };
-use order::Failure;
+use order::{Failure, Suggestion};
 
 /// How the server is shown that a name is ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -186,13 +186,15 @@ pub(crate) struct Replica {
     failed_at: Option<OffsetDateTime>,
     challenges: Vec<Challenge>,
     renewal: Option<JoinHandle<()>>,
+    question: Option<JoinHandle<()>>,
 }
 
 impl Replica {
     /// Serves the certificate that is there already.
     pub(crate) async fn start(app: Arc<App>, acme: Acme) -> Self {
         let (acme, challenges) = (Arc::new(acme), Vec::new());
-        let mut replica = Self { app, acme, issued_at: None, failed_at: None, challenges, renewal: None };
+        let (issued_at, failed_at, renewal, question) = (None, None, None, None);
+        let mut replica = Self { app, acme, issued_at, failed_at, challenges, renewal, question };
         replica.look().await;
         replica
     }
@@ -207,8 +209,8 @@ impl Replica {
                 _ = look.tick() => self.look().await,
             }
         }
-        if let Some(renewal) = self.renewal {
-            renewal.abort();
+        for task in [self.renewal, self.question].into_iter().flatten() {
+            task.abort();
         }
     }
 
@@ -224,6 +226,9 @@ impl Replica {
         // First: what is stored may be no good.
         if standing.is_due && self.renewal.as_ref().is_none_or(JoinHandle::is_finished) {
             self.renewal = Some(tokio::spawn(renew(app.clone(), acme.clone())));
+        }
+        if standing.is_to_be_asked && self.question.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.question = Some(tokio::spawn(ask(app.clone(), acme.clone())));
         }
         if standing.issued_at != self.issued_at {
             serve(app, acme).await?;
@@ -326,6 +331,26 @@ async fn renew(app: Arc<App>, acme: Arc<Acme>) {
     }
     if let Err(error) = app.store.acme_challenges(&acme.key, holder, &[]).await {
         tracing::warn!(%error, "challenges stay");
+    }
+}
+
+/// Asks the server when it wants the certificate renewed, if no other replica does. Without a word of its, that stays as it
+/// is.
+async fn ask(app: Arc<App>, acme: Arc<Acme>) {
+    let now = clock::now();
+    let asked = async {
+        let Some(chain) = app.store.acme_ask(&acme.key, now, now + ACME_ASK).await? else { return Ok(()) };
+        let Some(Suggestion { window, again_in }) = order::suggestion(&app, &acme, &chain).await? else {
+            return Ok(());
+        };
+        let [least, most] = ACME_ASK_BOUNDS;
+        let again_at = now + again_in.clamp(least, most);
+        let renew_at = window[0] + (window[1] - window[0]) * fastrand::f64();
+        tracing::info!(names = acme.key, start = %window[0], end = %window[1], "the ACME server's window");
+        Ok::<_, Failure>(app.store.acme_suggested(&acme.key, &chain, window, renew_at, again_at).await?)
+    };
+    if let Err(error) = timeout(ACME_DEADLINE, asked).await.unwrap_or(Err(Failure::TimedOut)) {
+        tracing::warn!(names = acme.key, %error, "the ACME server does not say when to renew");
     }
 }
 

@@ -154,6 +154,10 @@ pub const ACME_RETRY: Duration = Duration::from_mins(10);
 pub const ACME_RETRY_MOST: Duration = Duration::from_hours(6);
 /// How long a peer may take nothing of what it is sent.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// When an ACME server is asked again when it wants a certificate renewed, if it does not say (RFC 9773 §4.3.3).
+pub const ACME_ASK: Duration = Duration::from_hours(6);
+/// How soon it may want to be asked again, and how late (RFC 9773 §4.3.2).
+pub const ACME_ASK_BOUNDS: [Duration; 2] = [Duration::from_mins(1), Duration::from_hours(24)];
 /// From the handshake to the end of the first request's header.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// From one request to the end of the next one's header: longer than the pauses of clients that take turns on a

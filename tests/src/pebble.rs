@@ -95,9 +95,14 @@ impl Pebble {
         self.server.stop(Signal::TERM, STOP_WITHIN).await
     }
 
+    /// Its origin.
+    pub fn origin(&self) -> String {
+        format!("https://localhost:{}", self.acme)
+    }
+
     /// The URL of its directory.
     pub fn directory(&self) -> String {
-        format!("https://localhost:{}/dir", self.acme)
+        format!("{}/dir", self.origin())
     }
 
     /// The root of what it issues.

@@ -13,14 +13,19 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use dermflow_local::stack::Ports;
-use dermflow_schemas::seal::{Content, Keyring, Sealed};
+use dermflow_schemas::{
+    clock,
+    seal::{Content, Keyring, Sealed},
+};
 use dermflow_tests::{
+    directory::{Directory, RETRY_AFTER},
     lab::{Lab, Setup},
     pebble::Pebble,
     wait::eventually,
 };
 use instant_acme::Account;
 use rustls::{ClientConfig, RootCertStore, pki_types::CertificateDer};
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -43,12 +48,31 @@ struct Scene {
 
 impl Scene {
     async fn new(binding: Option<(&str, &str)>, flags: &[&str]) -> Result<Self> {
+        Ok(Self::build(binding, flags, None).await?.0)
+    }
+
+    /// One whose server wants certificates renewed in a window that begins and ends so long from now.
+    async fn with_windows(window: [time::Duration; 2]) -> Result<(Self, Directory)> {
+        let (scene, directory) = Self::build(None, &[], Some(window)).await?;
+        Ok((scene, directory.context("no directory")?))
+    }
+
+    async fn build(
+        binding: Option<(&str, &str)>,
+        flags: &[&str],
+        window: Option<[time::Duration; 2]>,
+    ) -> Result<(Self, Option<Directory>)> {
         let lab = Lab::start(Setup::without_workers()).await?;
         let folder = std::env::temp_dir().join(format!("dermflow-acme-{}", Uuid::new_v4().simple()));
         fs::create_dir_all(&folder)?;
         let ports = Ports::free()?;
         let pebble = Pebble::start(&lab, &folder, &ports, binding).await?;
-        let (directory, ca) = (pebble.directory(), lab.ca().display().to_string());
+        let front = match window {
+            Some(window) => Some(Directory::start(&lab, &pebble, window).await?),
+            None => None,
+        };
+        let directory = front.as_ref().map_or_else(|| pebble.directory(), |front| front.url().to_owned());
+        let ca = lab.ca().display().to_string();
         let all =
             ["--acme-directory", &directory, "--acme-ca", &ca, "--acme-names", NAME, "--acme-agree-to-terms"];
         let mut all: Vec<String> = all.iter().chain(flags).map(|flag| (*flag).to_owned()).collect();
@@ -60,7 +84,7 @@ impl Scene {
         }
         let mut scene = Self { lab, pebble, folder, flags: all };
         scene.add_replica(ports).await?;
-        Ok(scene)
+        Ok((scene, front))
     }
 
     async fn add_replica(&mut self, ports: Ports) -> Result<()> {
@@ -204,6 +228,41 @@ async fn a_server_that_is_away_or_forgets_costs_no_certificate() -> Result<()> {
     let root = scene.pebble.root().await?;
     scene.make_due().await?;
     scene.until_served(1, &root, None).await?;
+    scene.stop().await
+}
+
+// RFC 9773: the server's window decides when a certificate is renewed, and is asked for again when the server says so; a
+// window that has begun renews at once, and the order says what it replaces. Debian's Pebble has none of this: a directory
+// in front of it adds it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_is_renewed_when_the_server_wants_it() -> Result<()> {
+    let (scene, directory) = Scene::with_windows([20, 21].map(time::Duration::days)).await?;
+    let root = scene.pebble.root().await?;
+    let first = scene.until_served(1, &root, None).await?;
+    let row = async || {
+        let select = "SELECT renew_at, ask_at, window_start, window_end FROM ingress.acme_certificates";
+        let row = scene.lab.sql(select).await.ok()?.pop()?;
+        let [at, again, start, end] = [0, 1, 2, 3].map(|n| row.get::<_, Option<time::OffsetDateTime>>(n));
+        Some((at?, again?, [start?, end?]))
+    };
+    let (at, again, [start, end]) = eventually("the server was asked", LONG, row).await?;
+    assert!(start <= at && at <= end && end - start == time::Duration::DAY, "{at} of {start} to {end}");
+    let pause = again - clock::now();
+    assert!((RETRY_AFTER - 60..=RETRY_AFTER).contains(&pause.whole_seconds()), "{pause}");
+    let (asked, replaced) = directory.told();
+    assert_eq!((asked.len(), replaced.as_slice()), (1, &[Value::Null][..]));
+    // The same window again is no reason for another instant.
+    let ask = "UPDATE ingress.acme_certificates SET ask_at = NULL, retry_at = NULL";
+    scene.lab.sql(ask).await?;
+    let again = async || (directory.told().0.len() == 2).then_some(());
+    eventually("it is asked again", LONG, again).await?;
+    let (same, ..) = eventually("the answer is noted", LONG, row).await?;
+    assert_eq!(same, at);
+    directory.suggest([-2, -1].map(time::Duration::hours));
+    scene.lab.sql(ask).await?;
+    scene.until_served(1, &root, Some(&first)).await?;
+    assert_eq!(directory.told().1, [Value::Null, json!(asked[0])]);
+    drop(directory);
     scene.stop().await
 }
 

@@ -19,7 +19,7 @@ use rustls::{
 use time::OffsetDateTime;
 use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
-use x509_cert::{Certificate, der::Decode};
+use x509_cert::{Certificate, der::Decode, ext::pkix::AuthorityKeyIdentifier};
 
 use crate::serve::{ACME_TLS, TlsError, provider};
 
@@ -215,6 +215,15 @@ fn pem(path: &Path, error: &rustls::pki_types::pem::Error) -> TlsError {
 
 fn no_certificate(path: &Path) -> TlsError {
     TlsError::Pem(path.display().to_string(), "no certificate".into())
+}
+
+/// What an ACME server knows a certificate by (RFC 9773 §4.1): the key identifier of its issuer, and its serial number as
+/// DER has it; `None` when it does not say.
+pub fn renewal_id(certificate: &CertificateDer<'_>) -> Option<[Vec<u8>; 2]> {
+    let certificate = Certificate::from_der(certificate).ok()?.tbs_certificate;
+    let (_, authority) = certificate.get::<AuthorityKeyIdentifier>().ok()??;
+    let serial = certificate.serial_number.as_bytes().to_vec();
+    Some([authority.key_identifier?.as_bytes().to_vec(), serial])
 }
 
 /// From when to when a certificate is valid; `None` when that cannot be read.

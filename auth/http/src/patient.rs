@@ -100,7 +100,7 @@ mod tests {
         assert_eq!((error.kind(), begun.elapsed()), (ErrorKind::TimedOut, WRITE_TIMEOUT));
         let writing = tokio::spawn(async move { stream.write_all(&[0; 16]).await });
         for _ in 0..16 {
-            sleep(WRITE_TIMEOUT - std::time::Duration::from_secs(1)).await;
+            sleep(WRITE_TIMEOUT * 9 / 10).await;
             peer.read_u8().await.unwrap();
         }
         writing.await.unwrap().unwrap();

@@ -1,9 +1,9 @@
 //! One order at the ACME server, from the account to the certificate.
 
-use std::{future::Future, pin::Pin};
+use std::{future::Future, pin::Pin, time::Duration};
 
 use dermflow_auth::db::DbError;
-use dermflow_http::certificate::validity;
+use dermflow_http::certificate::{renewal_id, validity};
 use dermflow_schemas::{
     clock,
     limits::ACME_SPREAD,
@@ -11,11 +11,11 @@ use dermflow_schemas::{
 };
 use http_body_util::BodyExt;
 use instant_acme::{
-    Account, AuthorizationStatus, BodyWrapper, BytesResponse, ChallengeType, HttpClient, Identifier,
-    NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
+    Account, AuthorizationStatus, BodyWrapper, BytesResponse, CertificateIdentifier, ChallengeType,
+    HttpClient, Identifier, NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
 };
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
-use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use time::OffsetDateTime;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -69,24 +69,65 @@ impl Failure {
         }
     }
 
+    /// The server does not take an order in the place of the certificate that there is: without that it may (RFC 9773 §5).
+    fn is_of_replacement(&self) -> bool {
+        let is_unsupported = matches!(self, Self::Server(instant_acme::Error::Unsupported(_)));
+        is_unsupported || matches!(self.kind(), "alreadyReplaced" | "malformed")
+    }
+
     /// The server does not know the account, or no longer takes it: another one is needed.
     fn is_of_account(&self) -> bool {
         matches!(self.kind(), "accountDoesNotExist" | "unauthorized")
     }
 }
 
+/// When an ACME server wants a certificate renewed (RFC 9773 §4.2).
+pub(super) struct Suggestion {
+    /// From when to when.
+    pub(super) window: [OffsetDateTime; 2],
+    /// When to ask again.
+    pub(super) again_in: Duration,
+}
+
+/// Asks the server when to renew a certificate (PEM); `None` when it has no opinion, or none that can be.
+pub(super) async fn suggestion(app: &App, acme: &Acme, chain: &str) -> Result<Option<Suggestion>, Failure> {
+    let Some(identifier) = identifier(chain) else { return Ok(None) };
+    match account(app, acme).await?.renewal_info(&identifier).await {
+        Ok((info, again_in)) => {
+            let window = [info.suggested_window.start, info.suggested_window.end];
+            Ok((window[0] < window[1]).then_some(Suggestion { window, again_in }))
+        }
+        Err(instant_acme::Error::Unsupported(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What the server knows the first certificate of a chain (PEM) by.
+fn identifier(chain: &str) -> Option<CertificateIdentifier<'static>> {
+    let [authority, serial] = renewal_id(&CertificateDer::from_pem_slice(chain.as_bytes()).ok()?)?;
+    Some(CertificateIdentifier::new(authority.into(), serial.into()).into_owned())
+}
+
 /// Orders a certificate and sees it through.
 pub(super) async fn obtain(app: &App, acme: &Acme, holder: Uuid) -> Result<Obtained, Failure> {
     let identifiers: Vec<Identifier> = acme.names.iter().cloned().map(Identifier::Dns).collect();
-    let order = NewOrder::new(&identifiers);
-    let mut order = match account(app, acme).await?.new_order(&order).await.map_err(Failure::from) {
-        Err(failure) if failure.is_of_account() => {
-            tracing::warn!(%failure, "the account is gone: another one is made");
-            app.store.acme_set_account(&acme.directory, None, clock::now()).await?;
-            account(app, acme).await?.new_order(&order).await?
-        }
-        order => order?,
-    };
+    let (plain, stored) = (NewOrder::new(&identifiers), app.store.acme_certificate(&acme.key).await?);
+    let replacing = stored
+        .and_then(|(chain, ..)| identifier(&chain))
+        .map(|replaced| NewOrder::new(&identifiers).replaces(replaced));
+    let mut placed = place(app, acme, replacing.as_ref().unwrap_or(&plain)).await;
+    if replacing.is_some() && placed.as_ref().is_err_and(Failure::is_of_replacement) {
+        placed = place(app, acme, &plain).await;
+    }
+    if let Err(failure) = &placed
+        && failure.is_of_account()
+    {
+        tracing::warn!(%failure, "the account is gone: another one is made");
+        app.store.acme_set_account(&acme.directory, None, clock::now()).await?;
+        // What is replaced was another account's.
+        placed = place(app, acme, &plain).await;
+    }
+    let mut order = placed?;
     authorise(app, acme, holder, &mut order).await?;
     match order.poll_ready(&RetryPolicy::default()).await? {
         OrderStatus::Ready => {}
@@ -105,6 +146,10 @@ pub(super) async fn obtain(app: &App, acme: &Acme, holder: Uuid) -> Result<Obtai
     let key = app.keyring.seal(Content::CertificateKey(&acme.key), key.serialize_der(), issued_at)?;
     let renew_at = renew_at(not_before, not_after);
     Ok(Obtained { chain, key, issued_at, not_after, renew_at })
+}
+
+async fn place(app: &App, acme: &Acme, order: &NewOrder<'_>) -> Result<Order, Failure> {
+    Ok(account(app, acme).await?.new_order(order).await?)
 }
 
 /// The account of this system at the server, made when there is none.
@@ -198,9 +243,26 @@ impl HttpClient for Http {
 
 #[cfg(test)]
 mod tests {
+    use rcgen::{Issuer, KeyIdMethod};
     use time::macros::datetime;
 
     use super::*;
+
+    #[test]
+    fn a_certificate_is_known_by_issuer_and_serial_number() {
+        // RFC 9773 §4.1.
+        let authority = "69:88:5B:6B:87:46:40:41:E1:B3:7B:84:7B:A0:AE:2C:DE:01:C8:D4";
+        let authority = authority.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+        let (mut ca, ca_key) = (CertificateParams::default(), KeyPair::generate().unwrap());
+        ca.key_identifier_method = KeyIdMethod::PreSpecified(authority);
+        let (mut leaf, key) = (CertificateParams::default(), KeyPair::generate().unwrap());
+        leaf.serial_number = Some(vec![0x87, 0x65, 0x43, 0x21].into());
+        leaf.use_authority_key_identifier_extension = true;
+        let chain = leaf.signed_by(&key, &Issuer::new(ca, &ca_key)).unwrap().pem();
+        assert_eq!(identifier(&chain).unwrap().to_string(), "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE");
+        assert!(identifier("nonsense").is_none());
+        assert!(identifier(&CertificateParams::default().self_signed(&key).unwrap().pem()).is_none());
+    }
 
     #[test]
     fn renewal_is_at_two_thirds_or_a_little_before() {

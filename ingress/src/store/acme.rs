@@ -21,6 +21,8 @@ pub(crate) struct Standing {
     pub(crate) failed: Option<(OffsetDateTime, String)>,
     /// It is time for another one, and nobody is at it.
     pub(crate) is_due: bool,
+    /// It is time to ask the server when to renew it.
+    pub(crate) is_to_be_asked: bool,
     pub(crate) challenges: Vec<Challenge>,
 }
 
@@ -57,7 +59,8 @@ impl Store {
         within(async {
             let connection = self.pool.get().await?;
             let select = format!(
-                "SELECT issued_at, failed_at, error, {DUE} FROM acme_certificates c WHERE names = $1"
+                "SELECT issued_at, failed_at, error, {DUE}, chain IS NOT NULL AND coalesce(ask_at <= $2, true) \
+                 FROM acme_certificates c WHERE names = $1"
             );
             let select = connection.prepare_cached(&select).await?;
             let Some(row) = connection.query_opt(&select, &[&names, &now]).await? else {
@@ -73,6 +76,7 @@ impl Store {
                 issued_at: row.get(0),
                 failed,
                 is_due: row.get(3),
+                is_to_be_asked: row.get(4),
                 challenges: challenges.iter().map(challenge).collect(),
             })
         })
@@ -110,6 +114,47 @@ impl Store {
             );
             let row = connection.query_opt(&claim, &[&names, &now, &holder, &(now + ACME_LEASE)]).await?;
             Ok(row.map(|row| row.get(0)))
+        })
+        .await
+    }
+
+    /// Takes the question to the server when to renew a certificate: gives the certificate (PEM), or `None` when another
+    /// replica asks. The next one is at `again_at`.
+    pub(crate) async fn acme_ask(
+        &self,
+        names: &str,
+        now: OffsetDateTime,
+        again_at: OffsetDateTime,
+    ) -> Result<Option<String>> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let claim = "UPDATE acme_certificates SET ask_at = $3 WHERE names = $1 AND chain IS NOT NULL \
+                         AND coalesce(ask_at <= $2, true) RETURNING chain";
+            let row = connection.query_opt(claim, &[&names, &now, &again_at]).await?;
+            Ok(row.map(|row| row.get(0)))
+        })
+        .await
+    }
+
+    /// Renews a certificate (PEM) at `renew_at`, an instant in the window that the server suggests, unless it did suggest
+    /// this one before, and in any case while a tenth of its life is left; asks again at `again_at`. Nothing happens when
+    /// there is another certificate by now.
+    pub(crate) async fn acme_suggested(
+        &self,
+        names: &str,
+        chain: &str,
+        [start, end]: [OffsetDateTime; 2],
+        renew_at: OffsetDateTime,
+        again_at: OffsetDateTime,
+    ) -> Result<()> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let update = "UPDATE acme_certificates SET window_start = $3, window_end = $4, ask_at = $6, renew_at = \
+                          CASE WHEN (window_start, window_end) = ($3, $4) THEN renew_at \
+                          ELSE least($5, issued_at + (not_after - issued_at) * 0.9) END \
+                          WHERE names = $1 AND chain = $2";
+            connection.execute(update, &[&names, &chain, &start, &end, &renew_at, &again_at]).await?;
+            Ok(())
         })
         .await
     }
@@ -159,7 +204,8 @@ impl Store {
             let Obtained { chain, key, issued_at, not_after, renew_at } = issued;
             let update = "UPDATE acme_certificates SET chain = $3, sealing_key = $4, private_key = $5, \
                           issued_at = $6, not_after = $7, renew_at = $8, held_until = NULL, failures = 0, \
-                          retry_at = $9 WHERE names = $1 AND holder = $2";
+                          retry_at = $9, window_start = NULL, window_end = NULL, ask_at = NULL \
+                          WHERE names = $1 AND holder = $2";
             let Sealed { key_id, bytes } = key;
             let (bytes, not_before) = (bytes.as_ref(), *issued_at + ACME_RETRY_MOST);
             connection
