@@ -183,10 +183,10 @@ mod tests {
         let found = faults(Form::Plain, &line);
         let expected = [
             ("element-unknown", "vendor"),
+            ("element-type", "heat_map"),
             ("element-missing", "custom_id"),
             ("image-not-base64", "images[0].data"),
             ("value-invalid", "images[1].body_site"),
-            ("element-type", "heat_map"),
         ];
         assert_eq!(found, expected.map(|(code, field)| (code, field.to_owned())));
         let error = parse(Form::Plain, b"7").payload.unwrap_err();
