@@ -24,6 +24,7 @@ mod extract;
 mod json;
 mod keeper;
 mod lanes;
+mod language;
 mod lines;
 mod list;
 mod lost;

@@ -12,7 +12,7 @@ use crate::{
     device::sites,
     element::{Element, Faults, Node},
     json::Json,
-    parameters,
+    parameters::{self, heat_map},
     snomed::is_concept_id,
 };
 
@@ -21,7 +21,8 @@ use crate::{
 pub(crate) enum Form {
     /// `application/fhir+ndjson`: a line is what `$analyze` takes, its `id` the caller's name for it.
     Fhir,
-    /// `application/x-ndjson`: `{"custom_id", "images": [{"data", "title", "body_site"}], "subject", "identifier"}`.
+    /// `application/x-ndjson`:
+    /// `{"custom_id", "images": [{"data", "title", "body_site"}], "subject", "identifier", "heat_map"}`.
     Plain,
 }
 
@@ -88,7 +89,7 @@ fn custom_id(form: Form, name: &str, node: &Node<'_, '_>, faults: &mut Faults) -
 }
 
 fn plain(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
-    let root = node.object(&["custom_id", "images", "subject", "identifier"], faults)?;
+    let root = node.object(&["custom_id", "images", "subject", "identifier", "heat_map"], faults)?;
     let items = root.required("images", faults)?.items(faults);
     if !(1..=MAX_IMAGES).contains(&items.len()) {
         faults.add(Code::ImageCount, "images", Some(format!("found {}", items.len())));
@@ -103,7 +104,9 @@ fn plain(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
         ..Reference::default()
     });
     let identifier = root.text("identifier", faults).map(named);
-    Some(Payload { manifest: Manifest::new(entries, subject, identifier), images: files })
+    let mut manifest = Manifest::new(entries, subject, identifier);
+    manifest.heat_maps = root.get("heat_map").and_then(|node| heat_map(&node, faults)).unwrap_or(0);
+    Some(Payload { manifest, images: files })
 }
 
 fn plain_image(node: &Node<'_, '_>, faults: &mut Faults) -> Option<(ImageEntry, ImageBytes)> {
@@ -155,8 +158,7 @@ mod tests {
     #[test]
     fn both_forms_say_the_same() {
         let image = json!({"data": png(), "title": "One", "body_site": "66643007"});
-        let plain =
-            json!({"custom_id": "a/ü 1.png", "images": [image], "subject": "P-1", "identifier": "O-1"});
+        let plain = json!({"custom_id": "a/ü 1.png", "images": [image], "subject": "P-1", "identifier": "O-1", "heat_map": "top-5"});
         let plain = parse(Form::Plain, plain.to_string().as_bytes());
         assert_eq!(plain.custom_id.as_deref(), Some("a/ü 1.png"));
         let content = json!({"name": "content", "valueAttachment": {"data": png(), "title": "One"}});
@@ -165,21 +167,26 @@ mod tests {
         let fhir = json!({"resourceType": "Parameters", "id": "a-1", "parameter": [
             {"name": "image", "part": [content, site]},
             {"name": "subject", "valueReference": subject},
-            {"name": "identifier", "valueIdentifier": {"value": "O-1"}}]});
+            {"name": "identifier", "valueIdentifier": {"value": "O-1"}},
+            {"name": "heatMap", "valueCode": "top-5"}]});
         let fhir = parse(Form::Fhir, fhir.to_string().as_bytes());
         assert_eq!(fhir.custom_id.as_deref(), Some("a-1"));
-        assert_eq!(fhir.payload.unwrap(), plain.payload.unwrap());
+        let fhir = fhir.payload.unwrap();
+        assert_eq!(fhir.manifest.heat_maps, 5);
+        assert_eq!(fhir, plain.payload.unwrap());
     }
 
     #[test]
     fn the_faults_of_a_line_are_named() {
-        let line = json!({"images": [{"data": "!"}, {"data": png(), "body_site": "1"}], "vendor": 1});
+        let line =
+            json!({"images": [{"data": "!"}, {"data": png(), "body_site": "1"}], "heat_map": 5, "vendor": 1});
         let found = faults(Form::Plain, &line);
         let expected = [
             ("element-unknown", "vendor"),
             ("element-missing", "custom_id"),
             ("image-not-base64", "images[0].data"),
             ("value-invalid", "images[1].body_site"),
+            ("element-type", "heat_map"),
         ];
         assert_eq!(found, expected.map(|(code, field)| (code, field.to_owned())));
         let error = parse(Form::Plain, b"7").payload.unwrap_err();

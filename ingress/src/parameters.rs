@@ -9,7 +9,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     fhir::{CodeableConcept, Coding, Identifier, Reference, SNOMED},
     image::{self, ImageBytes, ImageFault},
-    limits::MAX_IMAGES,
+    limits::{MAX_HEAT_MAPS, MAX_IMAGES},
 };
 
 use crate::{
@@ -46,7 +46,7 @@ fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
         return None;
     }
     let (mut entries, mut files, mut images) = (Vec::new(), Vec::new(), 0);
-    let (mut subject, mut identifier, mut heat_map) = (None, None, None);
+    let (mut subject, mut identifier, mut heat_maps) = (None, None, None);
     for item in root.required("parameter", faults)?.items(faults) {
         let Some(parameter) =
             item.element(&["name", "part", "valueReference", "valueIdentifier", "valueCode"], faults)
@@ -69,14 +69,16 @@ fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
             }
             "subject" => once(&mut subject, &parameter, "valueReference", reference, faults),
             "identifier" => once(&mut identifier, &parameter, "valueIdentifier", business_identifier, faults),
-            "heatMap" => once(&mut heat_map, &parameter, "valueCode", no_heat_map, faults),
+            "heatMap" => once(&mut heat_maps, &parameter, "valueCode", heat_map, faults),
             _ => faults.add(Code::ParameterUnknown, format!("{}.name", item.path), None),
         }
     }
     if !(1..=MAX_IMAGES).contains(&images) {
         faults.add(Code::ImageCount, format!("{}.parameter", root.path), Some(format!("found {images}")));
     }
-    Some(Payload { manifest: Manifest::new(entries, subject, identifier), images: files })
+    let mut manifest = Manifest::new(entries, subject, identifier);
+    manifest.heat_maps = heat_maps.unwrap_or(0);
+    Some(Payload { manifest, images: files })
 }
 
 /// Reads a parameter that may be there once, from the one value type it may have.
@@ -95,13 +97,17 @@ fn once<T>(
     }
 }
 
-fn no_heat_map(node: &Node<'_, '_>, faults: &mut Faults) -> Option<()> {
+/// For how many classes of each image there are heat maps.
+pub(crate) fn heat_map(node: &Node<'_, '_>, faults: &mut Faults) -> Option<u32> {
     match node.string(faults)? {
-        "none" => {}
-        "top-1" | "top-5" => faults.add(Code::HeatMapUnsupported, &node.path, None),
-        _ => faults.add(Code::ValueInvalid, &node.path, Some("none, top-1 or top-5".into())),
+        "none" => Some(0),
+        "top-1" => Some(1),
+        "top-5" => Some(MAX_HEAT_MAPS),
+        _ => {
+            faults.add(Code::ValueInvalid, &node.path, Some("none, top-1 or top-5".into()));
+            None
+        }
     }
-    Some(())
 }
 
 fn analysed_image(parameter: &Element<'_, '_>, faults: &mut Faults) -> Option<(ImageEntry, ImageBytes)> {
@@ -292,6 +298,17 @@ mod tests {
     }
 
     #[test]
+    fn heat_maps_are_asked_for_by_their_number() {
+        let mut request = request();
+        for (code, number) in [("none", 0), ("top-1", 1), ("top-5", 5)] {
+            request["parameter"][3]["valueCode"] = json!(code);
+            assert_eq!(parse(request.to_string().as_bytes()).unwrap().manifest.heat_maps, number);
+        }
+        request["parameter"].as_array_mut().unwrap().pop();
+        assert_eq!(parse(request.to_string().as_bytes()).unwrap().manifest.heat_maps, 0);
+    }
+
+    #[test]
     fn each_fault_is_named_with_its_place() {
         let content = "Parameters.parameter[0].part[0].valueAttachment";
         let attachment = "/parameter/0/part/0/valueAttachment";
@@ -310,12 +327,6 @@ mod tests {
         expect_one("/parameter/-", json!(7), "element-type", "Parameters.parameter[4]");
         let again = json!({"name": "heatMap", "valueCode": "none"});
         expect_one("/parameter/-", again, "element-repeated", "Parameters.parameter[4]");
-        expect_one(
-            "/parameter/3/valueCode",
-            json!("top-1"),
-            "heat-map-unsupported",
-            "Parameters.parameter[3].valueCode",
-        );
         expect_one(
             "/parameter/3/valueCode",
             json!("all"),

@@ -18,6 +18,7 @@ use dermflow_auth::{audit::Who, token::Caller};
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code, Retry},
+    fhir::Language,
     id::{ClientId, JobId},
     job::Lane,
     limits::{
@@ -58,6 +59,8 @@ pub(crate) struct Upload {
     pub(crate) who: Who,
     pub(crate) batch: Uuid,
     pub(crate) form: Form,
+    /// Of the reports.
+    pub(crate) language: Language,
     /// Earlier uploads had lines refused, which this one may mend.
     pub(crate) mending: bool,
     /// The place among the uploads.
@@ -264,7 +267,8 @@ async fn line(
             let refused = refuse_for_good(&app, &upload, number, custom_id.as_deref(), error).await;
             (custom_id, refused)
         }
-        Ok(Line { custom_id, payload: Ok(payload) }) => {
+        Ok(Line { custom_id, payload: Ok(mut payload) }) => {
+            payload.manifest.language = upload.language;
             let name = custom_id.clone().unwrap_or_default();
             let outcome = if seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(&name)) {
                 let member = Member { batch: upload.batch, line: number, custom_id: name };

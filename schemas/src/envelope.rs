@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 
 use crate::{
     error::Code,
-    fhir::{CodeableConcept, Identifier, Reference},
+    fhir::{CodeableConcept, Identifier, Language, Reference},
     id::{ClientId, JobId},
     image::{Format, ImageBytes},
     job::Lane,
@@ -74,6 +74,12 @@ pub struct JobHeader {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
 fn is_zero(count: &u32) -> bool {
     *count == 0
+}
+
+/// As [`is_zero`].
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn is_default(language: &Language) -> bool {
+    *language == Language::default()
 }
 
 /// The job that a message names, whatever its version; `None` when it names none.
@@ -169,12 +175,19 @@ pub struct Manifest {
     /// The caller's identifier of the order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identifier: Option<Identifier>,
+    /// For how many classes, the most probable first, there are heat maps of each image.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub heat_maps: u32,
+    /// What the report is written in.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub language: Language,
 }
 
 impl Manifest {
-    /// A manifest of the current version.
+    /// A manifest of the current version, for a report in English without heat maps.
     pub fn new(images: Vec<ImageEntry>, subject: Option<Reference>, identifier: Option<Identifier>) -> Self {
-        Self { v: VERSION, images, subject, identifier }
+        let (heat_maps, language) = (0, Language::default());
+        Self { v: VERSION, images, subject, identifier, heat_maps, language }
     }
 }
 
@@ -443,6 +456,22 @@ mod tests {
         let newer = String::from_utf8_lossy(FAILED).replace("\"v\":1", "\"v\":2");
         let refused = ResultHeader::decode(&newer.into_bytes().into());
         assert_eq!(refused, Err(EnvelopeError::UnknownVersion(2)));
+    }
+
+    /// Old builds and new ones run side by side: what is new is left out when it says nothing, and let be by who does
+    /// not know it.
+    #[test]
+    fn what_a_manifest_says_beyond_the_first_build_is_optional() {
+        let plain = payload();
+        let text = String::from_utf8_lossy(&plain.encode()).into_owned();
+        assert!(!text.contains("heat_maps") && !text.contains("language"), "{text}");
+        let mut asking = payload();
+        (asking.manifest.heat_maps, asking.manifest.language) = (5, Language::German);
+        assert_eq!(Payload::decode(asking.encode()).unwrap(), asking);
+        let newer =
+            String::from_utf8_lossy(&asking.encode()).replace("\"de\"", "\"tlh\",\"more\":{\"x\":[]}");
+        asking.manifest.language = Language::English;
+        assert_eq!(Payload::decode(newer.into_bytes()).unwrap(), asking);
     }
 
     #[test]

@@ -86,7 +86,6 @@ catalogue! {
     ValueInvalid         "value-invalid"          422 "value"         Never   "An element has a value that is not allowed."
     ParameterUnknown     "parameter-unknown"      422 "not-supported" Never   "The operation has no parameter of this name."
     ExtensionModifier    "modifier-extension"     422 "extension"     Never   "A modifierExtension may change the meaning of the request and is not understood."
-    HeatMapUnsupported   "heat-map-unsupported"   422 "not-supported" Never   "Heat maps are not available with this model: leave heatMap out or send none."
     ImageCount           "image-count"            422 "business-rule" Never   "A request has one to three images."
     ImageNotBase64       "image-not-base64"       422 "value"         Never   "The image is not plain Base64: standard alphabet, padding, no white space, no data: prefix."
     ImageTooManyBytes    "image-too-many-bytes"   422 "too-long"      Never   "The image file has more bytes than this server accepts."

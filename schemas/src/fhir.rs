@@ -1,11 +1,14 @@
-//! The subset of HL7 FHIR R4 (4.0.1) that Dermflow writes, as plain serde types.
+//! The subset of HL7 FHIR R4 (4.0.1) that Dermflow writes, as plain serde types, and the languages it writes in.
 //!
 //! Field names and cardinalities are those of <https://hl7.org/fhir/R4/>; absent elements are not written, as
 //! FHIR forbids empty arrays and objects. What is built here is checked from outside by the R4 JSON schema,
 //! the R4 invariants and a third-party validator (`tests/fhir`).
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize, Serializer};
 use time::OffsetDateTime;
+
+use crate::image::ImageBytes;
 
 /// The base of every URL that Dermflow defines: code systems, naming systems.
 pub const CANONICAL: &str = "https://dermflow.dev/fhir";
@@ -118,6 +121,55 @@ datatype! {
     }
 }
 
+/// A language of narratives and conclusions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(into = "&'static str", from = "String")]
+pub enum Language {
+    /// English, which stands in for every language that is not here.
+    #[default]
+    English,
+    /// Spanish.
+    Spanish,
+    /// German.
+    German,
+    /// French.
+    French,
+}
+
+/// Every language.
+pub const LANGUAGES: [Language; 4] =
+    [Language::English, Language::Spanish, Language::German, Language::French];
+
+impl Language {
+    /// The tag of BCP 47.
+    pub fn tag(self) -> &'static str {
+        match self {
+            Self::English => "en",
+            Self::Spanish => "es",
+            Self::German => "de",
+            Self::French => "fr",
+        }
+    }
+
+    /// The language with this tag, in lower case.
+    pub fn from_tag(tag: &str) -> Option<Self> {
+        LANGUAGES.into_iter().find(|language| language.tag() == tag)
+    }
+}
+
+impl From<Language> for &'static str {
+    fn from(language: Language) -> Self {
+        language.tag()
+    }
+}
+
+/// A newer build may know more languages than this one.
+impl From<String> for Language {
+    fn from(tag: String) -> Self {
+        Self::from_tag(&tag).unwrap_or_default()
+    }
+}
+
 /// A coding with a display.
 pub fn coding(system: &str, code: &str, display: &str) -> Coding {
     Coding {
@@ -182,16 +234,32 @@ resource! {
         /// XHTML.
         div: String,
     }
-    /// A file, here without its content.
+    /// An extension with a value or with extensions in it.
+    Extension {
+        /// Which one.
+        url: String,
+        /// The value, a code.
+        value_code: Option<&'static str>,
+        /// The value, a number.
+        value_decimal: Option<serde_json::Number>,
+        /// The parts.
+        extension: Vec<Extension>,
+    }
+    /// A file, with its content when that is ours.
     Attachment {
         /// The media type.
         content_type: Option<String>,
+        /// The content in Base64.
+        data: Option<String>,
         /// Length in bytes.
         size: Option<usize>,
         /// SHA-1 in Base64.
         hash: Option<String>,
-        /// The caller's title.
+        /// The caller's title, or ours.
         title: Option<String>,
+        /// When it was made.
+        #[serde(serialize_with = "instant_opt")]
+        creation: Option<OffsetDateTime>,
     }
     /// A comment.
     Annotation {
@@ -242,7 +310,7 @@ resource! {
         /// What a reader must know about it.
         note: Vec<Annotation>,
     }
-    /// A submitted photograph, without its pixels.
+    /// A submitted photograph, without its pixels, or a heat map.
     Media {
         /// The file by SHA-256.
         identifier: Vec<Identifier>,
@@ -251,13 +319,19 @@ resource! {
         /// Always an image.
         #[serde(rename = "type")]
         type_: Option<CodeableConcept>,
+        /// How the photograph was taken.
+        modality: Option<CodeableConcept>,
+        /// What a heat map is.
+        view: Option<CodeableConcept>,
         /// The patient.
         subject: Option<Reference>,
-        /// When the photograph reached us.
+        /// When the photograph reached us, or the heat map was made.
         #[serde(rename = "createdDateTime", serialize_with = "instant_opt")]
         created: Option<OffsetDateTime>,
         /// Where on the body.
         body_site: Option<CodeableConcept>,
+        /// What made a heat map.
+        device: Option<Reference>,
         /// Rows as displayed, in pixels.
         height: Option<u32>,
         /// Columns as displayed, in pixels.
@@ -269,6 +343,8 @@ resource! {
     }
     /// A range against which a value reads.
     ReferenceRange {
+        /// Values below are not in the range.
+        low: Option<Quantity>,
         /// Values from here on are not in the range.
         high: Option<Quantity>,
         /// In plain words.
@@ -282,10 +358,14 @@ resource! {
         value_quantity: Option<Quantity>,
         /// The value, a text.
         value_string: Option<String>,
+        /// The value, yes or no.
+        value_boolean: Option<bool>,
     }
     /// A finding of the analysis.
     Observation {
-        /// Always `preliminary`: not reviewed by a clinician.
+        /// What R4 has no element for.
+        extension: Vec<Extension>,
+        /// `preliminary`: not reviewed by a clinician; `cancelled`: not made.
         status: &'static str,
         /// Always imaging.
         category: Vec<CodeableConcept>,
@@ -303,7 +383,11 @@ resource! {
         value_quantity: Option<Quantity>,
         /// A concept.
         value_codeable_concept: Option<CodeableConcept>,
-        /// High or normal.
+        /// Yes or no.
+        value_boolean: Option<bool>,
+        /// Why there is no value.
+        data_absent_reason: Option<CodeableConcept>,
+        /// High, normal or low.
         interpretation: Vec<CodeableConcept>,
         /// What a reader must know about it.
         note: Vec<Annotation>,
@@ -333,8 +417,8 @@ resource! {
         id: String,
         /// Version and the label that a machine made it.
         meta: Meta,
-        /// The narrative's language, BCP 47.
-        language: String,
+        /// The language of narrative and conclusion, BCP 47.
+        language: &'static str,
         /// The narrative.
         text: Narrative,
         /// Everything that the report refers to.
@@ -436,6 +520,27 @@ pub fn pixels(tenths: u32) -> Quantity {
     }
 }
 
+/// A coordinate of a region in an image, from tenths of a pixel.
+pub fn coordinate(tenths: u32) -> Extension {
+    Extension {
+        url: "coordinate".into(),
+        value_decimal: serde_json::Number::from_f64(f64::from(tenths) / 10.0),
+        ..Extension::default()
+    }
+}
+
+/// A file of ours, with its content.
+pub fn inline(content_type: &str, file: &[u8], title: String, creation: OffsetDateTime) -> Attachment {
+    Attachment {
+        content_type: Some(content_type.into()),
+        data: Some(STANDARD.encode(file)),
+        size: Some(file.len()),
+        hash: Some(ImageBytes::from(file.to_vec()).sha1_base64()),
+        title: Some(title),
+        creation: Some(creation),
+    }
+}
+
 /// FHIR `instant`: RFC 3339 in UTC with milliseconds.
 pub fn instant(at: OffsetDateTime) -> String {
     let at = at.to_offset(time::UtcOffset::UTC);
@@ -474,6 +579,15 @@ mod tests {
     fn absent_elements_are_not_written() {
         let json = String::from_utf8(Resource::Device(Box::default()).to_json()).unwrap();
         assert_eq!(json, r#"{"resourceType":"Device","status":""}"#);
+    }
+
+    #[test]
+    fn a_language_that_is_not_known_is_english() {
+        for language in LANGUAGES {
+            let tag = serde_json::to_string(&language).unwrap();
+            assert_eq!(serde_json::from_str::<Language>(&tag).unwrap(), language);
+        }
+        assert_eq!(serde_json::from_str::<Language>("\"tlh\"").unwrap(), Language::English);
     }
 
     #[test]

@@ -26,6 +26,11 @@ pub const MAX_NAME_BYTES: usize = 128;
 pub const MAX_TEXT_CHARS: usize = 255;
 /// Lesions of a kind that somebody may count on one patient, for a score.
 pub const MAX_LESIONS: f64 = 1_000.0;
+/// The longer side of a heat map, in pixels: five of each of three images fit into a message of [`MAX_MESSAGE_BYTES`]
+/// in Base64 even when PNG does not make them smaller.
+pub const MAX_HEAT_MAP_SIDE: u32 = 320;
+/// Heat maps of one image.
+pub const MAX_HEAT_MAPS: u32 = 5;
 /// Faults named in one answer.
 pub const MAX_FAULTS: usize = 20;
 

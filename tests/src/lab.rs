@@ -161,13 +161,13 @@ fn simulated_toml(
     let fault = fault.map(|fault| format!("fault = \"{fault}\"\n")).unwrap_or_default();
     let attempts = attempts.map(|attempts| format!("fault_attempts = {attempts}\n")).unwrap_or_default();
     let image = image.map(|image| format!("fault_image = \"{image}\"\n")).unwrap_or_default();
-    let class = |(code, malignant)| {
-        format!("[[class]]\ncode = \"{code}\"\ndisplay = \"Class {code}\"\nmalignant = {malignant}\n")
-    };
-    let classes: String = [("mel", true), ("nv", false), ("bkl", false)].map(class).concat();
+    let class = |code| format!("[[class]]\ncode = \"{code}\"\ndisplay = \"Class {code}\"\n");
+    let classes: String = ["mel", "nv", "bkl"].map(class).concat();
     format!(
         "name = \"simulated\"\nversion = \"1\"\ntitle = \"Simulated model\"\nlicence = \"Apache-2.0\"\n\
-         [simulated]\nlatency_ms = {latency_ms}\n{fault}{attempts}{image}{classes}[malignancy]\nthreshold = 0.5\n"
+         [simulated]\nlatency_ms = {latency_ms}\n{fault}{attempts}{image}{classes}\
+         [[indicator]]\nid = \"malignancy\"\ncode = \"malignancy-suspicion\"\ndisplay = \"Suspicion of malignancy\"\n\
+         classes = [\"mel\"]\nthreshold = 0.5\nreferral = true\n"
     )
 }
 

@@ -1,13 +1,35 @@
-//! Models: any folder works, a faulty model costs its own job only, a simulated one cannot pass for real.
+//! Models: any folder works, a faulty model costs its own job only, a simulated one cannot pass for real; and what the
+//! default model's reports say follows from the images, and from what else they say.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use dermflow_local::{
+    servers::{Given, Servers},
+    stack::repo,
+};
+use dermflow_schemas::{
+    envelope::{ImageEntry, Manifest, Payload},
+    fhir::Resource,
+    image::{Format, hex},
+};
 use dermflow_tests::{
-    client::{distribution, observations, sample},
+    client::{distribution, observations, parameters, sample, sample_bytes},
+    fhir,
     lab::{Lab, Setup, Worker},
     wait::eventually,
 };
+use dermflow_workers::{
+    analyse::analyse,
+    decode::Picture,
+    engine::{self, Engine, Question},
+    model::Model,
+    report::{self, Case},
+};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
 
 const LONG: Duration = Duration::from_mins(1);
 
@@ -119,5 +141,277 @@ async fn a_worker_that_cannot_work_says_why() -> Result<()> {
         let refused = lab.start_worker(worker).await.unwrap_err();
         assert!(format!("{refused:#}").contains(reason), "{refused:#}");
     }
+    lab.stop().await
+}
+
+/// The default model in this process.
+async fn derm7() -> Result<(Model, Box<dyn Engine>)> {
+    let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
+    let model = Model::load(&repo().join("workers/models/derm7"), false)?;
+    let engine = engine::factory(&model, &servers.onnxruntime)?()?;
+    Ok((model, engine))
+}
+
+fn images() -> PathBuf {
+    repo().join("tests/images")
+}
+
+fn format_of(name: &str) -> Format {
+    if name.ends_with(".png") { Format::Png } else { Format::Jpeg }
+}
+
+// REQ_004: decoding, squashing, network and arithmetic give what the training pipeline gives (Pillow, onnxruntime in
+// Python; `expected.py`), on 200 images.
+#[tokio::test]
+async fn the_numbers_are_those_of_the_training_pipeline() -> Result<()> {
+    const TOLERANCE: f64 = 1e-3;
+    let (model, mut engine) = derm7().await?;
+    let table = fs::read_to_string(images().join("parity/expected.csv"))?;
+    let mut lines = table.lines();
+    let header: Vec<&str> = lines.next().context("no header")?.split(',').collect();
+    let classes: Vec<&str> = model.classes.iter().map(|class| class.code.as_str()).collect();
+    ensure!(header == [&["file", "skin", "clinical"], &classes[..]].concat(), "{header:?}");
+    let (mut worst, mut images_seen) = ((0.0, String::new()), 0);
+    for line in lines {
+        let (name, expected) = line.split_once(',').context("no comma")?;
+        let file = fs::read(images().join("parity").join(name))?;
+        let picture = Picture::decode(&file, format_of(name))?;
+        let answer = engine.classify(Question { picture: &picture, digest: "", attempt: 1 })?;
+        let opinion = model.opinion(&answer.logits).context("no opinion")?;
+        let clinical = answer.modality.map(|logit| 1.0 / (1.0 + (-f64::from(logit)).exp()));
+        let found = opinion.skin.into_iter().chain(clinical).chain(opinion.conditions);
+        let expected: Vec<f64> = expected.split(',').map(str::parse).collect::<Result<_, _>>()?;
+        let found: Vec<f64> = found.collect();
+        assert_eq!(found.len(), expected.len());
+        for ((code, found), expected) in header[1..].iter().zip(&found).zip(&expected) {
+            let off = (found - expected).abs();
+            if off > worst.0 {
+                worst = (off, format!("{name} {code}: {found:.6} for {expected:.6}"));
+            }
+        }
+        images_seen += 1;
+    }
+    println!("{images_seen} images, the largest difference: {worst:?}");
+    assert_eq!(images_seen, 200);
+    assert!(worst.0 <= TOLERANCE, "{worst:?}");
+    Ok(())
+}
+
+/// Two documents have the same elements and words, and numbers that differ by `most` at most, wherever they stand.
+fn alike(path: &str, found: &Value, expected: &Value, most: f64) -> Result<()> {
+    match (found, expected) {
+        (Value::Object(a), Value::Object(b)) => {
+            ensure!(a.keys().eq(b.keys()), "{path}: {:?} for {:?}", a.keys(), b.keys());
+            a.iter().try_for_each(|(name, value)| alike(&format!("{path}.{name}"), value, &b[name], most))
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            ensure!(a.len() == b.len(), "{path}: {} for {} items", a.len(), b.len());
+            let mut pairs = a.iter().zip(b).enumerate();
+            pairs.try_for_each(|(n, (a, b))| alike(&format!("{path}[{n}]"), a, b, most))
+        }
+        (Value::Number(a), Value::Number(b)) => {
+            let (a, b) = (a.as_f64().unwrap_or(f64::NAN), b.as_f64().unwrap_or(f64::NAN));
+            ensure!((a - b).abs() <= most, "{path}: {a} for {b}");
+            Ok(())
+        }
+        (Value::String(a), Value::String(b)) => {
+            let parts = |text: &str| -> Vec<String> {
+                let digit = |c: char| c.is_ascii_digit() || c == '.';
+                let mut parts: Vec<String> = Vec::new();
+                for c in text.chars() {
+                    match parts.last_mut() {
+                        Some(part) if part.ends_with(digit) == digit(c) => part.push(c),
+                        _ => parts.push(c.to_string()),
+                    }
+                }
+                parts
+            };
+            let (a_parts, b_parts) = (parts(a), parts(b));
+            ensure!(a_parts.len() == b_parts.len(), "{path}: {a} for {b}");
+            let same =
+                a_parts.iter().zip(&b_parts).all(|(a, b)| match (a.parse::<f64>(), b.parse::<f64>()) {
+                    (Ok(a), Ok(b)) => (a - b).abs() <= most,
+                    _ => a == b,
+                });
+            ensure!(same, "{path}: {a} for {b}");
+            Ok(())
+        }
+        _ => {
+            ensure!(found == expected, "{path}: {found} for {expected}");
+            Ok(())
+        }
+    }
+}
+
+// The whole report of every sample image, field by field, with the heat map of its first class: words to the letter,
+// per cents within 2, pixels within 2. `DERMFLOW_WRITE_REPORTS=1` writes the expected ones anew.
+#[tokio::test]
+async fn the_reports_of_the_samples_are_the_expected_ones() -> Result<()> {
+    let (model, mut engine) = derm7().await?;
+    let expected: BTreeMap<String, Value> = serde_json::from_slice(&sample_bytes("expected.json"))?;
+    let mut reports = BTreeMap::new();
+    for name in expected.keys() {
+        let file = sample_bytes(name);
+        let entry = ImageEntry { bytes: file.len(), format: format_of(name), title: None, body_site: None };
+        let mut manifest = Manifest::new(vec![entry], None, None);
+        manifest.heat_maps = 1;
+        let payload = Payload { manifest, images: vec![file.into()] };
+        let analysis = analyse(&mut *engine, &model, &payload, 1, &|| false)?;
+        let at = OffsetDateTime::UNIX_EPOCH;
+        let report = report::build(&Case {
+            job: "0198f3a2-9c1e-7c55-8f0e-1d2c3b4a5e6f".parse()?,
+            accepted_at: at,
+            finished_at: at,
+            manifest: &payload.manifest,
+            findings: &analysis.findings,
+            model: &model,
+        });
+        let report = Resource::DiagnosticReport(Box::new(report)).to_json();
+        let mut report: Value = serde_json::from_slice(&report)?;
+        for media in report["contained"].as_array_mut().context("nothing contained")? {
+            // The bytes of a picture follow from the last bit of a float.
+            if let Some(content) = media.get_mut("content").and_then(Value::as_object_mut)
+                && content.remove("data").is_some()
+            {
+                content.remove("hash");
+                content.remove("size");
+            }
+        }
+        reports.insert(name.clone(), report);
+    }
+    let golden = images().join("reports.json");
+    if std::env::var_os("DERMFLOW_WRITE_REPORTS").is_some() {
+        fs::write(&golden, serde_json::to_string_pretty(&reports)? + "\n")?;
+    }
+    let golden: BTreeMap<String, Value> = serde_json::from_slice(&fs::read(golden)?)?;
+    assert!(golden.keys().eq(reports.keys()));
+    for (name, report) in &reports {
+        alike(name, report, &golden[name], 2.0)?;
+    }
+    Ok(())
+}
+
+fn resource<'a>(report: &'a Value, id: &str) -> Result<&'a Value> {
+    let contained = report["contained"].as_array().context("nothing contained")?;
+    contained.iter().find(|resource| resource["id"] == id).with_context(|| format!("no {id}"))
+}
+
+/// Hundredths, as printed.
+fn hundredths(quantity: &Value) -> Result<i64> {
+    Ok((quantity["value"].as_f64().context("no value")? * 100.0).round() as i64)
+}
+
+/// A distribution sums to 100.00 %, and what follows from it does follow.
+fn distribution_is_consistent(model: &Model, report: &Value, suffix: &str) -> Result<()> {
+    let observation = resource(report, &format!("classification-{suffix}"))?;
+    let classes: BTreeMap<String, i64> = distribution(observation)
+        .into_iter()
+        .map(|(code, percent)| (code, (percent * 100.0).round() as i64))
+        .collect();
+    ensure!(classes.len() == model.classes.len() && !classes.contains_key("other"), "{classes:?}");
+    ensure!(classes.values().sum::<i64>() == 10_000, "{classes:?}");
+    let entropy: f64 =
+        classes.values().filter(|p| **p > 0).map(|p| *p as f64 / 10_000.0).map(|p| -p * p.ln()).sum();
+    let printed = observation["component"].as_array().and_then(|parts| parts.last()).context("no entropy")?;
+    let share = entropy / (classes.len() as f64).ln() * 10_000.0;
+    ensure!((hundredths(&printed["valueQuantity"])? as f64 - share).abs() <= 1.0, "{share} {printed}");
+    for indicator in &model.indicators {
+        let found = resource(report, &format!("{}-{suffix}", indicator.id))?;
+        ensure!(found["code"]["coding"][0]["code"] == indicator.code, "{found}");
+        let value = hundredths(&found["valueQuantity"])?;
+        if indicator.classes.is_empty() {
+            let domain = resource(report, &format!("domain-{suffix}"));
+            let confidence = domain.and_then(|d| hundredths(&d["component"][0]["valueQuantity"]));
+            ensure!(suffix == "joint" || value == confidence?, "{suffix}: {value}");
+        } else {
+            let sum: i64 = indicator.classes.iter().map(|code| classes[code]).sum();
+            ensure!(value == sum, "{}-{suffix}: {value}, not {sum}", indicator.id);
+        }
+        let threshold = hundredths(&found["referenceRange"][0]["high"])?;
+        let reads = if value >= threshold { "H" } else { "N" };
+        ensure!(found["interpretation"][0]["coding"][0]["code"] == reads, "{found}");
+    }
+    Ok(())
+}
+
+// REQ_004: in a report as it comes, every number follows from others, hashes are those of the data, and an image that is
+// refused counts nowhere. In German, as the caller reads that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_live_report_agrees_with_itself() -> Result<()> {
+    let lab = Lab::start(Setup::derm7()).await?;
+    let model = Model::load(&repo().join("workers/models/derm7"), false)?;
+    let mut white = std::io::Cursor::new(Vec::new());
+    image::RgbImage::from_pixel(400, 300, image::Rgb([250, 250, 250]))
+        .write_to(&mut white, image::ImageFormat::Png)?;
+    let files = [sample_bytes("ham10000-mel.jpg"), white.into_inner(), sample_bytes("isic2017-nv.png")];
+    let mut request = parameters(&files);
+    let asked = json!({"name": "heatMap", "valueCode": "top-5"});
+    request["parameter"].as_array_mut().context("no parameters")?.push(asked);
+    let answer = lab.client().analyze(&request, &[("accept-language", "it, de-CH;q=0.9, en;q=0.5")]).await?;
+    ensure!(answer.status == 200, "{}", answer.text);
+    assert_eq!(answer.header("content-language"), "de");
+    let report = &answer.body;
+    assert_eq!(report["language"], "de");
+    assert!(report["conclusion"].as_str().unwrap().contains("Bild 2 wurde von der Motivprüfung"));
+    for suffix in ["1", "3", "joint"] {
+        distribution_is_consistent(&model, report, suffix)?;
+    }
+
+    let cancelled = resource(report, "classification-2")?;
+    assert_eq!(cancelled["status"], "cancelled");
+    assert_eq!(cancelled["dataAbsentReason"]["coding"][0]["code"], "not-performed");
+    assert_eq!(resource(report, "domain-2")?["valueBoolean"], false);
+    let joint = json!([{"reference": "#image-1"}, {"reference": "#image-3"}]);
+    for id in ["classification-joint", "malignancy-joint", "has-condition-joint"] {
+        assert_eq!(resource(report, id)?["derivedFrom"], joint);
+    }
+    for absent in ["malignancy-2", "extent-2", "heatmap-2-mel"] {
+        assert!(resource(report, absent).is_err(), "{absent}");
+    }
+
+    for (n, file) in (1..).zip(&files) {
+        let media = resource(report, &format!("image-{n}"))?;
+        assert_eq!(media["identifier"][0]["value"], hex(digest(&SHA256, file).as_ref()));
+        assert_eq!(media["content"]["hash"], STANDARD.encode(digest(&SHA1_FOR_LEGACY_USE_ONLY, file)));
+        assert_eq!(media["content"]["size"], file.len());
+        let modality = resource(report, &format!("modality-{n}"))?;
+        assert_eq!(media["modality"], modality["valueCodeableConcept"]);
+        let confidences = [0, 1].map(|part| hundredths(&modality["component"][part]["valueQuantity"]));
+        assert_eq!(confidences.into_iter().sum::<Result<i64>>()?, 10_000);
+        let quality = resource(report, &format!("quality-{n}"))?;
+        let parts = quality["component"].as_array().context("no parts")?[1..].iter();
+        let least = parts.map(|part| hundredths(&part["valueQuantity"])).collect::<Result<Vec<_>>>()?;
+        assert_eq!(Some(hundredths(&quality["valueQuantity"])?), least.into_iter().min());
+    }
+
+    for n in [1, 3] {
+        let ranked = distribution(resource(report, &format!("classification-{n}"))?);
+        for (code, _) in &ranked[..5] {
+            let map = resource(report, &format!("heatmap-{n}-{code}"))?;
+            let (content, reference) = (&map["content"], format!("#heatmap-{n}-{code}"));
+            let file = STANDARD.decode(content["data"].as_str().context("no data")?)?;
+            assert_eq!(content["hash"], STANDARD.encode(digest(&SHA1_FOR_LEGACY_USE_ONLY, &file)));
+            assert_eq!(content["size"], file.len());
+            let picture = image::load_from_memory(&file)?;
+            assert_eq!(picture.color(), image::ColorType::Rgb8);
+            assert_eq!((&map["width"], &map["height"]), (&json!(picture.width()), &json!(picture.height())));
+            let links = report["media"].as_array().context("no media")?;
+            let link = links.iter().find(|media| media["link"]["reference"] == reference.as_str());
+            let comment = link.context("not linked")?["comment"].as_str().context("no comment")?;
+            assert!(comment.starts_with("Heat map for ") && comment.ends_with(&format!(" on image {n}")));
+        }
+        assert!(resource(report, &format!("heatmap-{n}-{}", ranked[5].0)).is_err(), "five");
+    }
+    println!("{} bytes with ten heat maps", answer.text.len());
+    let alone = lab.client().analyze(&parameters(&files[1..2]), &[]).await?;
+    assert_eq!(alone.header("content-language"), "en");
+    assert_eq!(alone.body["text"]["div"].as_str().unwrap().matches("<p>").count(), 1);
+    assert!(
+        alone.body["conclusion"]
+            .as_str()
+            .unwrap()
+            .starts_with("No result: image 1 was refused by the domain check")
+    );
+    fhir::validate(&[("three images".into(), report.clone()), ("none".into(), alone.body)]).await?;
     lab.stop().await
 }

@@ -47,9 +47,9 @@ async fn every_fault_is_named_and_nothing_is_queued() -> Result<()> {
             "Parameters.parameter[1].name",
         ),
         (
-            change("/parameter/-", json!({"name": "heatMap", "valueCode": "top-5"})),
+            change("/parameter/-", json!({"name": "heatMap", "valueCode": "top-3"})),
             422,
-            "heat-map-unsupported",
+            "value-invalid",
             "Parameters.parameter[1].valueCode",
         ),
         (

@@ -1,14 +1,16 @@
-//! What an executor does with a job: decode every image, ask the engine, check its answer.
+//! What an executor does with a job: decode every image, judge it, ask the engine, check its answer.
 
 use std::time::{Duration, Instant};
 
-use dermflow_schemas::envelope::Payload;
+use dermflow_schemas::{envelope::Payload, limits::MAX_HEAT_MAPS};
 
 use crate::{
     decode::{DecodeError, Picture},
     engine::{Answer, Engine, EngineError, Question},
-    model::Model,
+    heat::{self, HeatMap},
+    model::{Model, Opinion, points},
     outline::Outline,
+    quality::Quality,
 };
 
 /// What is known about one image after the analysis.
@@ -22,10 +24,35 @@ pub struct Finding {
     pub sha256: String,
     /// SHA-1 of the file, in Base64.
     pub sha1: String,
-    /// In the order of the model's classes; the sum is 1.
+    /// How good it is.
+    pub quality: Quality,
+    /// The probability that it shows skin, in hundredths of a per cent; absent when the model does not say.
+    pub skin: Option<u32>,
+    /// Whether it does.
+    pub is_skin: bool,
+    /// The probability that it was taken without a dermatoscope, in hundredths of a per cent; absent when the model does
+    /// not say.
+    pub clinical: Option<u32>,
+    /// In the order of the model's classes; the sum is 1. They mean nothing unless the image is valid.
     pub probabilities: Vec<f64>,
     /// Where the lesion is; absent when there is none, or the model does not say.
     pub outline: Option<Outline>,
+    /// As many as were asked for, of a valid image.
+    pub heat_maps: Vec<HeatMap>,
+}
+
+impl Finding {
+    /// Whether the image is analysed: it shows skin, and is good enough.
+    pub fn is_valid(&self) -> bool {
+        self.is_skin && self.quality.is_acceptable()
+    }
+}
+
+/// The indices of a distribution by descending probability.
+pub fn ranked(probabilities: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..probabilities.len()).collect();
+    order.sort_by(|a, b| probabilities[*b].total_cmp(&probabilities[*a]));
+    order
 }
 
 /// A finished analysis.
@@ -72,24 +99,38 @@ pub fn analyse(
         }
         let picture = Picture::decode(file.as_slice(), entry.format)
             .map_err(|error| AnalysisError::Undecodable(index, error))?;
+        let quality = Quality::of(&picture);
         let sha256 = file.sha256();
         let start = Instant::now();
-        let Answer { logits, lesion } =
-            engine.classify(Question { picture: &picture, digest: &sha256, attempt })?;
+        let answer = engine.classify(Question { picture: &picture, digest: &sha256, attempt })?;
         analysis.in_model += start.elapsed();
-        let probabilities = model.probabilities(&logits).ok_or(AnalysisError::Unusable)?;
-        let (width, height) = (picture.width(), picture.height());
-        if lesion.as_ref().is_some_and(|map| map.logits.iter().any(|logit| !logit.is_finite())) {
+        if !answer.is_finite() {
             return Err(AnalysisError::Unusable);
         }
-        analysis.findings.push(Finding {
+        let Answer { logits, lesion, activation, modality } = answer;
+        let Opinion { skin, conditions } = model.opinion(&logits).ok_or(AnalysisError::Unusable)?;
+        let skin = skin.map(points);
+        let (width, height) = (picture.width(), picture.height());
+        let mut finding = Finding {
             width,
             height,
             sha256,
             sha1: file.sha1_base64(),
-            probabilities,
+            quality,
+            skin,
+            is_skin: skin.zip(model.domain).is_none_or(|(skin, threshold)| skin >= threshold),
+            clinical: modality.map(|logit| points(1.0 / (1.0 + (-f64::from(logit)).exp()))),
+            probabilities: conditions,
             outline: lesion.and_then(|map| Outline::of(&map, width, height)),
-        });
+            heat_maps: Vec::new(),
+        };
+        if let Some(activation) = activation.filter(|_| finding.is_valid()) {
+            let mut classes = ranked(&finding.probabilities);
+            classes.truncate(payload.manifest.heat_maps.min(MAX_HEAT_MAPS) as usize);
+            let maps = heat::render(model, &activation, &classes, width, height);
+            finding.heat_maps = maps.ok_or(AnalysisError::Unusable)?;
+        }
+        analysis.findings.push(finding);
     }
     Ok(analysis)
 }
@@ -144,7 +185,7 @@ mod tests {
         impl Engine for Counting<'_> {
             fn classify(&mut self, _: Question<'_>) -> Result<Answer, EngineError> {
                 self.0.fetch_add(1, Ordering::SeqCst);
-                Ok(Answer { logits: vec![0.0; 3], lesion: None })
+                Ok(Answer { logits: vec![0.0; 3], lesion: None, activation: None, modality: None })
             }
         }
         let (model, image) = (simulated(&[]), jpeg(96, 80, None));

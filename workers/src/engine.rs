@@ -49,6 +49,31 @@ pub struct Answer {
     pub logits: Vec<f32>,
     /// Where the lesion is, if the model says so.
     pub lesion: Option<Map>,
+    /// What each place of the frame says, if the model tells.
+    pub activation: Option<Activation>,
+    /// Above zero for a photograph without a dermatoscope, if the model says so.
+    pub modality: Option<f32>,
+}
+
+impl Answer {
+    /// Whether every number is one.
+    pub fn is_finite(&self) -> bool {
+        let lesion = self.lesion.iter().flat_map(|map| &map.logits);
+        let activation = self.activation.iter().flat_map(|activation| &activation.logits);
+        let all = self.logits.iter().chain(lesion).chain(activation).chain(&self.modality);
+        all.into_iter().all(|value| value.is_finite())
+    }
+}
+
+/// Logits of each place of the squashed frame; their mean are those of the image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Activation {
+    /// Columns.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// Class by class, row by row.
+    pub logits: Vec<f32>,
 }
 
 /// Computes answers; belongs to one thread.
@@ -72,7 +97,7 @@ pub fn factory(model: &Model, library: &Path) -> Result<Factory, EngineError> {
     match model.network.clone() {
         Network::Onnx { file, input, output } => {
             let environment = runtime(library)?;
-            let classes = model.classes.len();
+            let classes = model.logits();
             Ok(Arc::new(move || {
                 let mut engine = OnnxEngine::new(&environment, &file, input.clone(), output.clone())?;
                 engine.try_out(classes)?;
@@ -80,7 +105,7 @@ pub fn factory(model: &Model, library: &Path) -> Result<Factory, EngineError> {
             }))
         }
         Network::Simulated(simulated) => {
-            let classes = model.classes.len();
+            let classes = model.logits();
             Ok(Arc::new(move || Ok(Box::new(SimulatedEngine { simulated: simulated.clone(), classes }))))
         }
     }
@@ -121,7 +146,8 @@ impl OnnxEngine {
         if inputs != [input.name.as_str()] {
             return Err(EngineError::Misfit(format!("its inputs are {inputs:?}, not [{:?}]", input.name)));
         }
-        for named in std::iter::once(&output.logits).chain(&output.lesion) {
+        let Output { logits, lesion, activation, modality } = &output;
+        for named in std::iter::once(logits).chain(lesion).chain(activation).chain(modality) {
             if !outputs.contains(named) {
                 return Err(EngineError::Misfit(format!("its outputs are {outputs:?}, without {named:?}")));
             }
@@ -131,12 +157,14 @@ impl OnnxEngine {
 
     /// Runs the network once, so that a wrong shape shows at start.
     fn try_out(&mut self, classes: usize) -> Result<(), EngineError> {
-        let logits = self.answer(&RgbImage::new(self.input.width, self.input.height))?.logits.len();
-        if logits == classes {
-            Ok(())
-        } else {
-            Err(EngineError::Misfit(format!("{logits} logits for {classes} classes")))
+        let answer = self.answer(&RgbImage::new(self.input.width, self.input.height))?;
+        let mapped = answer.activation.map(|map| map.logits.len() / (map.width * map.height));
+        for found in mapped.into_iter().chain([answer.logits.len()]) {
+            if found != classes {
+                return Err(EngineError::Misfit(format!("{found} logits for {classes} classes")));
+            }
         }
+        Ok(())
     }
 
     fn answer(&mut self, small: &RgbImage) -> Result<Answer, EngineError> {
@@ -150,8 +178,13 @@ impl OnnxEngine {
             Ok((shape.to_vec(), values.to_vec()))
         };
         let (_, logits) = tensor(&self.output.logits)?;
-        let lesion = self.output.lesion.as_deref().map(tensor).transpose()?.map(lesion).transpose()?;
-        Ok(Answer { logits, lesion })
+        let optional = |name: &Option<String>| name.as_deref().map(tensor).transpose();
+        Ok(Answer {
+            logits,
+            lesion: optional(&self.output.lesion)?.map(lesion).transpose()?,
+            activation: optional(&self.output.activation)?.map(activation).transpose()?,
+            modality: optional(&self.output.modality)?.map(modality).transpose()?,
+        })
     }
 }
 
@@ -171,6 +204,26 @@ fn lesion((shape, logits): (Vec<i64>, Vec<f32>)) -> Result<Map, EngineError> {
         _ => Err(EngineError::Misfit(format!(
             "the map of the lesion is {shape:?}, not 1 x 1 x rows x columns"
         ))),
+    }
+}
+
+/// What each place of one image says: 1 x classes x rows x columns.
+fn activation((shape, logits): (Vec<i64>, Vec<f32>)) -> Result<Activation, EngineError> {
+    match shape[..] {
+        [1, _, rows, columns] if rows >= 1 && columns >= 1 => {
+            Ok(Activation { width: columns as usize, height: rows as usize, logits })
+        }
+        _ => {
+            Err(EngineError::Misfit(format!("the activation is {shape:?}, not 1 x classes x rows x columns")))
+        }
+    }
+}
+
+/// How one image was taken: a single number.
+fn modality((shape, logits): (Vec<i64>, Vec<f32>)) -> Result<f32, EngineError> {
+    match logits[..] {
+        [logit] => Ok(logit),
+        _ => Err(EngineError::Misfit(format!("the modality is {shape:?}, not 1 x 1"))),
     }
 }
 
@@ -205,7 +258,7 @@ impl Engine for SimulatedEngine {
                 thread::park();
             },
         };
-        Ok(Answer { logits, lesion: None })
+        Ok(Answer { logits, lesion: None, activation: None, modality: None })
     }
 }
 

@@ -9,7 +9,8 @@
 //!
 //! `schedule`, `fair` (whom to ask: pure), `watch` (who has jobs), `pull` (the requests), `cancel` (what was
 //! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread and its engine) → `analyse` → `report`;
-//! `outline` is what a report says of a lesion's place.
+//! `quality` is how good an image is, `outline` what a report says of a lesion's place, `heat` what speaks for a class, and
+//! `language` how it is said.
 
 pub mod analyse;
 pub mod attempt;
@@ -19,11 +20,15 @@ pub mod decode;
 pub mod engine;
 pub mod executor;
 pub mod fair;
+pub mod heat;
+pub mod language;
 pub mod model;
 pub mod outline;
 pub mod pull;
+pub mod quality;
 pub mod quarantine;
 pub mod report;
+pub mod resize;
 pub mod schedule;
 #[cfg(test)]
 mod simulation;

@@ -16,14 +16,28 @@
 //! [output]
 //! logits = "logits"               # 1 x the number of classes, in the order below
 //! lesion = "outline"              # optional, 1 x 1 x rows x columns: logits of where the lesion is in the frame
+//! activation = "cam"              # optional, 1 x the number of classes x rows x columns, whose mean the logits are
+//! modality = "modality"           # optional, 1 x 1: the logit of a photograph without a dermatoscope
 //! [[class]]
 //! code = "mel"
 //! display = "Melanoma"
-//! icd11 = { code = "2C30", display = "Melanoma of skin" }   # optional
-//! malignant = true
+//! names = { es = "melanoma", de = "Melanom", fr = "mélanome" }   # optional, as within a sentence
+//! icd11 = { code = "2C30", display = "Melanoma of skin" }        # optional
 //! prior = 0.5                     # optional, for all or none: ln(prior) is subtracted from the logit
-//! [malignancy]                    # optional
-//! threshold = 0.2                 # from here on the sum of the malignant classes reads high
+//! [domain]                        # optional
+//! class = "other"                 # what is not skin; the probabilities of the other classes are given that it is
+//! threshold = 0.8                 # below it, by the probability of skin, an image is refused
+//! [modality]                      # optional, a reservation
+//! note = "Learned from few photographs"
+//! [[indicator]]                   # optional; the first is in the narrative and the conclusion
+//! id = "malignancy"               # of the Observation, before the number of the image
+//! code = "malignancy-suspicion"
+//! display = "Suspicion of malignancy"
+//! names = { de = "Verdacht auf Malignität" }                     # optional
+//! classes = ["mel"]               # whose probabilities are summed; absent: the probability of skin
+//! threshold = 0.2                 # from here on it reads high
+//! referral = true                 # optional: above the threshold a referral is suggested
+//! note = "What must be known"     # optional
 //! [[metric]]                      # a figure of the model, a fraction with its 95 % interval
 //! code = "top1-sensitivity"
 //! display = "Top-1 sensitivity on the locked test set"
@@ -35,14 +49,17 @@
 //! A folder with `[simulated]` in place of `[input]`, `[output]` and `model.onnx` describes no model at all
 //! ([`Simulated`]); it loads only where that is allowed.
 
-use std::{fs, io, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, io, path::Path, sync::Arc};
 
 use aws_lc_rs::digest::{SHA256, digest};
-use dermflow_schemas::image::hex;
+use dermflow_schemas::{fhir::Language, image::hex};
 use serde::Deserialize;
 
 /// The largest input side, in pixels: more is a typing error.
 const MAX_INPUT_SIDE: u32 = 4_096;
+/// What the ids of other resources in a report begin with.
+const RESERVED: [&str; 8] =
+    ["device", "image", "heatmap", "quality", "domain", "modality", "classification", "extent"];
 
 /// What is wrong with a model folder.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +102,14 @@ pub struct Output {
     pub logits: String,
     /// The name of the tensor that says where the lesion is.
     pub lesion: Option<String>,
+    /// The name of the tensor whose mean over the places the logits are.
+    pub activation: Option<String>,
+    /// The name of the tensor that says whether there was no dermatoscope.
+    pub modality: Option<String>,
 }
+
+/// What something is called in other languages than English, by their tags.
+pub type Names = BTreeMap<String, String>;
 
 /// A code of ICD-11 MMS.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -105,20 +129,77 @@ pub struct Class {
     pub code: String,
     /// In words.
     pub display: String,
+    /// The same within a sentence.
+    #[serde(default)]
+    pub names: Names,
     /// In ICD-11, when there is one code for the class.
     pub icd11: Option<Icd11>,
-    /// Whether it counts towards malignancy.
-    pub malignant: bool,
     /// Its share in training, between 0 and 1.
     pub prior: Option<f64>,
 }
 
-/// When the sum of the malignant classes reads high.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+/// What is no skin.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Malignancy {
-    /// Between 0 and 1.
+struct Domain {
+    class: String,
+    threshold: f64,
+}
+
+/// What must be known of the modality.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Modality {
+    note: String,
+}
+
+/// A number that a clinician may act on: the sum of the probabilities of some classes, or that of skin.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Indicator {
+    /// Lower-case letters, digits and hyphens; what the id in a report begins with.
+    pub id: String,
+    /// The same alphabet.
+    pub code: String,
+    /// In words.
+    pub display: String,
+    /// The same in other languages.
+    #[serde(default)]
+    pub names: Names,
+    /// Codes of classes; empty for the probability of skin.
+    #[serde(default)]
+    pub classes: Vec<String>,
+    /// Between 0 and 1; from here on it reads high.
     pub threshold: f64,
+    /// Whether to refer is what the threshold is about.
+    #[serde(default)]
+    pub referral: bool,
+    /// What must be known.
+    pub note: Option<String>,
+}
+
+impl Indicator {
+    /// The threshold in hundredths of a per cent.
+    pub fn threshold_points(&self) -> u32 {
+        points(self.threshold)
+    }
+}
+
+/// A fraction in hundredths of a per cent.
+pub fn points(fraction: f64) -> u32 {
+    (fraction * 10_000.0).round() as u32
+}
+
+/// What something is called in `language`, within a sentence.
+pub fn name_in<'a>(language: Language, display: &'a str, names: &'a Names) -> std::borrow::Cow<'a, str> {
+    match names.get(language.tag()) {
+        Some(name) => name.into(),
+        None => {
+            let mut letters = display.chars();
+            let first = letters.next().into_iter().flat_map(char::to_lowercase);
+            first.chain(letters).collect::<String>().into()
+        }
+    }
 }
 
 /// A performance figure of the model, as a fraction.
@@ -176,7 +257,10 @@ struct Document {
     output: Option<Output>,
     simulated: Option<Simulated>,
     class: Vec<Class>,
-    malignancy: Option<Malignancy>,
+    domain: Option<Domain>,
+    modality: Option<Modality>,
+    #[serde(default)]
+    indicator: Vec<Indicator>,
     #[serde(default)]
     metric: Vec<Metric>,
 }
@@ -207,16 +291,34 @@ pub struct Model {
     pub title: String,
     /// The licence of the weights.
     pub licence: String,
-    /// In the order of the logits; at least two.
+    /// The conditions, in the order of the logits, without what is no skin; at least two.
     pub classes: Vec<Class>,
-    /// Absent when the model says nothing about malignancy.
-    pub malignancy: Option<Malignancy>,
+    /// In the order of reports.
+    pub indicators: Vec<Indicator>,
+    /// From how much probability of skin on an image is analysed, in hundredths of a per cent; absent when the model
+    /// knows nothing but skin.
+    pub domain: Option<u32>,
+    /// What must be known of the modality.
+    pub modality_note: Option<String>,
     /// Performance figures.
     pub metrics: Vec<Metric>,
     /// SHA-256 of `model.onnx`, or of `model.toml` when simulated, in lower-case hexadecimal.
     pub digest: String,
     /// What computes the logits.
     pub network: Network,
+    /// The logarithm of each logit's prior.
+    log_priors: Vec<f64>,
+    /// Which logit is of what is no skin.
+    not_skin: Option<usize>,
+}
+
+/// What the logits of an image, or of a place in it, say.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Opinion {
+    /// The probability that it shows skin; absent when the model knows nothing else.
+    pub skin: Option<f64>,
+    /// Of the conditions, if it does; the sum is 1.
+    pub conditions: Vec<f64>,
 }
 
 impl Model {
@@ -245,22 +347,51 @@ impl Model {
                 return Err(ModelError::Description(either.to_owned()));
             }
         };
+        let log_priors = document.class.iter().map(|class| class.prior.unwrap_or(1.0).ln()).collect();
+        let mut classes = document.class;
+        let no_skin = document.domain.as_ref().map(|domain| domain.class.as_str());
+        let not_skin = classes.iter().position(|class| Some(class.code.as_str()) == no_skin);
+        if let Some(index) = not_skin {
+            classes.remove(index);
+        }
         Ok(Self {
             name: document.name,
             version: document.version,
             title: document.title,
             licence: document.licence,
-            malignancy: document.malignancy.filter(|_| document.class.iter().any(|class| class.malignant)),
-            classes: document.class,
+            classes,
+            indicators: document.indicator,
+            domain: document.domain.map(|domain| points(domain.threshold)),
+            modality_note: document.modality.map(|modality| modality.note),
             metrics: document.metric,
             digest,
             network,
+            log_priors,
+            not_skin,
         })
+    }
+
+    /// How many logits the network gives.
+    pub fn logits(&self) -> usize {
+        self.log_priors.len()
+    }
+
+    /// What the network gives beside the logits.
+    fn output(&self) -> Option<&Output> {
+        match &self.network {
+            Network::Onnx { output, .. } => Some(output),
+            Network::Simulated(_) => None,
+        }
     }
 
     /// Whether the model says where the lesion is.
     pub fn outlines(&self) -> bool {
-        matches!(&self.network, Network::Onnx { output: Output { lesion: Some(_), .. }, .. })
+        self.output().is_some_and(|output| output.lesion.is_some())
+    }
+
+    /// Whether the model says what speaks for a class in which part of an image.
+    pub fn maps_heat(&self) -> bool {
+        self.output().is_some_and(|output| output.activation.is_some())
     }
 
     /// Whether reports must say that no model looked at the images.
@@ -268,19 +399,28 @@ impl Model {
         matches!(self.network, Network::Simulated(_))
     }
 
-    /// Softmax of the logits less the logarithm of the priors, in the order of the classes; the sum is 1.
-    /// `None` when there are more or fewer logits than classes, or one is not a finite number.
-    pub fn probabilities(&self, logits: &[f32]) -> Option<Vec<f64>> {
-        if logits.len() != self.classes.len() || logits.iter().any(|logit| !logit.is_finite()) {
+    /// Softmax of the logits less the logarithm of the priors. `None` when there are more or fewer logits than
+    /// classes, or one is not a finite number.
+    pub fn opinion(&self, logits: &[f32]) -> Option<Opinion> {
+        if logits.len() != self.logits() || logits.iter().any(|logit| !logit.is_finite()) {
             return None;
         }
-        let adjust = |(logit, class): (&f32, &Class)| f64::from(*logit) - class.prior.unwrap_or(1.0).ln();
-        let logits: Vec<f64> = logits.iter().zip(&self.classes).map(adjust).collect();
-        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = logits.iter().map(|logit| (logit - largest).exp()).collect();
-        let sum: f64 = weights.iter().sum();
-        Some(weights.into_iter().map(|weight| weight / sum).collect())
+        let adjust = |(logit, log_prior): (&f32, &f64)| f64::from(*logit) - log_prior;
+        let mut logits: Vec<f64> = logits.iter().zip(&self.log_priors).map(adjust).collect();
+        let skin = self.not_skin.map(|index| {
+            let not_skin = softmax(&logits)[index];
+            logits.remove(index);
+            1.0 - not_skin
+        });
+        Some(Opinion { skin, conditions: softmax(&logits) })
     }
+}
+
+fn softmax(logits: &[f64]) -> Vec<f64> {
+    let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = logits.iter().map(|logit| (logit - largest).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|weight| weight / sum).collect()
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -302,15 +442,53 @@ fn check(document: &Document) -> Result<(), String> {
         check_input(input)?;
     }
     check_classes(&document.class)?;
-    if let Some(Malignancy { threshold }) = document.malignancy
-        && !(threshold > 0.0 && threshold < 1.0)
-    {
-        return Err(format!("the malignancy threshold {threshold} is not between 0 and 1"));
-    }
+    check_indicators(document)?;
     check_codes("metric", document.metric.iter().map(|metric| (&metric.code, &metric.display)))?;
     let ordered = |m: &&Metric| 0.0 <= m.low && m.low <= m.value && m.value <= m.high && m.high <= 1.0;
     match document.metric.iter().find(|metric| !ordered(metric)) {
         Some(metric) => Err(format!("metric {}: not 0 <= low <= value <= high <= 1", metric.code)),
+        None => Ok(()),
+    }
+}
+
+/// What is said of classes must be of those that are there.
+fn check_indicators(document: &Document) -> Result<(), String> {
+    let codes = || document.class.iter().map(|class| class.code.as_str());
+    let no_skin = document.domain.as_ref().map(|domain| domain.class.as_str());
+    if let Some(class) = no_skin.filter(|class| codes().all(|code| code != *class)) {
+        return Err(format!("domain: there is no class {class:?}"));
+    }
+    if no_skin.is_some() && document.class.len() < 3 {
+        return Err("at least two classes are needed beside that of the domain".to_owned());
+    }
+    let indicators = &document.indicator;
+    check_codes("indicator", indicators.iter().map(|indicator| (&indicator.id, &indicator.display)))?;
+    check_codes("indicator", indicators.iter().map(|indicator| (&indicator.code, &indicator.display)))?;
+    for Indicator { id, classes, .. } in indicators {
+        if RESERVED.contains(&id.as_str()) {
+            return Err(format!("indicator {id}: the id is taken"));
+        }
+        if classes.is_empty() && no_skin.is_none() {
+            return Err(format!("indicator {id}: without classes a [domain] is needed"));
+        }
+        let strange = |class: &&String| no_skin == Some(class) || codes().all(|code| code != class.as_str());
+        if let Some(class) = classes.iter().find(strange) {
+            return Err(format!("indicator {id}: there is no condition {class:?}"));
+        }
+        if classes.iter().collect::<std::collections::HashSet<_>>().len() < classes.len() {
+            return Err(format!("indicator {id}: a class occurs twice"));
+        }
+    }
+    let named = indicators.iter().map(|i| (i.id.as_str(), i.threshold));
+    let domain = document.domain.iter().map(|domain| ("domain", domain.threshold));
+    for (what, threshold) in named.chain(domain) {
+        if !(threshold > 0.0 && threshold < 1.0) {
+            return Err(format!("the {what} threshold {threshold} is not between 0 and 1"));
+        }
+    }
+    let names = document.class.iter().map(|c| &c.names).chain(indicators.iter().map(|i| &i.names));
+    match names.flat_map(Names::keys).find(|tag| Language::from_tag(tag).is_none()) {
+        Some(tag) => Err(format!("names: there is no language {tag:?}")),
         None => Ok(()),
     }
 }
@@ -373,11 +551,14 @@ pub(crate) mod tests {
         title = "Nothing"
         licence = "Apache-2.0"
         class = [
-            { code = "mel", display = "Melanoma", icd11 = { code = "2C30", display = "Melanoma of skin" }, malignant = true, prior = 0.25 },
-            { code = "bcc", display = "Basal <cell> carcinoma", malignant = true, prior = 0.25 },
-            { code = "nv", display = "Naevus", malignant = false, prior = 0.5 },
+            { code = "mel", display = "Melanoma", icd11 = { code = "2C30", display = "Melanoma of skin" }, names = { de = "Melanom" }, prior = 0.25 },
+            { code = "bcc", display = "Basal <cell> carcinoma", prior = 0.25 },
+            { code = "nv", display = "Naevus", prior = 0.5 },
         ]
-        malignancy = { threshold = 0.165 }
+        indicator = [
+            { id = "malignancy", code = "malignancy-suspicion", display = "Suspicion of malignancy", classes = ["mel", "bcc"], threshold = 0.165, referral = true },
+            { id = "pigmented", code = "pigmented-lesion", display = "Pigmented lesion", classes = ["nv"], threshold = 0.5 },
+        ]
         metric = [{ code = "auc", display = "AUC", value = 0.9, low = 0.85, high = 0.95 }]
         simulated = { latency_ms = 1 }
     "#;
@@ -407,6 +588,15 @@ pub(crate) mod tests {
         load(&toml, None, true).unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// The same with a fourth class, for what is no skin.
+    pub(crate) fn with_domain(changed: &[(&str, &str)]) -> Model {
+        let nv = "display = \"Naevus\", prior = 0.5 },";
+        let other = format!("{nv} {{ code = \"other\", display = \"Other\", prior = 0.25 }},");
+        let domain = "simulated = { latency_ms = 1 }\n domain = { class = \"other\", threshold = 0.8 }";
+        let all = [&[(nv, other.as_str()), ("simulated = { latency_ms = 1 }", domain)], changed].concat();
+        simulated(&all)
+    }
+
     #[test]
     fn every_fault_of_a_folder_is_named() {
         let input = "input = { name = 'i', width = 8, height = 8, mean = [0, 0, 0], deviation = [1, 1, 1] }\n\
@@ -420,11 +610,20 @@ pub(crate) mod tests {
         refused(&onnx, "model.onnx: No such file");
         refused(&SIMULATED.replace("title =", "titel ="), "unknown field `titel`");
         refused(&SIMULATED.replace("\"Nothing\"", "\" \""), "title is empty");
-        refused(&SIMULATED.replace("malignant = false, prior = 0.5", "malignant = false"), "2 of 3 classes");
+        refused(&SIMULATED.replace("\"Naevus\", prior = 0.5", "\"Naevus\""), "2 of 3 classes");
         refused(&SIMULATED.replace("prior = 0.5", "prior = 0.0"), "the prior 0 ");
-        refused(&SIMULATED.replace("0.165", "1.0"), "threshold 1 is not between");
-        refused(&SIMULATED.replace("\"bcc\"", "\"mel\""), "class mel occurs twice");
-        refused(&SIMULATED.replace("\"bcc\"", "\"b c\""), "lower-case letters");
+        refused(&SIMULATED.replace("0.165", "1.0"), "malignancy threshold 1 is not between");
+        refused(&SIMULATED.replace("code = \"bcc\"", "code = \"mel\""), "class mel occurs twice");
+        refused(&SIMULATED.replace("code = \"bcc\"", "code = \"b c\""), "lower-case letters");
+        refused(&SIMULATED.replace("[\"nv\"]", "[\"vasc\"]"), "pigmented: there is no condition \"vasc\"");
+        refused(&SIMULATED.replace("[\"nv\"]", "[\"nv\", \"nv\"]"), "pigmented: a class occurs twice");
+        refused(&SIMULATED.replace("[\"nv\"]", "[]"), "pigmented: without classes");
+        refused(&SIMULATED.replace("\"pigmented\"", "\"extent\""), "extent: the id is taken");
+        refused(&SIMULATED.replace("names = { de =", "names = { tlh ="), "no language \"tlh\"");
+        let domain =
+            |class: &str| format!("{SIMULATED}\ndomain = {{ class = \"{class}\", threshold = 0.8 }}");
+        refused(&domain("other"), "domain: there is no class \"other\"");
+        refused(&domain("nv"), "pigmented: there is no condition \"nv\"");
         refused(&SIMULATED.replace("low = 0.85", "low = 0.92"), "metric auc");
         refused(&format!("{SIMULATED}\n{input}"), "either [input] and [output]");
         refused(&onnx.replace("[1, 1, 1]", "[1, 0, 1]"), "deviation above zero");
@@ -442,17 +641,34 @@ pub(crate) mod tests {
     #[test]
     fn probabilities_allow_for_priors_and_sum_to_one() {
         let model = simulated(&[]);
-        let even = model.probabilities(&[0.25f32.ln(), 0.25f32.ln(), 0.5f32.ln()]).unwrap();
+        let conditions = |logits: &[f32]| model.opinion(logits).map(|opinion| opinion.conditions);
+        let even = conditions(&[0.25f32.ln(), 0.25f32.ln(), 0.5f32.ln()]).unwrap();
         assert!(even.iter().all(|p| (p - 1.0 / 3.0).abs() < 1e-6), "{even:?}");
-        let huge = model.probabilities(&[1e30, -1e30, 0.0]).unwrap();
-        assert_eq!(huge, [1.0, 0.0, 0.0]);
-        assert_eq!(model.probabilities(&[0.0, 0.0]), None);
-        assert_eq!(model.probabilities(&[0.0, f32::NAN, 0.0]), None);
-        assert_eq!(model.probabilities(&[0.0, f32::INFINITY, 0.0]), None);
+        assert_eq!(conditions(&[1e30, -1e30, 0.0]).unwrap(), [1.0, 0.0, 0.0]);
+        assert_eq!(model.opinion(&[0.0, 0.0]), None);
+        assert_eq!(model.opinion(&[0.0, f32::NAN, 0.0]), None);
+        assert_eq!(model.opinion(&[0.0, f32::INFINITY, 0.0]), None);
+    }
+
+    /// What is no skin is no condition, however probable it is.
+    #[test]
+    fn the_conditions_are_those_of_skin() {
+        let model = with_domain(&[]);
+        assert_eq!((model.classes.len(), model.logits(), model.domain), (3, 4, Some(8_000)));
+        let logits = |other: f32| [0.25f32.ln(), 0.25f32.ln(), 0.5f32.ln(), other];
+        let half = model.opinion(&logits(0.75f32.ln())).unwrap();
+        assert!((half.skin.unwrap() - 0.5).abs() < 1e-6, "{half:?}");
+        for opinion in [half, model.opinion(&logits(1e30)).unwrap()] {
+            assert!(opinion.conditions.iter().all(|p| (p - 1.0 / 3.0).abs() < 1e-6), "{opinion:?}");
+        }
     }
 
     #[test]
-    fn without_malignant_classes_nothing_is_said_about_malignancy() {
-        assert_eq!(simulated(&[("malignant = true", "malignant = false")]).malignancy, None);
+    fn a_name_stands_within_a_sentence() {
+        let model = simulated(&[]);
+        let name = |language, n: usize| name_in(language, &model.classes[n].display, &model.classes[n].names);
+        assert_eq!(name(Language::German, 0), "Melanom");
+        assert_eq!(name(Language::French, 0), "melanoma");
+        assert_eq!(name(Language::English, 1), "basal <cell> carcinoma");
     }
 }

@@ -119,10 +119,15 @@ impl Outline {
         self.confidence.map(|confidence| (confidence * 10_000.0).round() as u32)
     }
 
+    /// The vertices, with the first one again at the end: columns and rows, in tenths of a pixel.
+    pub fn ring(&self) -> impl Iterator<Item = [u32; 2]> {
+        self.vertices.iter().chain(self.vertices.first()).copied()
+    }
+
     /// As well-known text (OGC 06-103r4), in pixels.
     pub fn wkt(&self) -> String {
-        let text = |[x, y]: &[u32; 2]| format!("{} {}", in_pixels(*x), in_pixels(*y));
-        let ring: Vec<String> = self.vertices.iter().chain(self.vertices.first()).map(text).collect();
+        let text = |[x, y]: [u32; 2]| format!("{} {}", in_pixels(x), in_pixels(y));
+        let ring: Vec<String> = self.ring().map(text).collect();
         format!("POLYGON (({}))", ring.join(", "))
     }
 }

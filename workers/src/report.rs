@@ -1,31 +1,33 @@
-//! From probabilities to a FHIR R4 `DiagnosticReport`. Pure: times and ids come in as arguments.
+//! From findings to a FHIR R4 `DiagnosticReport`. Pure: times and ids come in as arguments.
 //!
-//! What the model does not measure (quality, domain, modality) is absent. Every number that is printed
-//! follows from printed numbers: a distribution sums to 100.00 %, the suspicion of malignancy is the sum of its
-//! classes, the entropy is that of the distribution as it stands there, an area is that of its outline.
+//! What the model does not say (domain, modality, outline, heat maps) is absent. Every number that is printed follows from
+//! printed numbers: a distribution sums to 100.00 %, an indicator is the sum of its classes, the entropy is that of the
+//! distribution as it stands there, an area is that of its outline. An image that is refused has its quality, its domain and
+//! its modality, and a classification that was cancelled; all images together are those that were not refused.
 
 use dermflow_schemas::{
     envelope::{ImageEntry, Manifest},
     fhir::{
         Annotation, Attachment, CANONICAL, CodeableConcept, Coding, Component, Contained, Device, DeviceName,
-        DeviceProperty, DeviceVersion, DiagnosticReport, ICD11, ICD11_VERSION, Identifier, Media, Meta,
-        Narrative, Observation, Quantity, ReferenceRange, ReportMedia, Resource, coding, contained, hl7,
-        local, percent, pixels, xhtml,
+        DeviceProperty, DeviceVersion, DiagnosticReport, Extension, ICD11, ICD11_VERSION, Identifier,
+        Language, Media, Meta, Narrative, Observation, Quantity, ReferenceRange, ReportMedia, Resource,
+        coding, contained, coordinate, hl7, inline, local, percent, pixels, xhtml,
     },
     id::JobId,
 };
 use time::OffsetDateTime;
 
 use crate::{
-    analyse::Finding,
-    model::{Class, Metric, Model},
+    analyse::{Finding, ranked},
+    heat::HeatMap,
+    language::{Words, fill, words},
+    model::{Class, Indicator, Metric, Model, name_in, points},
+    quality,
 };
 
 /// The version of decoding and resizing: another one may change the numbers.
-const PREPROCESSING: &str = "squash-bilinear-1";
+const PREPROCESSING: &str = "squash-bilinear-2";
 const SIMULATED: &str = "SIMULATED: no model looked at the images, the numbers mean nothing.";
-const NOT_REVIEWED: &str =
-    "Preliminary result of automatic skin image analysis, not reviewed by a clinician.";
 
 /// All that a report is made from.
 #[derive(Clone, Copy)]
@@ -47,19 +49,28 @@ pub struct Case<'a> {
 /// The report.
 pub fn build(case: &Case<'_>) -> DiagnosticReport {
     let several = case.findings.len() > 1;
-    let mut readings: Vec<Reading> = (1..)
-        .zip(case.findings)
-        .map(|(n, finding)| Reading::new(n.to_string(), n..=n, &finding.probabilities))
+    let mut readings: Vec<Reading> = case.valid().map(|(n, finding)| Reading::of(n, finding)).collect();
+    let numbers = (1..).zip(case.findings);
+    let mut observations: Vec<Contained> = numbers
+        .flat_map(|(n, finding)| {
+            let reading = readings.iter().find(|reading| reading.images == [n]);
+            case.checks(n, finding).into_iter().chain(case.analysis(n, finding, reading))
+        })
         .collect();
-    if several {
-        readings.push(case.joint_reading());
+    if several && !readings.is_empty() {
+        let joint = case.joint_reading();
+        observations.extend(case.findings_of(&joint));
+        readings.push(joint);
     }
-    let observations: Vec<Contained> = readings.iter().flat_map(|r| case.observations(r, several)).collect();
-    let result = observations.iter().map(|o| contained(&o.id, Some(&title_of(o, several)))).collect();
-    let media = (1..=case.findings.len()).map(|n| ReportMedia {
+    let result = observations.iter().map(|o| contained(&o.id, Some(&case.title_of(o)))).collect();
+    let submitted = (1..=case.findings.len()).map(|n| ReportMedia {
         comment: Some(format!("Submitted image {n}")),
         link: contained(&image_id(n), None),
     });
+    let heat_maps: Vec<(String, Contained)> = case.heat_maps().collect();
+    let mapped = heat_maps
+        .iter()
+        .map(|(comment, map)| ReportMedia { comment: Some(comment.clone()), link: contained(&map.id, None) });
     let mut code = CodeableConcept::from(local("skin-image-analysis-report", "Skin image analysis report"));
     code.coding.push(coding("http://loinc.org", "100063-7", "Primary skin concern"));
     code.text = Some("Automatic skin image analysis".into());
@@ -71,7 +82,7 @@ pub fn build(case: &Case<'_>) -> DiagnosticReport {
     DiagnosticReport {
         id: case.job.to_string(),
         meta: case.meta(),
-        language: "en".into(),
+        language: case.language().tag(),
         text: case.narrative(&readings),
         identifier: std::iter::once(own).chain(case.manifest.identifier.clone()).collect(),
         status: "preliminary",
@@ -81,13 +92,14 @@ pub fn build(case: &Case<'_>) -> DiagnosticReport {
         effective: Some(case.accepted_at),
         issued: Some(case.finished_at),
         result,
-        media: media.collect(),
+        media: submitted.chain(mapped).collect(),
         // The last reading speaks for all images.
-        conclusion: readings.last().map(|reading| case.conclusion(reading)),
+        conclusion: Some(case.conclusion(readings.last())),
         contained: [contained_as("device", Resource::Device(Box::new(case.device())))]
             .into_iter()
             .chain(case.images())
             .chain(observations)
+            .chain(heat_maps.into_iter().map(|(_, map)| map))
             .collect(),
     }
 }
@@ -97,7 +109,9 @@ struct Reading {
     /// `1`, `2`… for an image, `joint` for all.
     suffix: String,
     /// Images from 1.
-    images: std::ops::RangeInclusive<usize>,
+    images: Vec<usize>,
+    /// The probability of skin, in hundredths of a per cent.
+    skin: Option<u32>,
     /// Hundredths of a per cent, in the order of the model's classes; the sum is 10,000.
     points: Vec<u32>,
     /// Classes by descending probability.
@@ -105,21 +119,29 @@ struct Reading {
 }
 
 impl Reading {
-    fn new(suffix: String, images: std::ops::RangeInclusive<usize>, probabilities: &[f64]) -> Self {
-        let mut order: Vec<usize> = (0..probabilities.len()).collect();
-        order.sort_by(|a, b| probabilities[*b].total_cmp(&probabilities[*a]));
-        Self { suffix, images, points: basis_points(probabilities), order }
+    fn new(suffix: String, images: Vec<usize>, skin: Option<u32>, probabilities: &[f64]) -> Self {
+        Self { suffix, images, skin, points: basis_points(probabilities), order: ranked(probabilities) }
+    }
+
+    fn of(n: usize, finding: &Finding) -> Self {
+        Self::new(n.to_string(), vec![n], finding.skin, &finding.probabilities)
+    }
+
+    fn is_joint(&self) -> bool {
+        self.suffix == "joint"
     }
 
     fn first(&self) -> usize {
         self.order[0]
     }
 
-    /// Hundredths of a per cent of the malignant classes together, when the model judges that.
-    fn malignancy(&self, model: &Model) -> Option<u32> {
-        model.malignancy?;
-        let malignant = self.points.iter().zip(&model.classes).filter(|(_, class)| class.malignant);
-        Some(malignant.map(|(points, _)| points).sum())
+    /// Hundredths of a per cent: the sum of the indicator's classes, or the probability of skin.
+    fn indicated(&self, indicator: &Indicator, model: &Model) -> u32 {
+        if indicator.classes.is_empty() {
+            return self.skin.unwrap_or(0);
+        }
+        let counted = self.points.iter().zip(&model.classes);
+        counted.filter(|(_, class)| indicator.classes.contains(&class.code)).map(|(points, _)| points).sum()
     }
 }
 
@@ -147,7 +169,7 @@ fn normalised_entropy(points: &[u32]) -> u32 {
 }
 
 fn in_words(points: u32) -> String {
-    format!("{}.{:02} %", points / 100, points % 100)
+    words(Language::English).percent(points)
 }
 
 fn image_id(n: usize) -> String {
@@ -162,15 +184,27 @@ fn note(text: impl Into<String>) -> Vec<Annotation> {
     vec![Annotation { text: text.into() }]
 }
 
-/// The display of an observation's code, and which images it is about when there are several.
-fn title_of(observation: &Contained, several: bool) -> String {
-    let Resource::Observation(resource) = &observation.resource else { return String::new() };
-    let code = resource.code.coding.first().and_then(|coding| coding.display.clone()).unwrap_or_default();
-    match observation.id.rsplit_once('-') {
-        Some((_, "joint")) => format!("{code}, all images"),
-        Some((_, n)) if several => format!("{code}, image {n}"),
-        _ => code,
-    }
+fn component(code: &str, display: &str) -> Component {
+    Component { code: local(code, display).into(), ..Component::default() }
+}
+
+/// How a value reads.
+fn interpretation(code: &str, display: &str, text: impl Into<String>) -> Vec<CodeableConcept> {
+    let mut concept = CodeableConcept::from(hl7("v3-ObservationInterpretation", code, display));
+    concept.text = Some(text.into());
+    vec![concept]
+}
+
+/// The two modalities, in the order without and with a dermatoscope.
+fn modalities() -> [Coding; 2] {
+    let dcm = |code, display| coding("http://dicom.nema.org/resources/ontology/DCM", code, display);
+    [dcm("XC", "External-camera Photography"), dcm("DMS", "Dermoscopy")]
+}
+
+/// The more probable one.
+fn modality(clinical: u32) -> Coding {
+    let [photograph, dermoscopy] = modalities();
+    if clinical > 5_000 { photograph } else { dermoscopy }
 }
 
 fn class_concept(class: &Class) -> CodeableConcept {
@@ -183,14 +217,42 @@ fn class_concept(class: &Class) -> CodeableConcept {
 }
 
 impl Case<'_> {
-    /// All images pooled: the arithmetic mean of their probabilities.
+    /// The images that were not refused, from 1.
+    fn valid(&self) -> impl Iterator<Item = (usize, &Finding)> {
+        (1..).zip(self.findings).filter(|(_, finding)| finding.is_valid())
+    }
+
+    fn language(&self) -> Language {
+        self.manifest.language
+    }
+
+    fn words(&self) -> &'static Words {
+        words(self.language())
+    }
+
+    /// The images that were not refused pooled: the arithmetic mean of their probabilities.
     fn joint_reading(&self) -> Reading {
-        let images = self.findings.len();
-        let mean = |class: usize| {
-            self.findings.iter().map(|finding| finding.probabilities[class]).sum::<f64>() / images as f64
-        };
+        let (images, findings): (Vec<usize>, Vec<&Finding>) = self.valid().unzip();
+        let number = findings.len() as f64;
+        let mean = |class: usize| findings.iter().map(|f| f.probabilities[class]).sum::<f64>() / number;
         let pooled: Vec<f64> = (0..self.model.classes.len()).map(mean).collect();
-        Reading::new("joint".into(), 1..=images, &pooled)
+        let skin: Option<Vec<f64>> = findings.iter().map(|f| f.skin.map(f64::from)).collect();
+        let skin = skin.map(|skin| (skin.iter().sum::<f64>() / number).round() as u32);
+        Reading::new("joint".into(), images, skin, &pooled)
+    }
+
+    /// The display of an observation's code, and which images it is about when there are several.
+    fn title_of(&self, observation: &Contained) -> String {
+        let Resource::Observation(resource) = &observation.resource else { return String::new() };
+        let code = resource.code.coding.first().and_then(|coding| coding.display.clone()).unwrap_or_default();
+        match observation.id.rsplit_once('-') {
+            Some((_, "joint")) if resource.derived_from.len() == self.findings.len() => {
+                format!("{code}, all images")
+            }
+            Some((_, "joint")) => format!("{code}, all images that were not refused"),
+            Some((_, n)) if self.findings.len() > 1 => format!("{code}, image {n}"),
+            _ => code,
+        }
     }
 
     fn meta(&self) -> Meta {
@@ -251,6 +313,7 @@ impl Case<'_> {
             identifier: vec![sid("image-sha256", finding.sha256.clone())],
             status: "completed",
             type_: Some(hl7("media-type", "image", "Image").into()),
+            modality: finding.clinical.map(|clinical| modality(clinical).into()),
             subject: self.manifest.subject.clone(),
             created: Some(self.accepted_at),
             body_site: entry.body_site.clone(),
@@ -261,54 +324,188 @@ impl Case<'_> {
                 size: Some(entry.bytes),
                 hash: Some(finding.sha1.clone()),
                 title: entry.title.clone(),
+                ..Attachment::default()
             },
             note: note(format!(
                 "Submitted image {n}. The pixels are not echoed; hash is SHA-1 as FHIR R4 requires, the SHA-256 \
                  is in identifier."
             )),
+            ..Media::default()
         }
     }
 
-    fn observations(&self, reading: &Reading, several: bool) -> Vec<Contained> {
-        let pooled = several && reading.images.clone().count() > 1;
-        let name = |kind: &str| format!("{kind}-{}", reading.suffix);
-        let classification = self.classification(reading, pooled);
-        let mut all = vec![contained_as(name("classification"), classification)];
-        if let Some(points) = reading.malignancy(self.model) {
-            all.push(contained_as(name("malignancy"), self.malignancy(reading, points)));
+    /// Heat maps, each with what the report calls it.
+    fn heat_maps(&self) -> impl Iterator<Item = (String, Contained)> {
+        let images = (1..).zip(self.findings);
+        images.flat_map(move |(n, finding)| {
+            finding.heat_maps.iter().map(move |map| self.heat_map(n, finding, map))
+        })
+    }
+
+    fn heat_map(&self, n: usize, finding: &Finding, map: &HeatMap) -> (String, Contained) {
+        let class = &self.model.classes[map.class];
+        let name = name_in(Language::English, &class.display, &class.names);
+        let icd11 = class.icd11.as_ref().map(|icd11| format!(" (ICD-11 {})", icd11.code)).unwrap_or_default();
+        let title = format!("Heat map for {name}{icd11} on image {n}");
+        let [columns, rows] = map.places;
+        let media = Media {
+            status: "completed",
+            type_: Some(hl7("media-type", "image", "Image").into()),
+            view: Some(local("class-activation-map", "Class activation heat map").into()),
+            subject: self.manifest.subject.clone(),
+            created: Some(self.finished_at),
+            device: Some(contained("device", None)),
+            height: Some(map.height),
+            width: Some(map.width),
+            content: inline("image/png", &map.png, title, self.finished_at),
+            note: note(format!(
+                "RGB; the frame of image {n} ({} x {} pixels) at {} x {}. The probability of the class by {columns} x \
+                 {rows} places of the image, each by itself, from violet (0 %) to yellow (100 %).",
+                finding.width, finding.height, map.width, map.height
+            )),
+            ..Media::default()
+        };
+        let id = format!("heatmap-{n}-{}", class.code);
+        (format!("Heat map for {name} on image {n}"), contained_as(id, Resource::Media(Box::new(media))))
+    }
+
+    /// What decides whether an image is analysed, and how it was taken.
+    fn checks(&self, n: usize, finding: &Finding) -> Vec<Contained> {
+        let mut all = vec![contained_as(format!("quality-{n}"), self.quality(n, finding))];
+        if let Some(skin) = finding.skin {
+            all.push(contained_as(format!("domain-{n}"), self.domain(n, finding, skin)));
         }
-        if !pooled && self.model.outlines() {
-            all.push(contained_as(name("extent"), self.extent(reading)));
+        if let Some(clinical) = finding.clinical {
+            all.push(contained_as(format!("modality-{n}"), self.modality(n, clinical)));
         }
         all
     }
 
-    /// Where the lesion is in an image, and how much of it.
-    fn extent(&self, reading: &Reading) -> Resource {
-        let finding = &self.findings[*reading.images.start() - 1];
-        let measured = |code: &str, display: &str, value: Quantity| Component {
-            code: local(code, display).into(),
-            value_quantity: Some(value),
+    /// What the model says of an image, or that it was not asked.
+    fn analysis(&self, n: usize, finding: &Finding, reading: Option<&Reading>) -> Vec<Contained> {
+        let Some(reading) = reading else {
+            return vec![contained_as(format!("classification-{n}"), self.cancelled(n, finding))];
+        };
+        let mut all = self.findings_of(reading);
+        if self.model.outlines() {
+            all.push(contained_as(format!("extent-{n}"), self.extent(n, finding)));
+        }
+        all
+    }
+
+    /// The distribution, and what follows from it.
+    fn findings_of(&self, reading: &Reading) -> Vec<Contained> {
+        let named = |kind: &str, resource| contained_as(format!("{kind}-{}", reading.suffix), resource);
+        let indicators = self.model.indicators.iter().map(|i| named(&i.id, self.indicator(i, reading)));
+        [named("classification", self.classification(reading))].into_iter().chain(indicators).collect()
+    }
+
+    fn quality(&self, n: usize, finding: &Finding) -> Resource {
+        let quality = &finding.quality;
+        let (code, display) = if quality.is_acceptable() { ("N", "Normal") } else { ("L", "Low") };
+        let acceptable = Component {
+            value_boolean: Some(quality.is_acceptable()),
+            ..component("image-quality-acceptable", "Image quality acceptable")
+        };
+        let parts = quality.parts();
+        let parts = parts.iter().map(|(code, display, score)| Component {
+            value_quantity: Some(percent(score * 100)),
+            ..component(&format!("image-quality-{code}"), display)
+        });
+        let limit = quality::ACCEPTABLE;
+        let code_of = local("image-quality", "Dermatology image quality score");
+        Resource::Observation(Box::new(Observation {
+            value_quantity: Some(percent(quality.score() * 100)),
+            interpretation: interpretation(code, display, format!("{:?}", quality.grade())),
+            note: note("The least of the parts. Measured on the pixels, without the model."),
+            reference_range: vec![ReferenceRange {
+                low: Some(percent(limit * 100)),
+                text: Some(format!("At least {limit} %: acceptable for analysis")),
+                ..ReferenceRange::default()
+            }],
+            component: std::iter::once(acceptable).chain(parts).collect(),
+            ..self.observation(code_of, &[n])
+        }))
+    }
+
+    fn domain(&self, n: usize, finding: &Finding, skin: u32) -> Resource {
+        let confidence = Component {
+            value_quantity: Some(percent(skin)),
+            ..component("ai-confidence", "Confidence of the model")
+        };
+        let threshold = self.model.domain.unwrap_or(0);
+        Resource::Observation(Box::new(Observation {
+            value_boolean: Some(finding.is_skin),
+            note: note(format!("True from a confidence of {} on.", in_words(threshold))),
+            component: vec![confidence],
+            ..self.observation(local("dermatological-domain", "Image shows skin"), &[n])
+        }))
+    }
+
+    fn modality(&self, n: usize, clinical: u32) -> Resource {
+        let shares = modalities().into_iter().zip([clinical, 10_000 - clinical]);
+        let component = |(code, points): (Coding, u32)| Component {
+            code: code.into(),
+            value_quantity: Some(percent(points)),
             ..Component::default()
         };
-        let (share, component) = finding.outline.as_ref().map_or((0, Vec::new()), |outline| {
-            let [left, top, width, height] = outline.bounds();
-            let polygon = Component {
-                code: local("lesion-polygon", "Lesion outline in pixel coordinates").into(),
-                value_string: Some(outline.wkt()),
-                ..Component::default()
-            };
-            let mut parts = vec![
-                polygon,
-                measured("bbox-x", "Bounding box left", pixels(left)),
-                measured("bbox-y", "Bounding box top", pixels(top)),
-                measured("bbox-width", "Bounding box width", pixels(width)),
-                measured("bbox-height", "Bounding box height", pixels(height)),
-            ];
-            let confidence = outline.confidence().map(percent);
-            parts.extend(confidence.map(|value| measured("ai-confidence", "Confidence of the model", value)));
-            (outline.share(finding.width, finding.height), parts)
+        Resource::Observation(Box::new(Observation {
+            value_codeable_concept: Some(modality(clinical).into()),
+            note: self.model.modality_note.clone().map(note).unwrap_or_default(),
+            component: shares.map(component).collect(),
+            ..self.observation(local("image-modality", "Image modality"), &[n])
+        }))
+    }
+
+    fn cancelled(&self, n: usize, finding: &Finding) -> Resource {
+        let mut reason = CodeableConcept::from(hl7("data-absent-reason", "not-performed", "Not Performed"));
+        let why = self.reasons(finding, words(Language::English));
+        reason.text = Some(format!("The image was not analysed because it {why}."));
+        Resource::Observation(Box::new(Observation {
+            status: "cancelled",
+            data_absent_reason: Some(reason),
+            ..self.observation(distribution(), &[n])
+        }))
+    }
+
+    /// Why an image is refused.
+    fn reasons(&self, finding: &Finding, words: &Words) -> String {
+        let skin = (!finding.is_skin).then(|| words.not_skin.to_owned());
+        let quality = finding.quality;
+        let poor = (!quality.is_acceptable()).then(|| {
+            let score = format!("{} %", quality.score());
+            fill(words.poor, &[score.as_str()])
         });
+        skin.into_iter().chain(poor).collect::<Vec<_>>().join(words.and)
+    }
+
+    /// Where the lesion is in an image, and how much of it.
+    fn extent(&self, n: usize, finding: &Finding) -> Resource {
+        let measured = |code: &str, display: &str, value: Quantity| Component {
+            value_quantity: Some(value),
+            ..component(code, display)
+        };
+        let (share, extension, component) =
+            finding.outline.as_ref().map_or((0, None, Vec::new()), |outline| {
+                let [left, top, width, height] = outline.bounds();
+                let polygon = Component {
+                    value_string: Some(outline.wkt()),
+                    ..component("lesion-polygon", "Lesion outline in pixel coordinates")
+                };
+                let mut parts = vec![
+                    polygon,
+                    measured("bbox-x", "Bounding box left", pixels(left)),
+                    measured("bbox-y", "Bounding box top", pixels(top)),
+                    measured("bbox-width", "Bounding box width", pixels(width)),
+                    measured("bbox-height", "Bounding box height", pixels(height)),
+                ];
+                let confidence = outline.confidence().map(percent);
+                parts.extend(
+                    confidence.map(|value| measured("ai-confidence", "Confidence of the model", value)),
+                );
+                let share = outline.share(finding.width, finding.height);
+                (share, Some(region(outline.ring().flatten())), parts)
+            });
         let text = if finding.outline.is_some() {
             "The largest connected lesion, holes in it filled. Columns and rows of the image as displayed, from its upper left corner. No \
              measure of length: the image has no scale."
@@ -317,14 +514,15 @@ impl Case<'_> {
         };
         let code = local("lesion-area-fraction", "Lesion area as a fraction of the image");
         Resource::Observation(Box::new(Observation {
+            extension: extension.into_iter().collect(),
             value_quantity: Some(percent(share)),
             note: note(text),
             component,
-            ..self.observation(code, reading)
+            ..self.observation(code, &[n])
         }))
     }
 
-    fn classification(&self, reading: &Reading, pooled: bool) -> Resource {
+    fn classification(&self, reading: &Reading) -> Resource {
         let classes = &self.model.classes;
         let component = |class: &usize| Component {
             code: class_concept(&classes[*class]),
@@ -332,60 +530,61 @@ impl Case<'_> {
             ..Component::default()
         };
         let entropy = Component {
-            code: local("normalised-entropy", "Normalised entropy of the distribution").into(),
             value_quantity: Some(percent(normalised_entropy(&reading.points))),
-            ..Component::default()
+            ..self::component("normalised-entropy", "Normalised entropy of the distribution")
         };
         let mut text =
             "The value is only the class with the highest probability. It is not a diagnosis.".to_owned();
-        if pooled {
-            text.push_str(" Pooled: the arithmetic mean of the probabilities of all images.");
+        if reading.skin.is_some() {
+            text.push_str(" The probabilities are those given that the image shows skin.");
         }
-        let code = local("condition-distribution", "Probability distribution over skin condition classes");
+        if reading.is_joint() {
+            text.push_str(
+                " Pooled: the arithmetic mean of the probabilities of the images that were not refused.",
+            );
+        }
         Resource::Observation(Box::new(Observation {
             value_codeable_concept: Some(class_concept(&classes[reading.first()])),
             note: note(text),
             component: reading.order.iter().map(component).chain([entropy]).collect(),
-            ..self.observation(code, reading)
+            ..self.observation(distribution(), &reading.images)
         }))
     }
 
-    fn malignancy(&self, reading: &Reading, points: u32) -> Resource {
-        let threshold = self.threshold();
-        let (code, display, text) = if points >= threshold {
-            ("H", "High", "At or above the referral threshold")
+    fn indicator(&self, indicator: &Indicator, reading: &Reading) -> Resource {
+        let (value, threshold) = (reading.indicated(indicator, self.model), indicator.threshold_points());
+        let (code, display, side) =
+            if value >= threshold { ("H", "High", "At or above") } else { ("N", "Normal", "Below") };
+        let (which, meaning) = if indicator.referral {
+            ("the referral threshold", "no referral suggested by this threshold alone")
         } else {
-            ("N", "Normal", "Below the referral threshold")
+            ("the threshold", "not high by this threshold alone")
         };
-        let mut interpretation = CodeableConcept::from(hl7("v3-ObservationInterpretation", code, display));
-        interpretation.text = Some(text.into());
-        let range = ReferenceRange {
-            high: Some(percent(threshold)),
-            text: Some(format!(
-                "Below {}: no referral suggested by this threshold alone",
-                in_words(threshold)
-            )),
+        let counted = self.model.classes.iter().filter(|class| indicator.classes.contains(&class.code));
+        let names: Vec<&str> = counted.map(|class| class.display.as_str()).collect();
+        let sum = if names.is_empty() {
+            "The confidence that the image shows skin.".to_owned()
+        } else {
+            format!("Sum of the probabilities of: {}.", names.join("; "))
         };
-        let malignant = self.model.classes.iter().filter(|class| class.malignant);
-        let names: Vec<&str> = malignant.map(|class| class.display.as_str()).collect();
+        let more = indicator.note.iter().map(String::as_str);
         Resource::Observation(Box::new(Observation {
-            value_quantity: Some(percent(points)),
-            interpretation: vec![interpretation],
-            note: note(format!("Sum of the probabilities of: {}.", names.join("; "))),
-            reference_range: vec![range],
-            ..self.observation(local("malignancy-suspicion", "Suspicion of malignancy"), reading)
+            value_quantity: Some(percent(value)),
+            interpretation: interpretation(code, display, format!("{side} {which}")),
+            note: note(std::iter::once(sum.as_str()).chain(more).collect::<Vec<_>>().join(" ")),
+            reference_range: vec![ReferenceRange {
+                high: Some(percent(threshold)),
+                text: Some(format!("Below {}: {meaning}", in_words(threshold))),
+                ..ReferenceRange::default()
+            }],
+            ..self.observation(local(&indicator.code, &indicator.display), &reading.images)
         }))
-    }
-
-    /// In hundredths of a per cent.
-    fn threshold(&self) -> u32 {
-        self.model.malignancy.map_or(0, |malignancy| (malignancy.threshold * 10_000.0).round() as u32)
     }
 
     /// What every observation has in common.
-    fn observation(&self, code: Coding, reading: &Reading) -> Observation {
-        let sites = &self.manifest.images[reading.images.start() - 1..*reading.images.end()];
-        let agreed = sites.iter().all(|entry| entry.body_site == sites[0].body_site);
+    fn observation(&self, code: Coding, images: &[usize]) -> Observation {
+        let mut sites = images.iter().map(|n| &self.manifest.images[n - 1].body_site);
+        let site = sites.next().filter(|first| sites.all(|site| site == *first));
         Observation {
             status: "preliminary",
             category: vec![hl7("observation-category", "imaging", "Imaging").into()],
@@ -393,31 +592,27 @@ impl Case<'_> {
             subject: self.manifest.subject.clone(),
             effective: Some(self.accepted_at),
             issued: Some(self.finished_at),
-            body_site: sites[0].body_site.clone().filter(|_| agreed),
+            body_site: site.cloned().flatten(),
             method: Some(local("ai-inference", "Artificial intelligence inference").into()),
             device: Some(contained("device", None)),
-            derived_from: reading.images.clone().map(|n| contained(&image_id(n), None)).collect(),
+            derived_from: images.iter().map(|n| contained(&image_id(*n), None)).collect(),
             ..Observation::default()
         }
     }
 
     fn narrative(&self, readings: &[Reading]) -> Narrative {
+        let words = self.words();
         let warning = self.model.is_simulated().then(|| SIMULATED.to_owned());
-        let line = |reading: &Reading| {
-            let images = match reading.suffix.as_str() {
-                "joint" => "All images".to_owned(),
-                n => format!("Image {n}"),
-            };
-            let first = reading.first();
-            let malignancy = reading.malignancy(self.model);
-            format!(
-                "{images}: most probable class: {} {}.{}",
-                self.model.classes[first].display,
-                in_words(reading.points[first]),
-                malignancy.map(|p| format!(" Suspicion of malignancy {}.", in_words(p))).unwrap_or_default()
-            )
-        };
-        let lines = warning.into_iter().chain([NOT_REVIEWED.to_owned()]).chain(readings.iter().map(line));
+        let reviewed = (!readings.is_empty()).then(|| words.not_reviewed.to_owned());
+        let images = (1..).zip(self.findings).map(|(n, finding)| {
+            let reading = readings.iter().find(|reading| !reading.is_joint() && reading.images == [n]);
+            self.image_line(n, finding, reading)
+        });
+        let joint = readings.iter().filter(|reading| reading.is_joint());
+        let joint = joint.map(|reading| format!("{}: {}", words.together, self.reading_line(reading)));
+        let no_maps = self.manifest.heat_maps > 0 && !self.model.maps_heat();
+        let no_maps = no_maps.then(|| words.no_heat_maps.to_owned());
+        let lines = warning.into_iter().chain(reviewed).chain(images).chain(joint).chain(no_maps);
         let paragraphs: Vec<String> = lines.map(|line| format!("<p>{}</p>", xhtml(&line))).collect();
         Narrative {
             status: "generated".into(),
@@ -425,22 +620,96 @@ impl Case<'_> {
         }
     }
 
-    fn conclusion(&self, reading: &Reading) -> String {
-        let first = reading.first();
-        let warning = if self.model.is_simulated() { format!("{SIMULATED} ") } else { String::new() };
-        let malignancy = match reading.malignancy(self.model) {
-            Some(points) if points >= self.threshold() => {
-                " Suspicion of malignancy at or above the referral threshold."
-            }
-            Some(_) => " Suspicion of malignancy below the referral threshold.",
-            None => "",
+    /// An image in the narrative.
+    fn image_line(&self, n: usize, finding: &Finding, reading: Option<&Reading>) -> String {
+        let (words, n) = (self.words(), n.to_string());
+        let Some(reading) = reading else {
+            return fill(words.no_result, &[&n, &self.reasons(finding, words)]);
         };
-        format!(
-            "{warning}Preliminary result of an automatic analysis. Highest probability: {} ({}).{malignancy} Not \
-             a diagnosis; needs review by a clinician.",
-            self.model.classes[first].display,
-            in_words(reading.points[first])
-        )
+        let taken = finding
+            .clinical
+            .map(|clinical| if clinical > 5_000 { words.photograph } else { words.dermoscopy });
+        let score = format!("{} %", finding.quality.score());
+        let quality = fill(words.quality, &[&score, words.grades[finding.quality.grade() as usize]]);
+        let seen: Vec<&str> = taken.into_iter().chain([quality.as_str()]).collect();
+        let area = finding.outline.as_ref().map(|outline| {
+            let share = words.percent(outline.share(finding.width, finding.height));
+            format!(" {}", fill(words.area, &[&share]))
+        });
+        let (image, seen) = (fill(words.image, &[&n]), seen.join(", "));
+        format!("{image}: {seen}. {}{}", self.reading_line(reading), area.unwrap_or_default())
+    }
+
+    fn reading_line(&self, reading: &Reading) -> String {
+        let words = self.words();
+        let (name, probability) = self.most_probable(reading);
+        let indicator = self.model.indicators.first().map(|indicator| {
+            let value = words.percent(reading.indicated(indicator, self.model));
+            format!(" {} {value}.", self.name_of(indicator))
+        });
+        fill(words.most_probable, &[&name, &probability]) + &indicator.unwrap_or_default()
+    }
+
+    /// The class and its probability.
+    fn most_probable(&self, reading: &Reading) -> (String, String) {
+        let first = reading.first();
+        let Class { display, names, .. } = &self.model.classes[first];
+        let name = name_in(self.language(), display, names).into_owned();
+        (name, self.words().percent(reading.points[first]))
+    }
+
+    /// An indicator at the beginning of a sentence.
+    fn name_of<'a>(&self, indicator: &'a Indicator) -> &'a str {
+        indicator.names.get(self.language().tag()).unwrap_or(&indicator.display)
+    }
+
+    fn conclusion(&self, last: Option<&Reading>) -> String {
+        let words = self.words();
+        let refused = (1..).zip(self.findings).filter(|(_, finding)| !finding.is_valid());
+        let refused: Vec<String> = refused.map(|(n, finding)| self.refusal(n, finding)).collect();
+        let mut sentences: Vec<String> =
+            self.model.is_simulated().then(|| SIMULATED.to_owned()).into_iter().collect();
+        match last {
+            None => sentences.push(fill(words.nothing, &[&refused.join("; ")])),
+            Some(reading) => {
+                let (name, probability) = self.most_probable(reading);
+                sentences.push(fill(words.conclusion, &[&name, &probability]));
+                sentences.extend(self.model.indicators.first().map(|indicator| {
+                    let high = reading.indicated(indicator, self.model) >= indicator.threshold_points();
+                    let kind = if indicator.referral { words.referral } else { words.threshold };
+                    fill(kind[usize::from(!high)], &[self.name_of(indicator)])
+                }));
+                sentences.extend(refused.iter().map(|refusal| {
+                    let mut letters = refusal.chars();
+                    let first = letters.next().into_iter().flat_map(char::to_uppercase);
+                    first.chain(letters).chain(['.']).collect()
+                }));
+                sentences.push(words.no_diagnosis.to_owned());
+            }
+        }
+        sentences.join(" ")
+    }
+
+    /// That an image was refused, and by what.
+    fn refusal(&self, n: usize, finding: &Finding) -> String {
+        let words = self.words();
+        let checks = words.checks.into_iter().zip([finding.is_skin, finding.quality.is_acceptable()]);
+        let failed: Vec<&str> = checks.filter(|(_, passed)| !passed).map(|(check, _)| check).collect();
+        fill(words.refused, &[&n.to_string(), &failed.join(words.and)])
+    }
+}
+
+fn distribution() -> Coding {
+    local("condition-distribution", "Probability distribution over skin condition classes")
+}
+
+/// A closed line in an image, from x and y in turn (the `imageRegion2D` of R5's ImagingSelection).
+fn region(coordinates: impl Iterator<Item = u32>) -> Extension {
+    let kind = Extension { url: "regionType".into(), value_code: Some("polyline"), ..Extension::default() };
+    Extension {
+        url: format!("{CANONICAL}/StructureDefinition/image-region-2d"),
+        extension: std::iter::once(kind).chain(coordinates.map(coordinate)).collect(),
+        ..Extension::default()
     }
 }
 
@@ -449,7 +718,6 @@ fn sid(kind: &str, value: String) -> Identifier {
 }
 
 fn property(metric: &Metric) -> DeviceProperty {
-    let points = |fraction: f64| (fraction * 10_000.0).round() as u32;
     let mut type_ = CodeableConcept::from(local(&metric.code, &metric.display));
     type_.text = Some(format!(
         "{}, 95 % interval {} to {}",
@@ -463,12 +731,31 @@ fn property(metric: &Metric) -> DeviceProperty {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tests::simulated;
+    use crate::{
+        decode::Picture,
+        model::tests::{simulated, with_domain},
+        quality::Quality,
+    };
     use dermflow_schemas::{
         fhir::{Reference, SNOMED},
         image::Format,
     };
     use serde_json::{Value, json};
+
+    /// A sample image is good, and a narrow one is not.
+    fn quality(good: bool) -> Quality {
+        let file = include_bytes!("../../tests/images/isic2017-nv.png");
+        let whole = Picture::decode(file, Format::Png).unwrap().within(256);
+        let mut cut = std::io::Cursor::new(Vec::new());
+        let side = if good { 256 } else { 80 };
+        image::imageops::crop_imm(&whole, 0, 0, 256, side)
+            .to_image()
+            .write_to(&mut cut, image::ImageFormat::Png)
+            .unwrap();
+        let quality = Quality::of(&Picture::decode(&cut.into_inner(), Format::Png).unwrap());
+        assert_eq!(quality.is_acceptable(), good, "{quality:?}");
+        quality
+    }
 
     fn finding(probabilities: [f64; 3]) -> Finding {
         Finding {
@@ -476,8 +763,13 @@ mod tests {
             height: 225,
             sha256: "ab".repeat(32),
             sha1: "5NR6OqOJf+99TunbuwywnkxtcnA=".into(),
+            quality: quality(true),
+            skin: None,
+            is_skin: true,
+            clinical: None,
             probabilities: probabilities.to_vec(),
             outline: None,
+            heat_maps: Vec::new(),
         }
     }
 
@@ -500,12 +792,16 @@ mod tests {
             Some(identifier),
         );
         let findings: Vec<Finding> = images.iter().map(|(_, p)| finding(*p)).collect();
+        report_of(model, &manifest, &findings)
+    }
+
+    fn report_of(model: &Model, manifest: &Manifest, findings: &[Finding]) -> Value {
         let case = Case {
             job: "0198f3a2-9c1e-7c55-8f0e-1d2c3b4a5e6f".parse().unwrap(),
             accepted_at: OffsetDateTime::UNIX_EPOCH,
             finished_at: OffsetDateTime::UNIX_EPOCH + time::Duration::seconds(2),
-            manifest: &manifest,
-            findings: &findings,
+            manifest,
+            findings,
             model,
         };
         serde_json::from_slice(&Resource::DiagnosticReport(Box::new(build(&case))).to_json()).unwrap()
@@ -538,7 +834,7 @@ mod tests {
             let weights: Vec<f64> = (0..classes).map(|_| random().powi(3)).collect();
             let sum: f64 = weights.iter().sum();
             let probabilities: Vec<f64> = weights.iter().map(|weight| weight / sum).collect();
-            let reading = Reading::new(String::new(), 1..=1, &probabilities);
+            let reading = Reading::new(String::new(), vec![1], None, &probabilities);
             assert_eq!(reading.points.iter().sum::<u32>(), 10_000);
             assert!(reading.order.is_sorted_by(|a, b| reading.points[*a] >= reading.points[*b]));
             for (points, p) in reading.points.iter().zip(probabilities) {
@@ -588,7 +884,7 @@ mod tests {
         assert_eq!(printed(joint)[0], ("class-nv".to_owned(), 7_444));
         assert!(joint.get("bodySite").is_none());
         assert_eq!(resource(&mixed, "malignancy-2")["interpretation"][0]["coding"][0]["code"], "N");
-        assert_eq!(mixed["result"].as_array().unwrap().len(), 8);
+        assert_eq!(mixed["result"].as_array().unwrap().len(), 15);
         let agreeing = report(&model, &images[..2]);
         assert_eq!(resource(&agreeing, "malignancy-joint")["bodySite"]["coding"][0]["code"], "66643007");
     }
@@ -636,12 +932,139 @@ mod tests {
     fn the_narrative_is_escaped() {
         let report = report(&simulated(&[]), &[(None, [0.0, 1.0, 0.0])]);
         let div = report["text"]["div"].as_str().unwrap();
-        assert!(div.contains("Basal &lt;cell&gt; carcinoma 100.00 %"), "{div}");
+        assert!(div.contains("class: basal &lt;cell&gt; carcinoma 100.00 %"), "{div}");
     }
 
     #[test]
-    fn without_a_threshold_there_is_no_word_of_malignancy() {
-        let report = report(&simulated(&[("malignancy = { threshold = 0.165 }", "")]), &[(None, THIRDS)]);
+    fn without_indicators_there_is_no_word_of_them() {
+        let mut model = simulated(&[]);
+        model.indicators.clear();
+        let report = report(&model, &[(None, THIRDS)]);
         assert!(!report.to_string().to_lowercase().contains("malignan"));
+    }
+
+    /// Of three images one shows no skin, and one is poor; a fourth state has none that is left.
+    #[test]
+    fn a_refused_image_has_its_checks_and_a_cancelled_classification() {
+        let model = with_domain(&[]);
+        let skin = |skin: u32, p| Finding { skin: Some(skin), is_skin: skin >= 8_000, ..finding(p) };
+        let findings = [
+            skin(310, THIRDS),
+            skin(9_900, [0.2, 0.0, 0.8]),
+            Finding { quality: quality(false), ..skin(9_500, THIRDS) },
+        ];
+        let mut manifest = Manifest::new(vec![entry(SITE), entry(SITE), entry(SITE)], None, None);
+        let mixed = report_of(&model, &manifest, &findings);
+        let ids: Vec<&str> =
+            mixed["result"].as_array().unwrap().iter().map(|r| r["reference"].as_str().unwrap()).collect();
+        let refused = |n| [format!("#quality-{n}"), format!("#domain-{n}"), format!("#classification-{n}")];
+        let two = ["#quality-2", "#domain-2", "#classification-2", "#malignancy-2", "#pigmented-2"];
+        let joint = ["#classification-joint", "#malignancy-joint", "#pigmented-joint"];
+        let expected: Vec<String> = refused(1)
+            .into_iter()
+            .chain(two.map(str::to_owned))
+            .chain(refused(3))
+            .chain(joint.map(str::to_owned))
+            .collect();
+        assert_eq!(ids, expected);
+        for (n, why) in [(1, "it does not show skin."), (3, "it is of too low quality (")] {
+            let cancelled = resource(&mixed, &format!("classification-{n}"));
+            assert_eq!(cancelled["status"], "cancelled");
+            let reason = &cancelled["dataAbsentReason"];
+            assert_eq!(reason["coding"][0]["code"], "not-performed");
+            assert!(reason["text"].as_str().unwrap().contains(why), "{reason}");
+            assert!(cancelled.get("valueCodeableConcept").is_none() && cancelled.get("component").is_none());
+        }
+        assert_eq!(resource(&mixed, "domain-1")["valueBoolean"], false);
+        assert_eq!(resource(&mixed, "domain-1")["component"][0]["valueQuantity"]["value"], 3.1);
+        assert_eq!(resource(&mixed, "quality-3")["interpretation"][0]["text"], "Poor");
+        assert_eq!(resource(&mixed, "quality-3")["component"][0]["valueBoolean"], false);
+        let pooled = resource(&mixed, "classification-joint");
+        assert_eq!(pooled["derivedFrom"], json!([{"reference": "#image-2"}]));
+        assert_eq!(printed(pooled)[..2], printed(resource(&mixed, "classification-2"))[..2]);
+        let conclusion = mixed["conclusion"].as_str().unwrap();
+        assert!(
+            conclusion.contains(
+                "Image 1 was refused by the domain check. Image 3 was refused by the quality check. "
+            )
+        );
+
+        manifest.images.pop();
+        let none = report_of(&model, &manifest, &[findings[0].clone(), findings[2].clone()]);
+        let no_result =
+            "No result: image 1 was refused by the domain check; image 2 was refused by the quality check.";
+        assert!(none["conclusion"].as_str().unwrap().ends_with(no_result), "{}", none["conclusion"]);
+        assert!(
+            none["text"]["div"].as_str().unwrap().contains("<p>No result: image 1 does not show skin.</p>")
+        );
+        assert!(!none.to_string().contains("joint"));
+    }
+
+    #[test]
+    fn an_indicator_without_classes_is_the_confidence_in_skin() {
+        let indicator = "threshold = 0.5 },\n { id = \"has-condition\", code = \"has-condition\", display = \"Condition\", threshold = 0.8 },";
+        let model = with_domain(&[("threshold = 0.5 },", indicator)]);
+        let skin = |skin| Finding { skin: Some(skin), ..finding(THIRDS) };
+        let manifest = Manifest::new(vec![entry(None), entry(None)], None, None);
+        let report = report_of(&model, &manifest, &[skin(9_000), skin(9_999)]);
+        for (id, value) in
+            [("has-condition-1", 90.0), ("has-condition-2", 99.99), ("has-condition-joint", 95.0)]
+        {
+            assert_eq!(resource(&report, id)["valueQuantity"]["value"], value);
+        }
+    }
+
+    #[test]
+    fn the_modality_is_the_more_probable_one() {
+        for (clinical, code) in [(210, "DMS"), (5_000, "DMS"), (9_000, "XC")] {
+            let manifest = Manifest::new(vec![entry(None)], None, None);
+            let finding = Finding { clinical: Some(clinical), ..finding(THIRDS) };
+            let report = report_of(&simulated(&[]), &manifest, &[finding]);
+            let observation = resource(&report, "modality-1");
+            assert_eq!(observation["valueCodeableConcept"]["coding"][0]["code"], code);
+            assert_eq!(resource(&report, "image-1")["modality"], observation["valueCodeableConcept"]);
+            let values: f64 = [0, 1]
+                .iter()
+                .map(|n| observation["component"][n]["valueQuantity"]["value"].as_f64().unwrap())
+                .sum();
+            assert!((values - 100.0).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn a_heat_map_is_linked_and_hashed() {
+        let map = HeatMap { class: 0, width: 30, height: 22, places: [5, 5], png: b"png".to_vec() };
+        let mut manifest = Manifest::new(vec![entry(None)], None, None);
+        let finding = Finding { heat_maps: vec![map], ..finding(THIRDS) };
+        let report = report_of(&simulated(&[]), &manifest, &[finding.clone()]);
+        let media = resource(&report, "heatmap-1-mel");
+        assert_eq!(media["view"]["coding"][0]["code"], "class-activation-map");
+        assert_eq!(media["content"]["data"], "cG5n");
+        assert_eq!(media["content"]["hash"], "kECn1s33oNbKsYI4McbOt9Aa+X8=");
+        assert_eq!(media["content"]["size"], 3);
+        assert_eq!(media["content"]["title"], "Heat map for melanoma (ICD-11 2C30) on image 1");
+        let link =
+            json!({"comment": "Heat map for melanoma on image 1", "link": {"reference": "#heatmap-1-mel"}});
+        assert_eq!(report["media"][1], link);
+        assert!(!report["text"]["div"].as_str().unwrap().contains("heat map"));
+        manifest.heat_maps = 1;
+        let report = report_of(&simulated(&[]), &manifest, &[Finding { heat_maps: Vec::new(), ..finding }]);
+        assert!(report["text"]["div"].as_str().unwrap().contains("This model gives no heat maps."));
+    }
+
+    #[test]
+    fn the_narrative_is_in_the_language_that_was_asked_for() {
+        let mut manifest = Manifest::new(vec![entry(None)], None, None);
+        manifest.language = Language::German;
+        let report = report_of(&simulated(&[]), &manifest, &[finding([0.614_2, 0.3, 0.085_8])]);
+        assert_eq!(report["language"], "de");
+        let div = report["text"]["div"].as_str().unwrap();
+        assert!(
+            div.contains("Bild 1: Qualität ") && div.contains("Wahrscheinlichste Klasse: Melanom 61,42 %."),
+            "{div}"
+        );
+        let conclusion = report["conclusion"].as_str().unwrap();
+        assert!(conclusion.contains("Höchste Wahrscheinlichkeit: Melanom (61,42 %)."), "{conclusion}");
+        assert_eq!(resource(&report, "classification-1")["valueCodeableConcept"]["text"], "Melanoma");
     }
 }

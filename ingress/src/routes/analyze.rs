@@ -21,7 +21,7 @@ use crate::{
     answer::{Problem, accepts_fhir, sends_fhir},
     app::{App, Place},
     extract::{Allowed, Body, Held, Submit},
-    parameters,
+    language, parameters,
     prefer::Prefer,
     routes::status::{accepted, finished},
     submit::{Ended, Submission, blocking, submit, wait, with_status_url},
@@ -72,7 +72,8 @@ pub(super) async fn analysed(
         Lane::Bulk => None,
     };
     let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
-    let payload = blocking(move || parse(&bytes)).await??;
+    let mut payload = blocking(move || parse(&bytes)).await??;
+    payload.manifest.language = language::accepted(&headers);
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
     let patience = Duration::ZERO;

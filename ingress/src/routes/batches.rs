@@ -35,6 +35,7 @@ use crate::{
     audited::Deeds,
     batches::clear,
     extract::{Allowed, Body, Delete, Read, Submit},
+    language,
     lines::Form,
     routes::{
         analyze::{Waiter, idempotency_key},
@@ -59,7 +60,8 @@ pub(crate) async fn create(
     let key = key.as_ref().map(dermflow_schemas::id::IdempotencyKey::as_str);
     let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
     let batch = batch.ok_or(Code::NotFound)?.id;
-    let upload = Upload { caller, client, who, batch, form, mending: key.is_some(), _place: place };
+    let (language, mending) = (language::accepted(&headers), key.is_some());
+    let upload = Upload { caller, client, who, batch, form, language, mending, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
@@ -74,7 +76,8 @@ pub(crate) async fn resume(
     let form = form(&headers)?;
     let place = app.bounds.uploads.take(client)?;
     let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
-    let upload = Upload { caller, client, who, batch, form, mending: true, _place: place };
+    let (language, mending) = (language::accepted(&headers), true);
+    let upload = Upload { caller, client, who, batch, form, language, mending, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 

@@ -26,7 +26,7 @@ use crate::{
     element::{Faults, Node},
     extract::{Allowed, Body, Held, Submit},
     json::Json,
-    parameters,
+    language, parameters,
     prefer::Prefer,
     routes::{
         analyze::{Waiter, cancel_after, idempotency_key},
@@ -61,18 +61,21 @@ pub(crate) async fn post(
     let Held { bytes, mut memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
     let entries = blocking(move || parse(&bytes)).await??;
     let end = Instant::now() + prefer.budget();
+    let language = language::accepted(&headers);
     let key = |n| key.as_ref().map(|key| format!("bundle {n} {}", key.as_str()));
     let submissions = entries.into_iter().enumerate().map(|(n, entry)| {
         let memory = memory.split(1);
         let (app, key) = (app.clone(), key(n));
         async move {
             let submitted = async {
+                let mut payload = entry?;
+                payload.manifest.language = language;
                 let submission = Submission {
                     client,
                     who,
                     lane: prefer.lane(),
                     key,
-                    payload: entry?,
+                    payload,
                     cancel_after,
                     member: None,
                     patience: Duration::ZERO,

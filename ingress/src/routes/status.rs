@@ -24,7 +24,7 @@ use crate::{
     audited::{Deed, Deeds},
     drain::{Place, place},
     extract::{Allowed, Delete, JobPath, Read},
-    recorder,
+    language, recorder,
     store::Record,
     submit::{Ended, ended, status_url},
 };
@@ -123,8 +123,12 @@ pub(crate) fn answered(ended: Ended, dress: impl FnOnce(&Record, Vec<u8>) -> Res
         // That the job failed is what is asked for.
         Err(failed) => return Deeds::Status(Some(Object::job(job))).of(failed.into_response()),
     };
+    let written = language::of_report(&report);
     let mut response = dress(&record, report);
     let headers = response.headers_mut();
+    if let Some(language) = written {
+        insert(headers, &header::CONTENT_LANGUAGE, &language);
+    }
     if let Some(finished_at) = record.finished_at {
         insert(headers, &header::LAST_MODIFIED, &http_date(finished_at));
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));

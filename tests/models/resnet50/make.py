@@ -68,10 +68,7 @@ checker.check_model(model, full_check=True)
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 save(model, folder / "model.onnx")
-classes = "".join(
-    f'\n[[class]]\ncode = "class-{n}"\ndisplay = "Class {n}"\nmalignant = {"true" if n == 0 else "false"}\n'
-    for n in range(CLASSES)
-)
+classes = "".join(f'\n[[class]]\ncode = "class-{n}"\ndisplay = "Class {n}"\n' for n in range(CLASSES))
 (folder / "model.toml").write_text(
     f"""name = "resnet50"
 version = "1"
@@ -88,7 +85,12 @@ deviation = [0.229, 0.224, 0.225]
 [output]
 logits = "logits"
 {classes}
-[malignancy]
+[[indicator]]
+id = "malignancy"
+code = "malignancy-suspicion"
+display = "Suspicion of malignancy"
+classes = ["class-0"]
 threshold = 0.5
+referral = true
 """
 )

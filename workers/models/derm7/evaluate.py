@@ -4,9 +4,10 @@
     pip install -r requirements.txt
     python3 evaluate.py --data DIR [--json FILE] [--check]
 
-README.md describes what DIR holds. The malignancy threshold is chosen on the `val` split and reported on
-`test`. With --check the exit status is 1 when model.toml states another threshold or other metrics. --network
-takes another ONNX file with the same description.
+README.md describes what DIR holds. Thresholds are chosen on the `val` split and reported on `test`. With --check the
+exit status is 1 when model.toml states other thresholds or metrics. --network takes another ONNX file with the same
+description. The probabilities of lesions are those given that the image shows skin, as in a report, whether or not
+the image would be refused; how many are is a figure of its own.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import onnxruntime
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 FOLDER = Path(__file__).parent
-TARGET_SENSITIVITY = 0.90  # of the malignancy threshold, on the val split
+TARGET_SENSITIVITY = 0.90  # of the thresholds of referral, on the val split
 CALIBRATION_BINS = 15
 SEED = 20261121
 # What --check lets pass: another CPU's kernels move a probability by about 1e-6, and so at most a few images.
@@ -31,8 +32,10 @@ TOLERANCE = 0.002
 
 
 def bilinear(image, size):
-    """With antialiasing, rounded to whole values: what the service does."""
-    return np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
+    """With antialiasing, rounded to whole values, columns before rows: what the service does. In one step, Pillow 13 takes
+    whichever is quicker first."""
+    narrow = image.resize((size[0], image.height), Image.Resampling.BILINEAR)
+    return np.asarray(narrow.resize(size, Image.Resampling.BILINEAR), np.float32)
 
 
 def unrounded(image, size):
@@ -50,9 +53,12 @@ class Model:
     def __init__(self, folder, threads, network=None):
         self.description = tomllib.loads((folder / "model.toml").read_text())
         classes = self.description["class"]
-        self.codes = [c["code"] for c in classes]
-        self.malignant = np.array([c["malignant"] for c in classes])
+        codes = [c["code"] for c in classes]
         self.log_prior = np.log([c["prior"] for c in classes])
+        self.not_skin = codes.index(self.description["domain"]["class"])
+        self.conditions = np.delete(np.arange(len(codes)), self.not_skin)
+        self.codes = [codes[c] for c in self.conditions]
+        self.indicators = {i["id"]: i for i in self.description["indicator"] if "classes" in i}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         file = network or folder / "model.onnx"
@@ -79,14 +85,32 @@ class Model:
     def logits(self, images, resize=bilinear):
         return self.run([self.description["output"]["logits"]], images, resize)[0]
 
-    def probabilities(self, logits, adjust=True):
+    def softmax(self, logits, adjust=True):
         """softmax(logits - ln prior) over all classes; plain softmax without `adjust`."""
         values = logits - self.log_prior if adjust else logits
         values = np.exp(values - values.max(1, keepdims=True))
         return values / values.sum(1, keepdims=True)
 
-    def malignancy(self, probabilities):
-        return probabilities[:, self.malignant].sum(1)
+    def skin(self, logits, adjust=True):
+        """The probability that an image shows skin."""
+        return 1 - self.softmax(logits, adjust)[:, self.not_skin]
+
+    def probabilities(self, logits, adjust=True):
+        """Of the conditions, given that it does."""
+        values = (logits - self.log_prior if adjust else logits)[:, self.conditions]
+        values = np.exp(values - values.max(1, keepdims=True))
+        return values / values.sum(1, keepdims=True)
+
+    def counted(self, indicator):
+        """Which conditions an indicator sums up."""
+        return np.isin(self.codes, self.indicators[indicator]["classes"])
+
+    def indicated(self, indicator, probabilities):
+        return probabilities[:, self.counted(indicator)].sum(1)
+
+    def positive(self, indicator, data):
+        """Which images are of these conditions."""
+        return np.isin(data.labels, np.array(self.codes)[self.counted(indicator)])
 
 
 class Data:
@@ -148,7 +172,7 @@ def classification(model, data, probabilities):
     right = first == data.labels
     confidence = probabilities.max(1)
     lesions = [c for c in model.codes if (data.labels == c).any()]
-    malignant = np.isin(data.labels, np.array(model.codes)[model.malignant])
+    malignant, suspicion = model.positive("malignancy", data), model.indicated("malignancy", probabilities)
     areas = {c: Auc(probabilities[:, model.codes.index(c)], data.labels == c) for c in lesions}
 
     def sensitivity(code):
@@ -166,10 +190,10 @@ def classification(model, data, probabilities):
         "top1-accuracy": lambda w: mean(right, w),
         "macro-auc": macro(areas.values()),
         "melanoma-auc": areas["mel"],
-        "malignancy-auc": Auc(model.malignancy(probabilities), malignant),
+        "malignancy-auc": Auc(suspicion, malignant),
         "calibration-error": lambda w: calibration_error(confidence, right, w),
         "mean-confidence": lambda w: mean(confidence, w),
-        "malignancy-calibration-error": lambda w: binary_calibration_error(model.malignancy(probabilities), malignant, w),
+        "malignancy-calibration-error": lambda w: binary_calibration_error(suspicion, malignant, w),
     }
     for code in lesions:
         result[f"{code}/sensitivity"] = sensitivity(code)
@@ -178,25 +202,39 @@ def classification(model, data, probabilities):
     return result
 
 
-def choose_threshold(model, data, probabilities):
+def choose_threshold(model, indicator, data, probabilities):
     """The highest threshold in whole per cent that keeps the target sensitivity."""
-    malignant = np.isin(data.labels, np.array(model.codes)[model.malignant])
-    scores = model.malignancy(probabilities)[malignant]
+    scores = model.indicated(indicator, probabilities)[model.positive(indicator, data)]
     good = [t for t in np.arange(1, 100) / 100 if (scores >= t).mean() >= TARGET_SENSITIVITY]
     return float(max(good))
 
 
-def at_threshold(model, data, probabilities, threshold):
-    malignant = np.isin(data.labels, np.array(model.codes)[model.malignant])
-    above = model.malignancy(probabilities) >= threshold
-    kinds = {
-        "malignancy-sensitivity": (malignant, above),
-        "malignancy-specificity": (~malignant, ~above),
-        "above-threshold/mel": (data.labels == "mel", above),
-        "above-threshold/bcc": (data.labels == "bcc", above),
-        "above-threshold/akiec": (data.labels == "akiec", above),
+def choose_domain(skin):
+    """The highest threshold in whole tenths that refuses none of these."""
+    return float(max(t for t in np.arange(1, 10) / 10 if (skin >= t).all()))
+
+
+def choose_thresholds(model, data, probabilities, skin):
+    """{indicator: threshold}; what is not about referral stands in model.toml for other reasons."""
+    chosen = {
+        name: choose_threshold(model, name, data, probabilities) if given.get("referral") else given["threshold"]
+        for name, given in model.indicators.items()
     }
-    return {k: lambda w, m=m, hit=hit: mean(hit[m], w[m]) for k, (m, hit) in kinds.items()}
+    return chosen | {"domain": choose_domain(skin)}
+
+
+def at_thresholds(model, data, probabilities, thresholds):
+    result = {}
+    for name in model.indicators:
+        positive = model.positive(name, data)
+        above = model.indicated(name, probabilities) >= thresholds[name]
+        result[f"{name}-sensitivity"] = lambda w, m=positive, hit=above: mean(hit[m], w[m])
+        result[f"{name}-specificity"] = lambda w, m=~positive, hit=~above: mean(hit[m], w[m])
+        if name == "malignancy":
+            for code in ("mel", "bcc", "akiec"):
+                m = data.labels == code
+                result[f"above-threshold/{code}"] = lambda w, m=m, hit=above: mean(hit[m], w[m])
+    return result
 
 
 def with_intervals(functions, parts, resamples):
@@ -303,7 +341,7 @@ def outlines(model, root, data):
     maps, logits, made = model.run(["cam", model.description["output"]["logits"], "outline"], data.files)
     places = np.exp(maps - model.log_prior[:, None, None])
     heat = places / places.sum(1, keepdims=True)
-    first = (logits - model.log_prior).argmax(1)
+    first = model.conditions[model.probabilities(logits).argmax(1)]
     found = []
     for file, row, warmth in zip(data.files, made[:, 0], heat[np.arange(len(first)), first], strict=True):
         drawn = np.asarray(Image.open(mask_of(root, file))) > 0
@@ -356,18 +394,22 @@ def evaluate(model, root, resamples):
     phone = Data(root, "pad-ufes-20-samples", label="diagnostic")
     logits = {d: model.logits(d.files) for d in (val, test, objects, foreign, phone)}
 
-    other, mel = model.codes.index("other"), model.codes.index("mel")
     resized = {f.__name__: model.logits(test.files, f) for f in (unrounded, bicubic)}
     empty = {name: model.logits(images) for name, images in frames(test.files).items()}
     result = {}
     for column, adjust in (("adjusted", True), ("unadjusted", False)):
         p = {d: model.probabilities(rows, adjust) for d, rows in logits.items()}
-        threshold = choose_threshold(model, val, p[val])
-        functions = classification(model, test, p[test]) | at_threshold(model, test, p[test], threshold)
+        skin = {d: model.skin(rows, adjust) for d, rows in logits.items()}
+        thresholds = choose_thresholds(model, val, p[val], skin[val])
+        functions = classification(model, test, p[test]) | at_thresholds(model, test, p[test], thresholds)
+        accepted = {d: shown >= thresholds["domain"] for d, shown in skin.items()}
+        functions["domain-lesions-accepted"] = lambda w: mean(accepted[test], w)
         figures = with_intervals(functions, [test], resamples)
         is_object = np.repeat([False, True], [len(test.files), len(objects.files)])
-        area = Auc(np.concatenate([p[test][:, other], p[objects][:, other]]), is_object)
+        area = Auc(-np.concatenate([skin[test], skin[objects]]), is_object)
         figures |= with_intervals({"out-of-domain-auc": area}, [test, objects], resamples)
+        functions = {"domain-objects-refused": lambda w: mean(~accepted[objects], w)}
+        figures |= with_intervals(functions, [objects], resamples)
         functions = {
             f"isic2017-{name}-auc": Auc(p[foreign][:, model.codes.index(code)], foreign.labels == code)
             for name, code in (("melanoma", "mel"), ("keratosis", "bkl"))
@@ -377,22 +419,21 @@ def evaluate(model, root, resamples):
         functions["isic2017-three-class-sensitivity"] = lambda w: float(
             np.mean([mean((choice == c)[foreign.labels == c], w[foreign.labels == c]) for c in ("bkl", "mel", "nv")])
         )
-        above = at_threshold(model, foreign, p[foreign], threshold)
+        above = at_thresholds(model, foreign, p[foreign], thresholds)
         functions |= {f"isic2017-{c}": above[c] for c in ("malignancy-sensitivity", "malignancy-specificity")}
         figures |= with_intervals(functions, [foreign], resamples)
-        chosen = {d: rows.argmax(1) == other for d, rows in p.items()}
-        refused = {name: model.probabilities(rows, adjust).argmax(1) == other for name, rows in empty.items()}
+        refused = {name: model.skin(rows, adjust) < thresholds["domain"] for name, rows in empty.items()}
         result[column] = {
-            "threshold": threshold,
+            "thresholds": thresholds,
             "figures": figures,
             "other resizing": {
                 name: compare(model, test, p[test], model.probabilities(rows, adjust)) for name, rows in resized.items()
             },
-            "taken for other": {
-                "lesions (HAM10000 test)": f"{chosen[test].sum()} of {len(test.files)}",
-                "objects (Caltech-101 test)": f"{chosen[objects].sum()} of {len(objects.files)}",
-                "lesions (ISIC 2017 test)": f"{chosen[foreign].sum()} of {len(foreign.files)}",
-                "phone photographs (PAD-UFES-20)": f"{chosen[phone].sum()} of {len(phone.files)}",
+            "refused as no skin": {
+                "lesions (HAM10000 test)": f"{(~accepted[test]).sum()} of {len(test.files)}",
+                "objects (Caltech-101 test)": f"{(~accepted[objects]).sum()} of {len(objects.files)}",
+                "lesions (ISIC 2017 test)": f"{(~accepted[foreign]).sum()} of {len(foreign.files)}",
+                "phone photographs (PAD-UFES-20)": f"{(~accepted[phone]).sum()} of {len(phone.files)}",
             }
             | {name: f"{rows.sum()} of {len(rows)}" for name, rows in refused.items()},
         }
@@ -427,17 +468,18 @@ def show(result):
         cells = ("{:.3f} ({:.3f} to {:.3f})".format(*result[c]["figures"][code]) for c in columns)
         print(f"| {code} | " + " | ".join(cells) + " |")
     for column in columns:
-        print(f"\n{column}: threshold {result[column]['threshold']:.2f}")
-        for kind in ("other resizing", "taken for other"):
+        print(f"\n{column}: thresholds {result[column]['thresholds']}")
+        for kind in ("other resizing", "refused as no skin"):
             for name, value in result[column][kind].items():
                 print(f"  {kind}: {name}: {value}")
 
 
 def differences(model, found):
     """What model.toml states otherwise."""
-    stated = model.description["malignancy"]["threshold"]
-    if abs(stated - found["threshold"]) > 1e-9:
-        yield f"malignancy.threshold is {stated}, found {found['threshold']}"
+    stated = {name: given["threshold"] for name, given in model.indicators.items()}
+    for name, threshold in (stated | {"domain": model.description["domain"]["threshold"]}).items():
+        if abs(threshold - found["thresholds"][name]) > 1e-9:
+            yield f"the threshold of {name} is {threshold}, found {found['thresholds'][name]}"
     for metric in model.description["metric"]:
         seen = found["figures"][metric["code"]]
         for key, value in zip(("value", "low", "high"), seen, strict=True):

@@ -32,6 +32,7 @@ mod measure;
 mod publish;
 mod scale;
 mod soak;
+mod stages;
 mod tokens;
 mod upload;
 
@@ -43,6 +44,7 @@ const USAGE: &str = "usage: bench COMMAND
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
   logins                      what 200 logins at once cost others, and what an unknown name costs
+  stages                      what a worker's time for an image goes into
   tokens                      what checking a token costs, and what is not told of another client's job
   publish                     durable publications a second, single and in batches, and accepted jobs";
 
@@ -89,6 +91,7 @@ async fn run(args: &[&str]) -> Result<()> {
         ["upload"] => upload::memory(2_000_000_000).await,
         ["upload", "--short"] => upload::memory(256_000_000).await,
         ["logins"] => Box::pin(logins::logins()).await,
+        ["stages"] => stages::stages().await,
         ["tokens"] => tokens::tokens().await,
         ["publish"] => Box::pin(publish::publish()).await,
         _ => bail!("{USAGE}"),
