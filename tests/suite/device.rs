@@ -4,6 +4,7 @@ use std::{io::Cursor, path::Path, slice, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
+use dermflow_auth::token::{Grant, Tokens};
 use dermflow_schemas::clock;
 use dermflow_tests::{
     client::{Answer, Client, distribution, observations, sample_bytes, send},
@@ -11,8 +12,10 @@ use dermflow_tests::{
 };
 use image::{ImageFormat, Rgb, RgbImage};
 use reqwest::Method;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use tokio::process::Command;
+use uuid::Uuid;
 
 const ROOTS: [&str; 2] = ["", "/v1.0"];
 /// Of pustules and plaques, as clients send it: not through a dermatoscope.
@@ -81,6 +84,13 @@ async fn clients_sign_in() -> Result<()> {
         assert_eq!(nothing.body["detail"].as_array().map(Vec::len), Some(2), "{}", nothing.text);
         ensure!(is_json(&nothing));
     }
+    // Signed with our key: nothing but the time is wrong.
+    let tokens = Tokens::open(&lab.signing_keys(), &lab.url(0))?;
+    let (client, credential) = (Uuid::new_v4().into(), Uuid::new_v4());
+    let grant = Grant { client, credential, scope: String::new(), ends: None, after: None };
+    let old = tokens.issue(grant, clock::now() - Duration::from_hours(1))?;
+    let expired = anonymous.with_token(old.expose_secret()).get("/device-information").await?;
+    assert_eq!((expired.status, &expired.body["detail"]), (401, &json!("Expired token")));
     lab.stop().await
 }
 
@@ -197,7 +207,7 @@ fn has_distribution(image: &Value, report: &Value) -> Result<()> {
 async fn a_client_of_its_own_reads_every_key() -> Result<()> {
     let lab = Lab::start(Setup::derm7()).await?;
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = std::env::temp_dir().join(format!("dermflow-device-{}", uuid::Uuid::new_v4().simple()));
+    let folder = std::env::temp_dir().join(format!("dermflow-device-{}", Uuid::new_v4().simple()));
     std::fs::create_dir(&folder)?;
     let password = folder.join("password");
     std::fs::write(&password, lab.password("demo")?)?;

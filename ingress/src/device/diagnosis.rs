@@ -4,7 +4,7 @@ use dermflow_schemas::{
     envelope::{ImageEntry, Manifest, Payload},
     error::{ApiError, Code},
     image::ImageBytes,
-    limits::MAX_IMAGES,
+    limits::{MAX_HEAT_MAPS, MAX_IMAGES},
 };
 
 use super::body::{self, Part};
@@ -19,7 +19,9 @@ pub(crate) fn parse(body: &[u8]) -> Result<Payload, ApiError> {
             return None;
         }
         let (entries, images) = items.iter().filter_map(|item| image(item, faults)).unzip();
-        Some(Payload { manifest: Manifest::new(entries, None, None), images })
+        let mut manifest = Manifest::new(entries, None, None);
+        manifest.heat_maps = MAX_HEAT_MAPS;
+        Some(Payload { manifest, images })
     })
 }
 
@@ -63,7 +65,7 @@ mod tests {
         let [first, second] = &payload.manifest.images[..] else { panic!("not two images") };
         assert_eq!((first.format.media_type(), first.title.as_deref()), ("image/png", None));
         assert_eq!(second.title.as_deref(), Some("Left"));
-        assert_eq!(payload.images[0].as_slice().len(), first.bytes);
+        assert_eq!((payload.images[0].as_slice().len(), payload.manifest.heat_maps), (first.bytes, 5));
         for payload in [json!([]), json!([image(), image(), image(), image()])] {
             assert_eq!(faults(&json!({ "payload": payload })), [("image-count", "payload".to_owned())]);
         }

@@ -10,7 +10,7 @@
 //! - an image that was classified counts as acceptable and as skin, and one that was not does not;
 //! - the list of conclusions is empty, and an explanation is null.
 
-use dermflow_schemas::fhir::ICD11;
+use dermflow_schemas::{fhir::ICD11, limits::MAX_HEAT_MAPS};
 use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -21,8 +21,6 @@ const NOT_MEASURED: f64 = 50.0;
 /// Where there is no distribution, in per cent of the largest entropy.
 const UNKNOWN_ENTROPY: f64 = 100.0;
 const NOT_ASSESSED: &str = "Not assessed";
-/// How many conclusions of an image are explained.
-pub(crate) const EXPLAINED: usize = 5;
 /// The shortest analysis, in seconds: the times of a report are in milliseconds, and clients want more than nothing.
 const SHORTEST: f64 = 0.001;
 
@@ -77,7 +75,7 @@ impl<'r> Report<'r> {
     fn image(&self, n: usize) -> Value {
         let about = n.to_string();
         let conclusion = |(rank, (probability, code)): (usize, (f64, &Value))| {
-            let explained = if rank < EXPLAINED { self.heat_map(n, code) } else { Value::Null };
+            let explained = if rank < MAX_HEAT_MAPS as usize { self.heat_map(n, code) } else { Value::Null };
             json!({ "probability": probability, "code": concept(code), "explainability": explained })
         };
         json!({
