@@ -16,6 +16,7 @@ use crate::{
     access::{Access, Gate},
     commit::Commits,
     drain::Drain,
+    index::Index,
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
@@ -37,6 +38,7 @@ pub(crate) struct App {
     /// For signing in, beside the store's.
     pub(crate) sign_ins: Pool,
     pub(crate) keyring: Keyring,
+    pub(crate) index: Index,
     pub(crate) nats: async_nats::Client,
     pub(crate) publisher: Publisher,
     pub(crate) commits: Commits,

@@ -25,6 +25,7 @@ mod jobs;
 mod login;
 mod oauth;
 mod openapi;
+mod reports;
 mod status;
 mod tasks;
 mod trail;
@@ -61,7 +62,13 @@ fn clients() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(definitions::concept_maps))
         .routes(routes!(definitions::concept_map))
         .routes(routes!(analyze::post))
-        .routes(routes!(status::report))
+        .routes(routes!(status::report, reports::delete))
+        .routes(routes!(reports::search))
+        .routes(routes!(reports::search_form))
+        .routes(routes!(reports::observation))
+        .routes(routes!(reports::media))
+        .routes(routes!(reports::device))
+        .routes(routes!(reports::provenance))
         .routes(routes!(status::get, status::delete))
         .routes(routes!(bundle::post))
         .routes(routes!(tasks::search))
