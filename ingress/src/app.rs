@@ -17,6 +17,7 @@ use crate::{
     bodies::Bodies,
     commit::Commits,
     drain::Drain,
+    index::Index,
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
@@ -40,6 +41,7 @@ pub(crate) struct App {
     /// For signing in, beside the store's.
     pub(crate) sign_ins: Pool,
     pub(crate) keyring: Keyring,
+    pub(crate) index: Index,
     pub(crate) nats: async_nats::Client,
     pub(crate) publisher: Publisher,
     pub(crate) commits: Commits,

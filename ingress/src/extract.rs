@@ -264,6 +264,14 @@ fn too_large(limit: usize) -> Problem {
     ApiError::from(Code::BodyTooLarge).detail(format!("limit {limit} bytes")).into()
 }
 
+/// The fields of a form, in order; `None` when the body is none.
+pub(crate) async fn form_pairs(headers: &HeaderMap, bytes: Bytes) -> Option<Vec<(String, String)>> {
+    let mut request = Request::post("/").body(bytes.into()).ok()?;
+    *request.headers_mut() = headers.clone();
+    let form = axum::Form::<Vec<(String, String)>>::from_request(request, &()).await;
+    form.ok().map(|axum::Form(fields)| fields)
+}
+
 /// The job that a path names. Whatever is no job id names no job.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct JobPath(pub(crate) JobId);

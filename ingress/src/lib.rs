@@ -25,6 +25,7 @@ mod extract;
 mod fhir;
 #[doc(hidden)]
 pub mod fuzz;
+mod index;
 mod json;
 mod keeper;
 mod lanes;
@@ -83,6 +84,7 @@ use crate::{
     commit::Commits,
     dead::Operators,
     drain::Drain,
+    index::Index,
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
@@ -103,6 +105,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let sign_ins = options.database.pool("ingress", SIGN_IN_CONNECTIONS)?;
     prepare(&store).await?;
     timekeeper::follow(&store).await;
+    let index = Index::open(&store, &keyring).await?;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
     let context = queue::context(nats.clone());
@@ -128,6 +131,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         doorkeeper: Doorkeeper { throttle: Throttle::new(&peppers), hasher: Hasher::new(peppers)? },
         sign_ins,
         keyring,
+        index,
         nats,
         publisher: Publisher::new(context),
         commits,

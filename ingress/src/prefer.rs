@@ -55,6 +55,17 @@ impl Prefer {
     }
 }
 
+/// Whether search parameters that are not known are to be passed over (FHIR R4, Search, Handling Errors).
+pub(crate) fn is_lenient(headers: &HeaderMap) -> bool {
+    let preferences = headers.get_all(&PREFER).iter().filter_map(|value| value.to_str().ok());
+    let handling = preferences.flat_map(|value| list::split(value, ',')).find_map(|preference| {
+        let (name, value) = list::split(preference, ';').next()?.split_once('=')?;
+        let is_it = name.trim().eq_ignore_ascii_case("handling");
+        is_it.then(|| value.trim().trim_matches('"').to_ascii_lowercase())
+    });
+    handling.as_deref() == Some("lenient")
+}
+
 /// A number of seconds, at most [`MAX_WAIT`], however large it is.
 fn seconds(value: &str) -> Option<Duration> {
     let digits = value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap_or(value);
@@ -88,6 +99,19 @@ mod tests {
         assert_eq!(prefer(&["wait=-1, return=minimal"]), (false, None));
         assert_eq!(prefer(&["wait=+1", "wait=\"1", "wait="]), (false, None));
         assert_eq!(prefer(&["x=\"respond-async, wait=5\""]), (false, None));
+    }
+
+    #[test]
+    fn strictness_is_what_is_said_first() {
+        let lenient = |value: &'static str| {
+            is_lenient(&HeaderMap::from_iter([(PREFER.clone(), value.parse().unwrap())]))
+        };
+        assert!(lenient("handling=lenient") && lenient("wait=5, Handling=\"lenient\""));
+        assert!(
+            !lenient("handling=strict, handling=lenient")
+                && !lenient("lenient")
+                && !is_lenient(&HeaderMap::new())
+        );
     }
 
     #[test]

@@ -73,6 +73,7 @@ async fn secret(app: &App, owner: &Owner, old: &Sealed) -> Result<Result<(), Sea
     let content = match owner {
         Owner::AcmeAccount(directory) => Content::AcmeAccount(directory),
         Owner::Certificate(names) => Content::CertificateKey(names),
+        Owner::Search(id) => Content::SearchKey(*id),
     };
     match reseal(app, content, old) {
         Ok(new) => {

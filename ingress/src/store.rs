@@ -31,6 +31,7 @@ pub(crate) mod batches;
 pub(crate) mod claim;
 mod dead;
 pub(crate) mod drain;
+pub(crate) mod reports;
 pub(crate) mod reseal;
 mod sweeping;
 
@@ -247,6 +248,13 @@ impl Store {
                       SELECT * FROM unnest($1::uuid[], $2::text[], $3::bytea[]) ON CONFLICT DO NOTHING";
             let insert = transaction.prepare_cached(insert).await?;
             transaction.execute(&insert, &[&ids, &keys, &sealed]).await?;
+            // What they are searched by goes where it ends with them.
+            let index = "WITH moved AS (UPDATE jobs SET search = NULL WHERE id = ANY($1) AND search IS NOT NULL \
+                     RETURNING client, id, old.search AS tokens) \
+                     INSERT INTO report_tokens (client, job, token) \
+                     SELECT client, id, unnest(tokens) FROM moved ON CONFLICT DO NOTHING";
+            let index = transaction.prepare_cached(index).await?;
+            transaction.execute(&index, &[&ids]).await?;
             let count = "INSERT INTO usage (client, day, jobs, images) \
                      SELECT client, (accepted_at AT TIME ZONE 'UTC')::date AS day, count(*), sum(images) \
                      FROM jobs WHERE id = ANY($1) GROUP BY client, day ORDER BY client, day \
@@ -306,12 +314,16 @@ impl Store {
             }
             if let Some(state) = job::step(record.state, Event::Cancelled) {
                 let event = release(&transaction, &[Ending::from(&row)]).await?[0];
-                let update = "UPDATE jobs SET state = $2, finished_at = $3, event = $4 WHERE id = $1";
+                let update =
+                    "UPDATE jobs SET state = $2, finished_at = $3, event = $4, search = NULL WHERE id = $1";
                 transaction.execute(update, &[&job.uuid(), &state.as_str(), &now, &event]).await?;
             } else {
                 transaction.execute("DELETE FROM reports WHERE job = $1", &[&job.uuid()]).await?;
                 transaction
-                    .execute("UPDATE jobs SET deleted_at = $2 WHERE id = $1", &[&job.uuid(), &now])
+                    .execute(
+                        "UPDATE jobs SET deleted_at = $2, search = NULL WHERE id = $1",
+                        &[&job.uuid(), &now],
+                    )
                     .await?;
             }
             let detail = serde_json::json!({ "state": record.state });

@@ -75,6 +75,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
     rates::images(&app, client, images, patience).await?;
     let now = clock::now();
     let mut header = JobHeader::new(JobId::new(now), client, lane, now, cancel_after);
+    let search = app.index.of(client, &payload.manifest);
     let Packed { sealed, bytes, digest } = pack(&app, header.job, payload).await?;
     header.key.clone_from(&sealed.key_id);
     let claim_check = bytes > limits::MAX_INLINE_BYTES;
@@ -92,6 +93,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
         digest,
         quota: app.access.quota(client),
         member,
+        search,
     };
     let end = Instant::now() + limits::PUBLISH_DEADLINE + patience;
     let wake_up = listen(&app, job.id, lane).await;

@@ -93,6 +93,14 @@ pub const MAX_BUNDLE_ENTRIES: usize = 32;
 pub const MAX_PAGE: usize = 1_000;
 /// Records in one page when the caller names no number.
 pub const DEFAULT_PAGE: usize = 50;
+/// Reports on a page when the caller does not say how many.
+pub const REPORT_PAGE: usize = 20;
+/// Reports on a page at most: they are opened and held at once, and with heat maps each is some hundred KiB.
+pub const MAX_REPORT_PAGE: usize = 50;
+/// Parameters of a search: FHIR lets them be repeated, and each is a condition of the statement.
+pub const MAX_SEARCH_PARAMETERS: usize = 32;
+/// Of the digests that reports are searched by: 128 bits, which no two texts share by chance.
+pub const SEARCH_TOKEN_BYTES: usize = 16;
 /// Reports that are read from the database at once while a batch's results are streamed.
 pub const RESULTS_CHUNK: usize = 32;
 

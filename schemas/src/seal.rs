@@ -25,6 +25,7 @@ use tokio::{
     process::Command,
     time::{MissedTickBehavior, interval, timeout},
 };
+use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use crate::{
@@ -47,6 +48,8 @@ pub enum Content<'a> {
     AcmeAccount(&'a str),
     /// The private key of a certificate, by its names.
     CertificateKey(&'a str),
+    /// The key of the digests that reports are searched by, by its id.
+    SearchKey(Uuid),
 }
 
 impl Content<'_> {
@@ -56,6 +59,7 @@ impl Content<'_> {
             Self::Report(job) => format!("report:{job}"),
             Self::AcmeAccount(directory) => format!("acme-account:{directory}"),
             Self::CertificateKey(names) => format!("certificate-key:{names}"),
+            Self::SearchKey(id) => format!("search-key:{id}"),
         })
     }
 }

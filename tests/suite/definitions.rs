@@ -104,9 +104,12 @@ fn described(api: &Value) -> BTreeMap<String, (BTreeSet<String>, BTreeSet<String
         }
         let searched = list(&item["get"], "parameters").filter(|parameter| parameter["in"] == "query");
         // What shapes the answer is no search parameter.
-        let shapes = ["_sort", "_count", "_cursor", "_format", "_include"];
-        parameters
-            .extend(searched.map(|one| text(&one["name"])).filter(|name| !shapes.contains(&name.as_str())));
+        let shapes = ["_sort", "_count", "_cursor", "_format", "_include", "_revinclude"];
+        parameters.extend(
+            searched
+                .map(|one| text(&one["name"]))
+                .filter(|name| !shapes.contains(&name.as_str()) && !name.contains(':')),
+        );
     }
     types
 }

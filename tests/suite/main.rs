@@ -35,6 +35,7 @@ mod provider;
 mod registration;
 mod routes;
 mod sealing;
+mod search;
 mod submit;
 mod survival;
 mod sweeping;

@@ -12,7 +12,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Command};
 
-/// Seconds of a run. A long one is `DERMFLOW_FUZZ_SECONDS=600 ./tests/run schemathesis`, with a seed of its own.
+/// Seconds of a run. A long one is `DERMFLOW_FUZZ_SECONDS=250 ./tests/run schemathesis`, with a seed of its own.
 const SECONDS: &str = "40";
 
 // A third party's tool sends what is described and what is not, and finds no server error, and no answer whose status,

@@ -42,7 +42,7 @@ enum Rule {
 use Object::{Batch, DeadLetter, Definition, Event, Job, Nothing};
 use Rule::{Auditor, Client as May, Form, Open, Operator};
 
-const ROUTES: [(&str, &str, Rule, Object); 42] = [
+const ROUTES: [(&str, &str, Rule, Object); 49] = [
     ("POST", "/login", Form(422), Nothing),
     ("POST", "/oauth/token", Form(400), Nothing),
     ("POST", "/oauth/revoke", Form(401), Nothing),
@@ -62,6 +62,13 @@ const ROUTES: [(&str, &str, Rule, Object); 42] = [
     ("GET", "/fhir/ConceptMap/{id}", Open, Definition("conditions-icd-11")),
     ("POST", "/fhir/DiagnosticReport/$analyze", May('c'), Nothing),
     ("GET", "/fhir/DiagnosticReport/{id}", May('r'), Job),
+    ("DELETE", "/fhir/DiagnosticReport/{id}", May('d'), Job),
+    ("GET", "/fhir/DiagnosticReport", May('s'), Nothing),
+    ("POST", "/fhir/DiagnosticReport/_search", May('s'), Nothing),
+    ("GET", "/fhir/Observation/{id}", May('r'), Job),
+    ("GET", "/fhir/Media/{id}", May('r'), Job),
+    ("GET", "/fhir/Device/{id}", May('r'), Job),
+    ("GET", "/fhir/Provenance/{id}", May('r'), Job),
     ("GET", "/fhir/_async/{id}", May('r'), Job),
     ("DELETE", "/fhir/_async/{id}", May('d'), Job),
     ("POST", "/fhir", May('c'), Nothing),

@@ -8,6 +8,16 @@ use super::{DATE, definition};
 /// A search parameter: its name, and its type in FHIR.
 type Parameter = (&'static str, &'static str);
 
+const OF_REPORTS: [Parameter; 8] = [
+    ("_id", "token"),
+    ("_lastUpdated", "date"),
+    ("subject", "reference"),
+    ("patient", "reference"),
+    ("identifier", "token"),
+    ("date", "date"),
+    ("issued", "date"),
+    ("status", "token"),
+];
 const OF_TASKS: [Parameter; 2] = [("status", "token"), ("authored-on", "date")];
 const OF_EVENTS: [Parameter; 6] = [
     ("date", "date"),
@@ -41,6 +51,7 @@ fn resource(kind: &str, interactions: &[&str], parameters: &[Parameter], more: V
 pub(crate) fn statement(public_url: &str) -> Value {
     let operation =
         json!([{"name": "analyze", "definition": format!("{CANONICAL}/OperationDefinition/analyze")}]);
+    let part = |kind| resource(kind, &["read"], &[], json!({"documentation": "A part of a report."}));
     let published = |kind| resource(kind, &["read", "search-type"], &OF_DEFINITIONS, Value::Null);
     let oauth = json!({
         "system": "http://terminology.hl7.org/CodeSystem/restful-security-service",
@@ -79,7 +90,20 @@ pub(crate) fn statement(public_url: &str) -> Value {
                     .well-known/smart-configuration, and what is published with it.",
             },
             "resource": [
-                resource("DiagnosticReport", &["read"], &[], json!({"operation": operation})),
+                resource(
+                    "DiagnosticReport",
+                    &["read", "search-type", "delete"],
+                    &OF_REPORTS,
+                    json!({
+                        "operation": operation,
+                        "searchInclude": ["DiagnosticReport:result", "DiagnosticReport:media"],
+                        "searchRevInclude": ["Provenance:target"],
+                    }),
+                ),
+                part("Observation"),
+                part("Media"),
+                part("Device"),
+                part("Provenance"),
                 resource("Task", &["read", "search-type"], &OF_TASKS, Value::Null),
                 resource("AuditEvent", &["read", "search-type"], &OF_EVENTS,
                     json!({"documentation": "For auditors."})),

@@ -3,6 +3,8 @@
 //! Everything here is at `{CANONICAL}/{type}/{id}` by name and at `/fhir/{type}/{id}` to read.
 
 mod capability;
+pub(crate) mod parts;
+pub(crate) mod search;
 mod terminology;
 
 use dermflow_schemas::fhir::CANONICAL;

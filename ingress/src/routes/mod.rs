@@ -37,6 +37,7 @@ mod jobs;
 pub(crate) mod login;
 mod oauth;
 mod openapi;
+mod reports;
 mod status;
 mod tasks;
 mod trail;
@@ -98,7 +99,13 @@ fn clients(needs: &ClientOptions) -> OpenApiRouter<Arc<App>> {
         .merge(device::documents());
     let api = OpenApiRouter::new()
         .routes(routes!(analyze::post))
-        .routes(routes!(status::report))
+        .routes(routes!(status::report, reports::delete))
+        .routes(routes!(reports::search))
+        .routes(routes!(reports::search_form))
+        .routes(routes!(reports::observation))
+        .routes(routes!(reports::media))
+        .routes(routes!(reports::device))
+        .routes(routes!(reports::provenance))
         .routes(routes!(status::get, status::delete))
         .routes(routes!(bundle::post))
         .routes(routes!(tasks::search))

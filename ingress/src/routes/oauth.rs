@@ -11,8 +11,8 @@ use std::{
 
 use axum::{
     Extension, Json,
-    extract::{FromRequest, State},
-    http::{HeaderMap, HeaderValue, Request, StatusCode, header},
+    extract::State,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -44,7 +44,7 @@ use crate::{
     answer::{self, Problem},
     app::App,
     audited::{Deeds, Origin, Refused},
-    extract::{Body, Held, bearer, sign_ins_have_room},
+    extract::{Body, Held, bearer, form_pairs, sign_ins_have_room},
     rates::{self, Counted},
     routes::openapi::{Any, Sent},
     submit::internal,
@@ -246,10 +246,7 @@ impl Form {
         sign_ins_have_room(app)?;
         let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
         let malformed = || invalid_request("The body is a form, application/x-www-form-urlencoded.");
-        let mut request = Request::post("/").body(bytes.into()).map_err(|_| malformed())?;
-        *request.headers_mut() = headers.clone();
-        let fields = axum::Form::<Vec<(String, String)>>::from_request(request, &());
-        let axum::Form(fields) = fields.await.map_err(|_| malformed())?;
+        let fields = form_pairs(headers, bytes).await.ok_or_else(malformed)?;
         let mut form = HashMap::new();
         for (name, value) in fields {
             // What is empty counts as left out (RFC 6749 §3.2).

@@ -173,6 +173,9 @@ answers! {
 const PUBLISHED: &[&str] =
     &["CapabilityStatement", "OperationDefinition", "CodeSystem", "ValueSet", "ConceptMap"];
 
+/// The types of a report's parts.
+const PARTS: &[&str] = &["Observation", "Media", "Device", "Provenance"];
+
 macro_rules! resources {
     ($($(#[$doc:meta])* $name:ident $schema:expr;)*) => {$(
         $(#[$doc])*
@@ -182,8 +185,11 @@ macro_rules! resources {
         impl PartialSchema for $name {
             fn schema() -> RefOr<Schema> {
                 let schema: fn(ObjectBuilder) -> ObjectBuilder = $schema;
-                let names: &[&str] =
-                    if stringify!($name) == "Definition" { PUBLISHED } else { &[stringify!($name)] };
+                let names: &[&str] = match stringify!($name) {
+                    "Definition" => PUBLISHED,
+                    "Part" => PARTS,
+                    name => &[name],
+                };
                 let kind = words("The type.", names.iter().copied());
                 let object = ObjectBuilder::new().property("resourceType", kind).required("resourceType");
                 schema(object).build().into()
@@ -236,6 +242,13 @@ resources! {
             .required("id")
             .required("url")
             .required("status")
+    };
+    /// FHIR R4, a part of a report.
+    Part |object| {
+        object
+            .description(Some("FHIR R4: an Observation, Media, Device or Provenance."))
+            .property("id", text())
+            .required("id")
     };
     /// FHIR R4, a report.
     DiagnosticReport |object| {

@@ -7,12 +7,12 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use dermflow_auth::audit::Object;
+use dermflow_auth::audit::{Object, Who};
 use dermflow_schemas::{
     clock,
     envelope::Failure,
     error::{ApiError, Code},
-    id::JobId,
+    id::{ClientId, JobId},
     job::State as JobState,
     limits::{POLL_INTERVAL, RETENTION},
 };
@@ -103,17 +103,23 @@ pub(crate) async fn delete(
     Allowed { client, who, .. }: Allowed<Delete>,
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
+    remove(&app, client, who, id).await?;
+    let body = answer::information("job-deleted", "The job and what it left behind are removed.");
+    Ok(answer::fhir(StatusCode::ACCEPTED, body))
+}
+
+/// Withdraws a job that goes on; removes what is left of one that has ended.
+pub(super) async fn remove(app: &App, client: ClientId, who: Who, id: JobId) -> Result<(), Problem> {
     let record = app.store.delete(id, client, who, clock::now()).await?.ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         let cancelled = [record.lane.as_str(), JobState::Cancelled.as_str()];
         app.metrics.jobs_ended.with_label_values(&cancelled).inc();
-        recorder::withdraw(&app, id, record.stream_seq).await;
+        recorder::withdraw(app, id, record.stream_seq).await;
     }
     if record.claim_check {
-        recorder::delete_object(&app, id).await;
+        recorder::delete_object(app, id).await;
     }
-    let body = answer::information("job-deleted", "The job and what it left behind are removed.");
-    Ok(answer::fhir(StatusCode::ACCEPTED, body))
+    Ok(())
 }
 
 /// 202: the job goes on, here is where to ask.

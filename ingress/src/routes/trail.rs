@@ -20,15 +20,13 @@ use dermflow_schemas::{
     limits::{DEFAULT_PAGE, MAX_PAGE},
 };
 use serde_json::json;
-use time::{
-    Date, Duration, OffsetDateTime, format_description::well_known::Rfc3339, macros::format_description,
-};
 
 use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
     audited::Deeds,
     extract::{Allowed, ReadTrail, SearchTrail},
+    fhir::search::period,
     routes::openapi::{Any, AuditEvent, Bundle, Guarded, Negotiated, Own, Queried},
 };
 
@@ -157,30 +155,6 @@ fn is_id(value: &str) -> bool {
     (1..=64).contains(&value.len()) && value.bytes().all(plain)
 }
 
-/// From when, and before when. A date stands for its whole day, an instant for its millisecond (FHIR R4, search,
-/// date).
-fn period(value: &str) -> Option<(Option<OffsetDateTime>, Option<OffsetDateTime>)> {
-    let letters = value.bytes().take_while(u8::is_ascii_lowercase).count();
-    let (prefix, text) = value.split_at(letters);
-    let instant = || {
-        let at = OffsetDateTime::parse(text, &Rfc3339).ok()?;
-        Some((at, at.checked_add(Duration::milliseconds(1))?))
-    };
-    let day = || {
-        let date = Date::parse(text, format_description!("[year]-[month]-[day]")).ok()?;
-        Some((date.midnight().assume_utc(), date.next_day()?.midnight().assume_utc()))
-    };
-    let (start, end) = instant().or_else(day)?;
-    match prefix {
-        "" | "eq" => Some((Some(start), Some(end))),
-        "ge" => Some((Some(start), None)),
-        "gt" | "sa" => Some((Some(end), None)),
-        "le" => Some((None, Some(end))),
-        "lt" | "eb" => Some((None, Some(start))),
-        _ => None,
-    }
-}
-
 fn url(app: &App, parameters: &[(String, String)], cursor: Option<i64>) -> String {
     // None of the values that are let through has a character that a query would have to escape but `+`.
     let escaped = |value: &str| value.replace('+', "%2B").replace(' ', "%20");
@@ -193,24 +167,6 @@ fn url(app: &App, parameters: &[(String, String)], cursor: Option<i64>) -> Strin
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn at(text: &str) -> OffsetDateTime {
-        OffsetDateTime::parse(text, &Rfc3339).unwrap()
-    }
-
-    #[test]
-    fn a_date_is_a_whole_day() {
-        let (day, next) = (Some(at("2026-01-31T00:00:00Z")), Some(at("2026-02-01T00:00:00Z")));
-        assert_eq!(period("2026-01-31"), Some((day, next)));
-        assert_eq!(period("ge2026-01-31"), Some((day, None)));
-        assert_eq!(period("gt2026-01-31"), Some((next, None)));
-        assert_eq!(period("le2026-01-31"), Some((None, next)));
-        assert_eq!(period("lt2026-01-31"), Some((None, day)));
-        assert_eq!(period("gt2026-01-31T00:00:00Z"), Some((Some(at("2026-01-31T00:00:00.001Z")), None)));
-        for bad in ["", "ge", "xx2026-01-31", "2026-02-30", "31.1.2026", "9999-12-31"] {
-            assert_eq!(period(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn what_would_be_passed_over_in_silence_is_refused() {

@@ -302,7 +302,7 @@ impl Store {
                           FROM unnest($2::uuid[], $3::bigint[]) AS ended (id, event) \
                           WHERE jobs.id = ended.id AND state = ANY($4)";
             transaction.execute(update, &[&now, &ids, &events, &open_states(Event::Cancelled)]).await?;
-            let erase = "WITH gone AS (UPDATE jobs SET deleted_at = $1 WHERE id IN (SELECT id FROM jobs \
+            let erase = "WITH gone AS (UPDATE jobs SET deleted_at = $1, search = NULL WHERE id IN (SELECT id FROM jobs \
                          WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) \
                          AND finished_at IS NOT NULL AND deleted_at IS NULL LIMIT $2 FOR UPDATE SKIP LOCKED) \
                          RETURNING id), erased AS (DELETE FROM reports USING gone WHERE reports.job = gone.id) \

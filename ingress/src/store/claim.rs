@@ -13,6 +13,7 @@ use dermflow_schemas::{
     job::Lane,
 };
 use time::OffsetDateTime;
+use tokio_postgres::types::Json;
 use uuid::Uuid;
 
 use super::{RECORD, Record, Result, Store};
@@ -36,6 +37,8 @@ pub(crate) struct NewJob {
     pub(crate) digest: Vec<u8>,
     pub(crate) quota: Quota,
     pub(crate) member: Option<Member>,
+    /// What its report is searched by.
+    pub(crate) search: Vec<Vec<u8>>,
 }
 
 /// A job's place in a batch.
@@ -177,9 +180,9 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
         .prepare_cached(
             "WITH j AS (SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::smallint[], $5::bigint[], \
              $6::timestamptz[], $7::timestamptz[], $8::bool[], $9::bigint[], $10::uuid[], $11::int[], $12::text[], \
-             $13::text[], $14::uuid[]) \
+             $13::text[], $14::uuid[], $16::jsonb[]) \
              AS j (id, client, lane, images, bytes, accepted_at, deadline, claim_check, ticket, batch, line, \
-             custom_id, source, request)), \
+             custom_id, source, request, search)), \
              recorded AS (INSERT INTO auth.audit (at, actor_kind, actor, action, outcome, client, object_kind, object, \
              source, request, detail) \
              SELECT min(accepted_at), 'user', client::text, $15, 'success', client, \
@@ -187,9 +190,10 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
              jsonb_build_object('jobs', count(*), 'images', sum(images)) FROM j \
              GROUP BY client, batch IS NULL, coalesce(batch, id), source, request) \
              INSERT INTO jobs (id, client, lane, state, images, bytes, accepted_at, deadline, claim_check, ticket, \
-             batch, line, custom_id) \
+             batch, line, custom_id, search) \
              SELECT id, client, lane, 'accepted', images, bytes, accepted_at, deadline, claim_check, ticket, batch, \
-             line, custom_id FROM j",
+             line, custom_id, (SELECT array_agg(decode(token, 'hex')) FROM jsonb_array_elements_text(search) token) \
+             FROM j",
         )
         .await?;
     let of = || new.iter().map(|(job, _)| job);
@@ -207,6 +211,9 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
     let custom: Vec<Option<&str>> = member().map(|member| member.map(|m| m.custom_id.as_str())).collect();
     let sources: Vec<Option<String>> = of().map(|job| job.who.source()).collect();
     let requests: Vec<Option<Uuid>> = of().map(|job| job.who.request).collect();
+    // PostgreSQL has no arrays of arrays of different lengths.
+    let search = |job: &NewJob| (!job.search.is_empty()).then(|| Json(job.search.iter().map(hex).collect()));
+    let search: Vec<Option<Json<Vec<String>>>> = of().map(|job| search(job)).collect();
     transaction
         .execute(
             &insert,
@@ -226,10 +233,15 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
                 &sources,
                 &requests,
                 &Action::Submit.as_str(),
+                &search,
             ],
         )
         .await?;
     Ok(())
+}
+
+fn hex(bytes: &Vec<u8>) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Takes back what was claimed for jobs that are not recorded.

@@ -31,11 +31,17 @@ pub(crate) enum Owner {
     AcmeAccount(String),
     /// The certificate of these names.
     Certificate(String),
+    /// A key of searches.
+    Search(Uuid),
 }
 
 fn secret(row: &Row) -> (Owner, Sealed) {
-    let owner: fn(String) -> Owner = if row.get(0) { Owner::AcmeAccount } else { Owner::Certificate };
-    (owner(row.get(1)), Sealed { key_id: row.get(2), bytes: Bytes::from(row.get::<_, Vec<u8>>(3)) })
+    let owner = match row.get(0) {
+        "account" => Owner::AcmeAccount(row.get(1)),
+        "certificate" => Owner::Certificate(row.get(1)),
+        _ => Owner::Search(row.get::<_, &str>(1).parse().unwrap_or_default()),
+    };
+    (owner, Sealed { key_id: row.get(2), bytes: Bytes::from(row.get::<_, Vec<u8>>(3)) })
 }
 
 impl Store {
@@ -113,9 +119,11 @@ impl Store {
         except: &HashSet<(Owner, String)>,
     ) -> Result<Vec<(Owner, Sealed)>> {
         within(async {
-            let select = "SELECT true, directory, sealing_key, credentials FROM acme_accounts \
+            let select = "SELECT 'account', directory, sealing_key, credentials FROM acme_accounts \
                           WHERE sealing_key = ANY($1) UNION ALL \
-                          SELECT false, names, sealing_key, private_key FROM acme_certificates \
+                          SELECT 'certificate', names, sealing_key, private_key FROM acme_certificates \
+                          WHERE sealing_key = ANY($1) UNION ALL \
+                          SELECT 'search', id::text, sealing_key, secret FROM search_keys \
                           WHERE sealing_key = ANY($1)";
             let rows = self.pool.get().await?.query(select, &[&keys]).await?;
             let is_known =
@@ -132,18 +140,23 @@ impl Store {
                 Owner::AcmeAccount(directory) => (
                     "UPDATE acme_accounts SET sealing_key = $2, credentials = $3 \
                      WHERE directory = $1 AND sealing_key = $4 AND credentials = $5",
-                    directory,
+                    directory.clone(),
                 ),
                 Owner::Certificate(names) => (
                     "UPDATE acme_certificates SET sealing_key = $2, private_key = $3 \
                      WHERE names = $1 AND sealing_key = $4 AND private_key = $5",
-                    names,
+                    names.clone(),
+                ),
+                Owner::Search(id) => (
+                    "UPDATE search_keys SET sealing_key = $2, secret = $3 \
+                     WHERE id::text = $1 AND sealing_key = $4 AND secret = $5",
+                    id.to_string(),
                 ),
             };
             let (new_bytes, old_bytes) = (new.bytes.as_ref(), old.bytes.as_ref());
             let connection = self.pool.get().await?;
             let values: &[&(dyn tokio_postgres::types::ToSql + Sync)] =
-                &[name, &new.key_id, &new_bytes, &old.key_id, &old_bytes];
+                &[&name, &new.key_id, &new_bytes, &old.key_id, &old_bytes];
             Ok(connection.execute(update, values).await?)
         })
         .await

@@ -1,0 +1,155 @@
+//! Search parameters as FHIR R4 has them (<https://hl7.org/fhir/R4/search.html>).
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use time::{
+    Date, Duration, Month, OffsetDateTime, format_description::well_known::Rfc3339,
+    macros::format_description,
+};
+
+/// What stands in a query as it is (RFC 3986 §2.3), and what FHIR separates with.
+const PLAIN: AsciiSet = NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~')
+    .remove(b':')
+    .remove(b',')
+    .remove(b'/')
+    .remove(b'$');
+
+/// A query.
+pub(crate) fn query<'p>(parameters: impl IntoIterator<Item = (&'p str, &'p str)>) -> String {
+    let escaped = |text: &'p str| utf8_percent_encode(text, &PLAIN);
+    let pairs: Vec<String> =
+        parameters.into_iter().map(|(name, value)| format!("{}={}", escaped(name), escaped(value))).collect();
+    pairs.join("&")
+}
+
+/// The values between commas, of which one has to match; a backslash makes a comma, a bar, a dollar sign or itself plain.
+/// `None` when one is empty, or something else is behind a backslash.
+pub(crate) fn values(text: &str) -> Option<Vec<String>> {
+    let (mut values, mut chars) = (vec![String::new()], text.chars());
+    while let Some(c) = chars.next() {
+        let c = match c {
+            ',' => {
+                values.push(String::new());
+                continue;
+            }
+            '\\' => chars.next().filter(|c| [',', '|', '$', '\\'].contains(c))?,
+            c => c,
+        };
+        values.last_mut()?.push(c);
+    }
+    values.iter().all(|value| !value.is_empty()).then_some(values)
+}
+
+/// From when, and before when.
+pub(crate) type Period = (Option<OffsetDateTime>, Option<OffsetDateTime>);
+
+/// What a date with its prefix stands for. A year, a month or a day is the whole of it, an instant its millisecond.
+pub(crate) fn period(value: &str) -> Option<Period> {
+    let letters = value.bytes().take_while(u8::is_ascii_lowercase).count();
+    let (prefix, text) = value.split_at(letters);
+    let (start, end) = instant(text).or_else(|| day(text)).or_else(|| month(text)).or_else(|| year(text))?;
+    match prefix {
+        "" | "eq" => Some((Some(start), Some(end))),
+        "ge" => Some((Some(start), None)),
+        "gt" | "sa" => Some((Some(end), None)),
+        "le" => Some((None, Some(end))),
+        "lt" | "eb" => Some((None, Some(start))),
+        _ => None,
+    }
+}
+
+type Stretch = Option<(OffsetDateTime, OffsetDateTime)>;
+
+fn between(first: Date, next: Date) -> Stretch {
+    Some((first.midnight().assume_utc(), next.midnight().assume_utc()))
+}
+
+fn instant(text: &str) -> Stretch {
+    let at = OffsetDateTime::parse(text, &Rfc3339).ok()?;
+    Some((at, at.checked_add(Duration::milliseconds(1))?))
+}
+
+fn day(text: &str) -> Stretch {
+    let date = Date::parse(text, format_description!("[year]-[month]-[day]")).ok()?;
+    between(date, date.next_day()?)
+}
+
+fn month(text: &str) -> Stretch {
+    let (year, month) = text.split_once('-').filter(|(year, month)| year.len() == 4 && month.len() == 2)?;
+    let (year, month) = (whole(year)?, Month::try_from(whole(month)? as u8).ok()?);
+    let next = if month == Month::December { year + 1 } else { year };
+    between(
+        Date::from_calendar_date(year, month, 1).ok()?,
+        Date::from_calendar_date(next, month.next(), 1).ok()?,
+    )
+}
+
+fn year(text: &str) -> Stretch {
+    let year = whole(text).filter(|_| text.len() == 4)?;
+    let first = |year| Date::from_calendar_date(year, Month::January, 1).ok();
+    between(first(year)?, first(year + 1)?)
+}
+
+/// A number of digits and nothing else.
+fn whole(text: &str) -> Option<i32> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(text: &str) -> OffsetDateTime {
+        OffsetDateTime::parse(text, &Rfc3339).unwrap()
+    }
+
+    #[test]
+    fn a_date_is_the_whole_of_it() {
+        let (day, next) = (Some(at("2026-01-31T00:00:00Z")), Some(at("2026-02-01T00:00:00Z")));
+        assert_eq!(period("2026-01-31"), Some((day, next)));
+        assert_eq!(period("ge2026-01-31"), Some((day, None)));
+        assert_eq!(period("gt2026-01-31"), Some((next, None)));
+        assert_eq!(period("le2026-01-31"), Some((None, next)));
+        assert_eq!(period("lt2026-01-31"), Some((None, day)));
+        assert_eq!(period("gt2026-01-31T00:00:00Z"), Some((Some(at("2026-01-31T00:00:00.001Z")), None)));
+        assert_eq!(period("2026-01"), Some((Some(at("2026-01-01T00:00:00Z")), next)));
+        let years = (Some(at("2025-01-01T00:00:00Z")), Some(at("2026-01-01T00:00:00Z")));
+        assert_eq!(period("2025"), Some(years));
+        assert_eq!(period("ge2025-12"), Some((Some(at("2025-12-01T00:00:00Z")), None)));
+        for bad in
+            ["", "ge", "xx2026-01-31", "2026-02-30", "31.1.2026", "9999-12-31", "+026", "2026-1", "9999"]
+        {
+            assert_eq!(period(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn commas_separate_unless_they_are_escaped() {
+        let strings = |all: &[&str]| Some(all.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>());
+        assert_eq!(values("a,b"), strings(&["a", "b"]));
+        assert_eq!(values(r"a\,b\|c\\"), strings(&[r"a,b|c\"]));
+        for bad in ["", "a,", r"a\x", r"a\"] {
+            assert_eq!(values(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_query_is_read_as_it_was_written() {
+        let pairs = [("subject:identifier", "urn:x|P 1&=ü+"), ("_id", "a,b")];
+        let written = query(pairs);
+        assert!(!written.contains(' ') && written.contains("subject:identifier="), "{written}");
+        let read: Vec<(String, String)> = written
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .map(|(n, v)| (plain(n), plain(v)))
+            .collect();
+        assert_eq!(read, pairs.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+
+    fn plain(text: &str) -> String {
+        percent_encoding::percent_decode_str(text).decode_utf8().unwrap().into_owned()
+    }
+}
