@@ -200,10 +200,10 @@ fn jpeg_size(file: &[u8]) -> Option<(u32, u32)> {
                 let is_frame = number(at + 2)? >= 8 && *file.get(at + 4)? == 8;
                 return if is_frame { Some((number(at + 7)?.into(), number(at + 5)?.into())) } else { None };
             }
-            // Other frames; the end, or the image's data, before its frame.
-            0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf | 0xd9..=0xda => return None,
-            // No segment goes with these.
-            0x00..=0x01 | 0xd0..=0xd8 => at += 2,
+            // The end, or the image's data, before its frame. Other frames decoders pass over, like anything else.
+            0xd9..=0xda => return None,
+            // What is escaped is no marker.
+            0x00 => at += 2,
             _ => at += 2 + usize::from(number(at + 2)?.max(2)),
         }
     }
@@ -280,7 +280,7 @@ mod tests {
         let mut file = Cursor::new(Vec::new());
         image::GrayImage::new(90, 80).write_to(&mut file, ImageFormat::Jpeg).unwrap();
         let jpeg = file.into_inner();
-        let profile = [&[0xff, 0xff, 0xe2, 0xff, 0xff][..], &[7; 65_533]].concat();
+        let profile = [&[0xff, 0xff, 0xe2, 0xff, 0xff][..], &vec![7; 65_533]].concat();
         let long = [&jpeg[..2], &profile.repeat(150), &jpeg[2..]].concat();
         assert_eq!(check(&long.into()), Ok(Header { format: Format::Jpeg, width: 90, height: 80 }));
         let arithmetic = jpeg.iter().scan(0, |last, byte| {

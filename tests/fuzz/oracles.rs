@@ -52,7 +52,7 @@ pub(crate) fn run((name, target): Target, input: &[u8]) {
 /// Against `serde_json::Value`, which takes names twice and has no limits: what it refuses is refused, no later in the
 /// text, and what it takes is refused for nothing else.
 fn json(input: &[u8]) {
-    let reference = serde_json::from_slice::<Value>(input);
+    let Some(reference) = reference(input) else { return };
     match (ingress::json(input), reference) {
         (Ok(()), Ok(_)) => {}
         (Ok(()), Err(error)) => panic!("taken, but {error}"),
@@ -66,6 +66,12 @@ fn json(input: &[u8]) {
             assert!(refused.code() == Code::JsonTooComplex || limits, "{refused:?}");
         }
     }
+}
+
+/// How `serde_json` reads a text; `None` when that has a name that means something to `Value`, and nothing to us.
+fn reference(input: &[u8]) -> Option<serde_json::Result<Value>> {
+    let is_special = input.windows(11).any(|window| window == b"$serde_json");
+    (!is_special).then(|| serde_json::from_slice(input))
 }
 
 fn place(error: &ApiError) -> (usize, usize) {
@@ -135,7 +141,7 @@ fn judge(payload: &Result<Payload, ApiError>, body: &[u8], root: &str) {
         }
         Err(error) => {
             assert!((1..=MAX_FAULTS).contains(&error.faults.len()));
-            let document = serde_json::from_slice::<Value>(body).ok();
+            let Some(document) = reference(body) else { return };
             for fault in &error.faults {
                 let Some(field) = &fault.field else { continue };
                 let path = fhirpath(field).unwrap_or_else(|| panic!("no FHIRPath: {field}"));
@@ -248,8 +254,10 @@ fn base64(input: &[u8]) {
     }
 }
 
-/// Against the decoders: what they read a size of has that size.
+/// Against the decoders: what they decode has the size that was read of it.
 fn header(input: &[u8]) {
+    /// What is decoded is no larger, in pixels.
+    const LARGEST: u64 = 1 << 20;
     let checked = image::check(&ImageBytes::from(input.to_vec()));
     let format = match input {
         [0xff, 0xd8, 0xff, ..] => Format::Jpeg,
@@ -259,11 +267,18 @@ fn header(input: &[u8]) {
             return;
         }
     };
-    let mut reader = ::image::ImageReader::with_format(std::io::Cursor::new(input), format.decoder());
-    let mut limits = ::image::Limits::default();
-    limits.max_alloc = Some(1 << 24);
-    reader.limits(limits);
-    let Ok(size) = reader.into_dimensions() else { return };
+    let reader = || {
+        let mut reader = ::image::ImageReader::with_format(std::io::Cursor::new(input), format.decoder());
+        let mut limits = ::image::Limits::default();
+        limits.max_alloc = Some(1 << 24);
+        reader.limits(limits);
+        reader
+    };
+    let Ok(size) = reader().into_dimensions() else { return };
+    // Decoders read on where a file makes no sense any more, and fail later.
+    if u64::from(size.0) * u64::from(size.1) > LARGEST || reader().decode().is_err() {
+        return;
+    }
     match checked {
         Ok(header) => assert_eq!((header.format, header.width, header.height), (format, size.0, size.1)),
         Err(ImageFault::TooSmall(width, height) | ImageFault::TooLarge(width, height)) => {

@@ -180,6 +180,7 @@ fn simulated_toml(
 }
 
 /// What a system consists of.
+#[expect(clippy::struct_excessive_bools, reason = "each is something that a test may want besides")]
 #[derive(Debug, Clone)]
 pub struct Setup {
     /// Ingress processes.

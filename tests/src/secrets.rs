@@ -100,11 +100,11 @@ fn note_texts(value: &Value) {
     match value {
         // An id of ours may be logged, and is asked for with the same members.
         Value::String(text) if uuid::Uuid::try_parse(text).is_err() && !text.starts_with("http") => {
-            note(text)
+            note(text);
         }
         Value::Array(items) => items.iter().for_each(note_texts),
         Value::Object(members) => {
-            members.iter().filter(|(name, _)| *name != "system").for_each(|(_, value)| note_texts(value))
+            members.iter().filter(|(name, _)| *name != "system").for_each(|(_, value)| note_texts(value));
         }
         _ => {}
     }
@@ -118,7 +118,7 @@ fn note_files(state: &Path) -> Result<()> {
         if name.ends_with(".password") || name.starts_with("client-") && path.is_file() {
             note(fs::read_to_string(&path)?.trim());
         }
-        if name == "password-pepper" || name.ends_with(".key") {
+        if name == "password-pepper" || path.extension().is_some_and(|extension| extension == "key") {
             fs::read_to_string(&path)?.split_whitespace().for_each(note);
         }
         if name == "sealing" {

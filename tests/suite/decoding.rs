@@ -10,7 +10,7 @@ use dermflow_tests::{
     wait::eventually,
 };
 
-const WITHIN: Duration = Duration::from_secs(60);
+const WITHIN: Duration = Duration::from_mins(1);
 
 fn lab(executors: &str) -> Setup {
     let worker = Worker::simulated(1).arg("--executors", executors);

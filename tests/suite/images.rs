@@ -22,7 +22,7 @@ const MEMORY_KB: u64 = 200_000;
 
 /// A picture that does not compress to nothing.
 fn picture(width: u32, height: u32) -> RgbImage {
-    RgbImage::from_fn(width, height, |x, y| image::Rgb([(x * 7 ^ y) as u8, (y * 3) as u8, (x ^ y) as u8]))
+    RgbImage::from_fn(width, height, |x, y| image::Rgb([((x * 7) ^ y) as u8, (y * 3) as u8, (x ^ y) as u8]))
 }
 
 fn encoded(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
@@ -76,7 +76,7 @@ fn flat_png(width: u32, height: u32, (colour, depth, bits): (u8, u8, u32)) -> Ve
     let header = [&width.to_be_bytes()[..], &height.to_be_bytes(), &[depth, colour, 0, 0, 0]].concat();
     let row = 1 + (width * bits).div_ceil(8) as usize;
     let data = zeros(row * height as usize);
-    [&b"\x89PNG\r\n\x1a\n"[..], &chunk(b"IHDR", &header), &chunk(b"IDAT", &data), &chunk(b"IEND", &[])]
+    [&b"\x89PNG\r\n\x1a\n"[..], &chunk(*b"IHDR", &header), &chunk(*b"IDAT", &data), &chunk(*b"IEND", &[])]
         .concat()
 }
 
@@ -87,8 +87,8 @@ fn crc(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, step)
 }
 
-fn chunk(name: &[u8; 4], data: &[u8]) -> Vec<u8> {
-    let body = [name, data].concat();
+fn chunk(name: [u8; 4], data: &[u8]) -> Vec<u8> {
+    let body = [&name[..], data].concat();
     [&(data.len() as u32).to_be_bytes()[..], &body, &crc(&body).to_be_bytes()].concat()
 }
 
@@ -175,12 +175,12 @@ fn turned(orientation: u8) -> Vec<u8> {
 
 /// A colour profile that unpacks to 100 MB.
 fn profile_bomb() -> Vec<u8> {
-    png_with(&[chunk(b"iCCP", &[b"profile\0\0", &zeros(100_000_000)[..]].concat())])
+    png_with(&[chunk(*b"iCCP", &[b"profile\0\0", &zeros(100_000_000)[..]].concat())])
 }
 
 /// An APNG that promises a million frames of the largest size.
 fn frame_bomb() -> Vec<u8> {
-    let control = chunk(b"acTL", &[1_000_000u32.to_be_bytes(), 0u32.to_be_bytes()].concat());
+    let control = chunk(*b"acTL", &[1_000_000u32.to_be_bytes(), 0u32.to_be_bytes()].concat());
     let frame: Vec<u8> =
         [0u32, 160, 120, 0, 0].into_iter().flat_map(u32::to_be_bytes).chain([0; 6]).collect();
     let png = png_with(&[control]);
@@ -188,7 +188,7 @@ fn frame_bomb() -> Vec<u8> {
     let mut frames = png[..end].to_vec();
     for number in 0..2_000u32 {
         let numbered = [&number.to_be_bytes()[..], &frame[4..]].concat();
-        frames.write_all(&chunk(b"fcTL", &numbered)).expect("memory can be written");
+        frames.write_all(&chunk(*b"fcTL", &numbered)).expect("memory can be written");
     }
     [&frames[..], &png[end..]].concat()
 }
@@ -207,6 +207,9 @@ fn children(of: u32) -> Result<Vec<u32>> {
     Ok(text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
 }
 
+/// A name, a file, and the answers that it may get: status and code.
+type Case<'a> = (&'a str, Vec<u8>, &'a [(u16, &'a str)]);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
     let worker = Worker::simulated(1);
@@ -219,7 +222,7 @@ async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
     .concat();
     let svg =
         b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='1e9' height='1e9'/>".to_vec();
-    let mut cases: Vec<(&str, Vec<u8>, &[(u16, &str)])> = vec![
+    let mut cases: Vec<Case<'_>> = vec![
         (
             "30,000 x 30,000 PNG of one colour",
             flat_png(30_000, 30_000, BLACK_OR_WHITE),

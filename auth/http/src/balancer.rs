@@ -28,6 +28,9 @@ use crate::forwarded;
 /// Afterwards whoever reads does so with more room, past this buffer.
 const CHUNK_BYTES: usize = 512;
 
+/// Bytes of a header of version 1 (§2.1).
+const MAX_V1_BYTES: usize = 107;
+
 /// A connection, with what was read of it while there was a header to look for.
 pub(crate) type Stream = BufReader<TcpStream>;
 
@@ -104,6 +107,10 @@ pub(crate) async fn read_header(stream: &mut (impl AsyncBufRead + Unpin)) -> io:
         let (seen, arrived) = (header.len(), chunk.len());
         header.extend_from_slice(chunk);
         match ProxyHeader::parse(&header, config) {
+            // One that comes in pieces is refused for that, and so is one that does not.
+            Ok((_, length)) if header.starts_with(b"P") && length > MAX_V1_BYTES => {
+                return Err(ErrorKind::InvalidData.into());
+            }
             Ok((header, length)) => {
                 stream.consume(length.saturating_sub(seen));
                 return Ok(header.proxied_address().map(|addresses| addresses.source.ip()));
@@ -234,6 +241,7 @@ mod tests {
             ("too short for its addresses", with(15, 11)),
             ("longer than any", oversized),
             ("a line without end", endless),
+            ("a line longer than any", [&b"PROXY UNKNOWN "[..], &[b'x'; 100], b"\r\n"].concat()),
             ("a name for an address", b"PROXY TCP4 localhost 10.0.0.1 1 443\r\n".to_vec()),
             ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec()),
             ("HTTP", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec()),

@@ -105,18 +105,16 @@ async fn sealed(client: &Client, keys: &Keys) -> Result<Vec<Finding>> {
         let all: i64 = stored.iter().map(count).sum();
         let unknown: i64 = stored.iter().filter(|of| keys.find(&of.key).is_none()).map(count).sum();
         let under = stored.iter().filter(|of| count(of) > 0).map(|of| of.key.as_str()).collect::<Vec<_>>();
-        let mut seen = format!("{all} under {} keys", under.len());
-        if !under.is_empty() {
-            seen += &format!(": {}", under.join(", "));
-        }
+        let mut seen = vec![format!("{all} under {} keys", under.len())];
+        seen.extend(under.iter().map(|&key| key.to_owned()));
         let mut protection = Protection::unless(in_clear, Protection::Sealed);
         if in_clear > 0 {
-            seen += &format!("; {in_clear} in clear");
+            seen.push(format!("{in_clear} in clear"));
         } else if unknown > 0 {
             protection = Protection::Unknown;
-            seen += &format!("; {unknown} under keys that are not there");
+            seen.push(format!("{unknown} under keys that are not there"));
         }
-        Finding::store(name, protection, seen, "the key and the first bytes of each")
+        Finding::store(name, protection, seen.join(", "), "the key and the first bytes of each")
     };
     Ok(vec![
         judge("reports", reports_in_clear, |of| of.reports),
