@@ -95,8 +95,11 @@ pub const MAX_PAGE: usize = 1_000;
 pub const DEFAULT_PAGE: usize = 50;
 /// Reports on a page when the caller does not say how many.
 pub const REPORT_PAGE: usize = 20;
-/// Reports on a page at most: they are opened and held at once, and with heat maps each is some hundred KiB.
+/// Reports on a page at most: they are opened and held at once.
 pub const MAX_REPORT_PAGE: usize = 50;
+/// A page of reports ends after as many bytes, and the next one goes on from there: with heat maps one report has up to
+/// 6 MB.
+pub const REPORT_PAGE_BYTES: usize = 8 * 1024 * 1024;
 /// Parameters of a search: FHIR lets them be repeated, and each is a condition of the statement.
 pub const MAX_SEARCH_PARAMETERS: usize = 32;
 /// Of the digests that reports are searched by: 128 bits, which no two texts share by chance.

@@ -10,7 +10,7 @@ use axum::{
 use dermflow_schemas::{
     error::{ApiError, Code},
     id::{ClientId, JobId},
-    job::State as JobState,
+    job::{Lane, State as JobState},
     limits::{MAX_FORM_BYTES, MAX_REPORT_PAGE, MAX_SEARCH_PARAMETERS, REPORT_PAGE},
 };
 use serde_json::{Value, json};
@@ -27,11 +27,12 @@ use crate::{
     index::{self, Kind},
     prefer,
     routes::{
+        analyze::Turn,
         openapi::{Any, Bundle, Guarded, Negotiated, Own, Part, Queried, Reads, Typed},
         status,
     },
     store::reports::{AnyOf, Found, Search as Wanted},
-    submit::{ended, internal, open},
+    submit::{blocking, ended, internal, open},
 };
 
 /// What reports are searched for; the same in a form.
@@ -113,7 +114,7 @@ pub(crate) async fn search(
         return Err(Code::NotAcceptable.into());
     }
     let Query(parameters) = query.map_err(|_| ApiError::from(Code::QueryInvalid).at("query"))?;
-    found(&app, client, &parameters, &headers).await
+    found(app, client, &parameters, &headers).await
 }
 
 /// The same with a form, whose fields are in no URL.
@@ -137,20 +138,21 @@ pub(crate) async fn search_form(
     let form = form_pairs(&headers, bytes).await;
     let rule = "application/x-www-form-urlencoded";
     parameters.extend(form.ok_or_else(|| ApiError::from(Code::MediaType).at("Content-Type").detail(rule))?);
-    found(&app, client, &parameters, &headers).await
+    found(app, client, &parameters, &headers).await
 }
 
 async fn found(
-    app: &App,
+    app: Arc<App>,
     client: ClientId,
     parameters: &[(String, String)],
     headers: &HeaderMap,
 ) -> Result<Response, Problem> {
-    let asked = Asked::read(app, client, parameters, prefer::is_lenient(headers))?;
-    // One more tells whether there is another page.
-    let mut reports = app.store.search(client, &asked.wanted, asked.count + 1).await?;
-    let more = reports.len() > asked.count;
-    reports.truncate(asked.count);
+    let asked = Asked::read(&app, client, parameters, prefer::is_lenient(headers))?;
+    let _turn = Turn::new(&app, client, Lane::Interactive)?;
+    let (reports, more) = app.store.search(client, &asked.wanted, asked.count).await?;
+    let kib = reports.iter().map(|found| found.sealed.bytes.len()).sum::<usize>() / 1024;
+    let memory = app.bounds.bodies.kib().try_acquire_many_owned(kib as u32);
+    let _memory = memory.map_err(|_| Code::Overloaded)?;
     let url = |cursor: Option<String>| {
         let cursor = cursor.as_deref().map(|cursor| ("_cursor", cursor));
         let used = asked.used.iter().map(|(name, value)| (name.as_str(), value.as_str()));
@@ -162,13 +164,16 @@ async fn found(
         links.push(json!({"relation": "next", "url": url(Some(cursor(last)))}));
     }
     let deeds: Vec<Deed> = reports.iter().map(|found| Deed::ended(found.job, true)).collect();
-    let entries: Vec<Value> = reports.iter().flat_map(|found| entries(app, found, asked.separate)).collect();
-    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
-    if !entries.is_empty() {
-        bundle["entry"] = json!(entries);
-    }
+    let body = blocking(move || {
+        let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
+        if !reports.is_empty() {
+            let entries = reports.into_iter().flat_map(|found| entries(&app, &found, asked.separate));
+            bundle["entry"] = Value::Array(entries.collect());
+        }
+        bundle.to_string().into_bytes()
+    });
     let deeds = if deeds.is_empty() { Deeds::Status(None) } else { Deeds::Each(deeds) };
-    Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
+    Ok(deeds.of(answer::fhir(StatusCode::OK, body.await?)))
 }
 
 /// A report, with its parts when they are asked for; or why it cannot be opened.
@@ -188,7 +193,10 @@ fn entries(app: &App, found: &Found, separate: bool) -> Vec<Value> {
     let entry = |(n, resource): (usize, Value)| {
         let text = |name: &str| resource[name].as_str().unwrap_or_default().to_owned();
         let full = format!("{}/fhir/{}/{}", app.public_url, text("resourceType"), text("id"));
-        json!({"fullUrl": full, "resource": resource, "search": {"mode": if n == 0 { "match" } else { "include" }}})
+        let mode = if n == 0 { "match" } else { "include" };
+        let mut entry = json!({"fullUrl": full, "search": {"mode": mode}});
+        entry["resource"] = resource;
+        entry
     };
     resources.into_iter().enumerate().map(entry).collect()
 }

@@ -3,6 +3,7 @@
 use dermflow_auth::db::within;
 use dermflow_schemas::{
     id::{ClientId, JobId},
+    limits::REPORT_PAGE_BYTES,
     seal::Sealed,
 };
 use time::OffsetDateTime;
@@ -71,11 +72,18 @@ fn place<'v>(values: &mut Vec<&'v (dyn ToSql + Sync)>, value: &'v (dyn ToSql + S
 }
 
 impl Store {
-    /// A client's reports, `limit` at most.
-    pub(crate) async fn search(&self, client: ClientId, search: &Search, limit: usize) -> Result<Vec<Found>> {
+    /// A client's reports, `limit` at most and no further than [`REPORT_PAGE_BYTES`]; and whether there are more.
+    pub(crate) async fn search(
+        &self,
+        client: ClientId,
+        search: &Search,
+        limit: usize,
+    ) -> Result<(Vec<Found>, bool)> {
         within(async {
-            let (client, limit) = (client.uuid(), limit as i64);
-            let mut values: Vec<&(dyn ToSql + Sync)> = vec![&client, &limit];
+            // One more tells whether there are more.
+            let (client, rows) = (client.uuid(), limit as i64 + 1);
+            let bytes = REPORT_PAGE_BYTES as i64;
+            let mut values: Vec<&(dyn ToSql + Sync)> = vec![&client, &rows, &bytes];
             let mut conditions =
                 vec!["jobs.client = $1 AND state = 'succeeded' AND deleted_at IS NULL".to_owned()];
             let time = if search.by_end { "finished_at" } else { "accepted_at" };
@@ -104,17 +112,24 @@ impl Store {
                 conditions.push(format!("({time}, jobs.id) {beyond} (${at}, ${id})"));
             }
             let select = format!(
-                "SELECT jobs.id, {time}, key_id, sealed FROM jobs JOIN reports ON job = jobs.id WHERE {} \
-                 ORDER BY {time} {order}, jobs.id {order} LIMIT $2",
+                "SELECT id, at, key_id, CASE WHEN before < $3 THEN sealed END FROM \
+                 (SELECT *, coalesce(sum(octet_length(sealed)) OVER \
+                 (ORDER BY at {order}, id {order} ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before FROM \
+                 (SELECT jobs.id, {time} AS at, key_id, sealed FROM jobs JOIN reports ON job = jobs.id WHERE {} \
+                 ORDER BY {time} {order}, jobs.id {order} LIMIT $2) AS page) AS measured ORDER BY at {order}, id {order}",
                 conditions.join(" AND ")
             );
             let rows = self.pool.get().await?.query(&select, &values).await?;
-            let found = rows.iter().map(|row| Found {
-                job: row.get::<_, Uuid>(0).into(),
-                at: row.get(1),
-                sealed: Sealed { key_id: row.get(2), bytes: row.get::<_, Vec<u8>>(3).into() },
+            let found = rows.iter().take(limit).map_while(|row| {
+                Some(Found {
+                    job: row.get::<_, Uuid>(0).into(),
+                    at: row.get(1),
+                    sealed: Sealed { key_id: row.get(2), bytes: row.get::<_, Option<Vec<u8>>>(3)?.into() },
+                })
             });
-            Ok(found.collect())
+            let found: Vec<Found> = found.collect();
+            let more = found.len() < rows.len();
+            Ok((found, more))
         })
         .await
     }
