@@ -5,13 +5,17 @@
 
 use std::{
     collections::BTreeMap,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::Poll,
 };
 
-use dermflow_schemas::error::Code;
+use dermflow_schemas::{error::Code, limits::ROOM_PATIENCE};
+use futures_util::poll;
 use tokio::{
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -91,22 +95,25 @@ impl Arrival {
     /// Holds so many KiB, no fewer than before.
     ///
     /// # Errors
-    /// [`Code::Overloaded`] when there is no room: then it is this body that began last.
+    /// [`Code::Overloaded`] when there is no room: this body began last, or uploads were in line for it before.
     pub(crate) async fn hold(&mut self, kib: usize) -> Result<(), Code> {
         let held = self.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
         let missing = kib.saturating_sub(held);
         if missing == 0 {
             return Ok(());
         }
-        let semaphore = self.bodies.kib();
-        let more = match semaphore.clone().try_acquire_many_owned(missing as u32) {
-            Ok(more) => more,
-            Err(_) if self.bodies.make_room(self.number, missing) => select! {
-                more = semaphore.acquire_many_owned(missing as u32) => more.map_err(|_| Code::Overloaded)?,
-                () = self.given_up.cancelled() => return Err(Code::Overloaded),
+        let (semaphore, free) = (self.bodies.kib(), self.bodies.kib.available_permits());
+        let mut more = pin!(semaphore.acquire_many_owned(missing as u32));
+        // In line before anybody gives up: what is left is this body's.
+        let more = match poll!(more.as_mut()) {
+            Poll::Ready(more) => more.ok(),
+            Poll::Pending if self.bodies.make_room(self.number, missing.saturating_sub(free)) => select! {
+                more = timeout(ROOM_PATIENCE, more) => more.ok().and_then(Result::ok),
+                () = self.given_up.cancelled() => None,
             },
-            Err(_) => return Err(Code::Overloaded),
+            Poll::Pending => None,
         };
+        let more = more.ok_or(Code::Overloaded)?;
         match &mut self.memory {
             Some(memory) => memory.merge(more),
             None => self.memory = Some(more),
@@ -158,6 +165,32 @@ mod tests {
         assert_eq!(third.arrived().unwrap_err(), Code::Overloaded);
         let first = timeout(Duration::from_secs(5), grown).await.unwrap().unwrap();
         assert_eq!(first.arrived().unwrap().num_permits(), 5);
+    }
+
+    #[tokio::test]
+    async fn what_is_free_counts() {
+        let bodies = Bodies::new(10);
+        let [mut first, mut second] = [(); 2].map(|()| bodies.begin());
+        first.hold(4).await.unwrap();
+        second.hold(1).await.unwrap();
+        let grown = tokio::spawn(async move { first.hold(10).await });
+        timeout(Duration::from_secs(5), second.given_up()).await.unwrap();
+        drop(second);
+        grown.await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_in_line_behind_an_upload_is_told_soon() {
+        let bodies = Bodies::new(10);
+        let [mut first, mut second] = [(); 2].map(|()| bodies.begin());
+        second.hold(8).await.unwrap();
+        let upload = tokio::spawn(bodies.kib().acquire_many_owned(10));
+        tokio::task::yield_now().await;
+        let refused = tokio::spawn(async move { first.hold(4).await });
+        timeout(Duration::from_secs(5), second.given_up()).await.unwrap();
+        drop(second);
+        assert_eq!(refused.await.unwrap(), Err(Code::Overloaded));
+        drop(upload.await.unwrap().unwrap());
     }
 
     #[tokio::test]

@@ -42,6 +42,9 @@ pub const MAX_FORM_BYTES: usize = 8 * 1024;
 
 /// Request bodies held in memory at once, in bytes, per ingress process; the next one gets a 503.
 pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
+/// How long a body waits for what newer ones were told to leave; more than they need for that, unless uploads are in line
+/// before it.
+pub const ROOM_PATIENCE: Duration = Duration::from_secs(1);
 /// Sealed payloads on their way to the broker at once, in bytes, per ingress process. A frozen broker holds
 /// no more than this of our memory.
 pub const PUBLISH_MEMORY_BYTES: usize = 64 * 1024 * 1024;

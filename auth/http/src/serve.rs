@@ -260,8 +260,10 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 }
                 router.call(request)
             });
-            converse(pin!(builder.serve_connection(TokioIo::new(stream), service)), spoke, is_h2, &stop)
-                .await;
+            let connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+            let conversation = converse(connection, spoke, is_h2, &stop);
+            // A peer of HTTP/2 may leave an answer waiting for as long as it likes.
+            let _ = timeout(if is_surplus { HEADER_TIMEOUT } else { Duration::MAX }, conversation).await;
         }
     };
     accept(listener, door, stop, serve).await;

@@ -2,11 +2,12 @@
 
 use std::{future::Future, pin::Pin, time::Duration};
 
+use axum::http::{HeaderMap, Method, header};
 use dermflow_auth::db::DbError;
 use dermflow_http::certificate::{renewal_id, validity};
 use dermflow_schemas::{
     clock,
-    limits::ACME_SPREAD,
+    limits::{ACME_ASK, ACME_ASK_BOUNDS, ACME_SPREAD},
     seal::{Content, SealError},
 };
 use http_body_util::BodyExt;
@@ -69,12 +70,6 @@ impl Failure {
         }
     }
 
-    /// The server does not take an order in the place of the certificate that there is: without that it may (RFC 9773 §5).
-    fn is_of_replacement(&self) -> bool {
-        let is_unsupported = matches!(self, Self::Server(instant_acme::Error::Unsupported(_)));
-        is_unsupported || matches!(self.kind(), "alreadyReplaced" | "malformed")
-    }
-
     /// The server does not know the account, or no longer takes it: another one is needed.
     fn is_of_account(&self) -> bool {
         matches!(self.kind(), "accountDoesNotExist" | "unauthorized")
@@ -116,7 +111,8 @@ pub(super) async fn obtain(app: &App, acme: &Acme, holder: Uuid) -> Result<Obtai
         .and_then(|(chain, ..)| identifier(&chain))
         .map(|replaced| NewOrder::new(&identifiers).replaces(replaced));
     let mut placed = place(app, acme, replacing.as_ref().unwrap_or(&plain)).await;
-    if replacing.is_some() && placed.as_ref().is_err_and(Failure::is_of_replacement) {
+    // Servers refuse what is to be replaced in many words, among them those for an account that is none (RFC 9773 §5).
+    if replacing.is_some() && matches!(placed, Err(Failure::Server(_))) {
         placed = place(app, acme, &plain).await;
     }
     if let Err(failure) = &placed
@@ -233,11 +229,29 @@ impl HttpClient for Http {
         let other = |error: reqwest::Error| instant_acme::Error::Other(error.into());
         Box::pin(async move {
             let (parts, body) = request.into_parts();
+            let is_read = parts.method == Method::GET;
             let Ok(body) = body.collect().await;
             let request = axum::http::Request::from_parts(parts, body.to_bytes());
             let answer = http.execute(request.try_into().map_err(other)?).await.map_err(other)?;
-            Ok(axum::http::Response::<reqwest::Body>::from(answer).into())
+            let mut answer = axum::http::Response::<reqwest::Body>::from(answer);
+            if is_read {
+                bound_pause(answer.headers_mut());
+            }
+            Ok(answer.into())
         })
+    }
+}
+
+/// The client library takes no renewal information without a `Retry-After`, which may be left out (RFC 9773 §4.3.3), and adds
+/// whatever number stands there to the time.
+fn bound_pause(headers: &mut HeaderMap) {
+    let named = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+    let is_sound = |named: &str| {
+        let is_number = named.bytes().all(|byte| byte.is_ascii_digit());
+        !is_number || named.parse().is_ok_and(|seconds: u64| seconds <= ACME_ASK_BOUNDS[1].as_secs())
+    };
+    if !named.is_some_and(is_sound) {
+        headers.insert(header::RETRY_AFTER, ACME_ASK.as_secs().into());
     }
 }
 
@@ -262,6 +276,22 @@ mod tests {
         assert_eq!(identifier(&chain).unwrap().to_string(), "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE");
         assert!(identifier("nonsense").is_none());
         assert!(identifier(&CertificateParams::default().self_signed(&key).unwrap().pem()).is_none());
+    }
+
+    #[test]
+    fn a_pause_is_named_and_has_an_end() {
+        let bounded = |named: Option<&'static str>| {
+            let mut headers = HeaderMap::new();
+            headers.extend(named.map(|named| (header::RETRY_AFTER, header::HeaderValue::from_static(named))));
+            bound_pause(&mut headers);
+            headers[header::RETRY_AFTER].to_str().unwrap().to_owned()
+        };
+        let six_hours = "21600";
+        assert_eq!(bounded(None), six_hours);
+        assert_eq!(bounded(Some("18446744073709551615")), six_hours);
+        assert_eq!(bounded(Some("99999999999999999999")), six_hours);
+        assert_eq!(bounded(Some("3600")), "3600");
+        assert_eq!(bounded(Some("Fri, 01 Jan 2027 00:00:00 GMT")), "Fri, 01 Jan 2027 00:00:00 GMT");
     }
 
     #[test]
