@@ -87,7 +87,7 @@ async fn clients_sign_in() -> Result<()> {
     // Signed with our key: nothing but the time is wrong.
     let tokens = Tokens::open(&lab.signing_keys(), &lab.url(0))?;
     let (client, credential) = (Uuid::new_v4().into(), Uuid::new_v4());
-    let grant = Grant { client, credential, scope: String::new(), ends: None, after: None };
+    let grant = Grant { client, credential, scope: String::new(), ends: None, after: None, bound_to: None };
     let old = tokens.issue(grant, clock::now() - Duration::from_hours(1))?;
     let expired = anonymous.with_token(old.expose_secret()).get("/device-information").await?;
     assert_eq!((expired.status, &expired.body["detail"]), (401, &json!("Expired token")));
