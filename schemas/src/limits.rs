@@ -19,8 +19,15 @@ pub const MAX_DECODE_BYTES: u64 = 192 * 1024 * 1024;
 /// Address space of a decoder's process. Beside its program, a progressive JPEG of [`MAX_PIXELS`] takes six bytes a pixel
 /// for its coefficients and three for the pixels: 360 MB.
 pub const DECODER_ADDRESS_SPACE: u64 = 448 * 1024 * 1024;
-/// One image in it: ten times what 40 megapixels take. Twice this is less than [`DEFAULT_JOB_TIMEOUT`].
+/// All images of an attempt in it, and in the one that takes its place: three times what three of 40 megapixels take. A
+/// third of the job timeout at most, so that a decoder which hangs is ended before its executor counts as hung.
 pub const DECODE_DEADLINE: Duration = Duration::from_secs(10);
+/// Attempts at a job over which decoders died or did not finish in time, before its image is to blame: from the second one
+/// on, a job has its worker for itself.
+pub const DECODER_ATTEMPTS: u32 = 2;
+/// After a decoder could not be started, before its executor gives the job back: what is short may come back, and an
+/// executor that cannot work must not run through the queue.
+pub const DECODER_PAUSE: Duration = Duration::from_secs(1);
 /// JSON values in one request: a full request has about 60; more is an attempt to exhaust memory.
 pub const MAX_JSON_VALUES: u32 = 2_000;
 /// Bytes of a member's name in JSON.

@@ -2,7 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use dermflow_schemas::{envelope::Payload, limits::MAX_HEAT_MAPS};
+use dermflow_schemas::{
+    envelope::Payload,
+    error::Code,
+    limits::{DECODER_ATTEMPTS, MAX_HEAT_MAPS},
+};
 
 use crate::{
     decode::{DecodeError, Picture},
@@ -67,7 +71,7 @@ pub struct Analysis {
 /// Why there is no analysis.
 #[derive(Debug, thiserror::Error)]
 pub enum AnalysisError {
-    /// The image with this index, from 0, does not decode. Permanent.
+    /// The image with this index, from 0, does not decode. Permanent, unless its decoder is to blame.
     #[error("image {0} does not decode: {1}")]
     Undecodable(usize, DecodeError),
     /// The model's answer is not one finite number per class and place. Permanent: models are deterministic.
@@ -81,7 +85,21 @@ pub enum AnalysisError {
     Withdrawn,
 }
 
-/// Analyses every image of `payload`, unless it turns out to be `withdrawn` before one of them.
+impl AnalysisError {
+    /// What to fail with when no further attempt does better than this one; `None` when none would.
+    pub fn transient(&self, attempt: u32) -> Option<Code> {
+        match self {
+            Self::Undecodable(_, DecodeError::NotStarted(_)) | Self::Engine(_) => Some(Code::AnalysisFailed),
+            Self::Undecodable(_, DecodeError::Died(_) | DecodeError::Slow) => {
+                (attempt < DECODER_ATTEMPTS).then_some(Code::ImageUndecodable)
+            }
+            Self::Undecodable(..) | Self::Unusable | Self::Withdrawn => None,
+        }
+    }
+}
+
+/// Analyses every image of `payload`, unless it turns out to be `withdrawn` before one of them. Decoders have the time
+/// `decoding` for all of them.
 ///
 /// # Errors
 /// See [`AnalysisError`].
@@ -90,6 +108,7 @@ pub fn analyse(
     model: &Model,
     payload: &Payload,
     attempt: u32,
+    mut decoding: Duration,
     withdrawn: &dyn Fn() -> bool,
 ) -> Result<Analysis, AnalysisError> {
     let mut analysis = Analysis { findings: Vec::new(), in_model: Duration::ZERO };
@@ -97,8 +116,10 @@ pub fn analyse(
         if withdrawn() {
             return Err(AnalysisError::Withdrawn);
         }
-        let picture = Picture::decode(file.as_slice(), entry.format)
+        let start = Instant::now();
+        let picture = Picture::decode_by(file.as_slice(), entry.format, start + decoding)
             .map_err(|error| AnalysisError::Undecodable(index, error))?;
+        decoding = decoding.saturating_sub(start.elapsed());
         let quality = Quality::of(&picture);
         let sha256 = file.sha256();
         let start = Instant::now();
@@ -142,6 +163,7 @@ mod tests {
     use dermflow_schemas::{
         envelope::{ImageEntry, Manifest},
         image::Format,
+        limits::{DECODE_DEADLINE, MAX_ATTEMPTS},
     };
     use std::{
         path::Path,
@@ -163,7 +185,7 @@ mod tests {
 
     fn analysed(model: &Model, files: &[Vec<u8>], attempt: u32) -> Result<Analysis, AnalysisError> {
         let mut engine = factory(model, Path::new("unused")).unwrap()().unwrap();
-        analyse(&mut *engine, model, &payload(files), attempt, &|| false)
+        analyse(&mut *engine, model, &payload(files), attempt, DECODE_DEADLINE, &|| false)
     }
 
     #[test]
@@ -192,7 +214,8 @@ mod tests {
         let analysed = AtomicUsize::new(0);
         let mut engine = Counting(&analysed);
         let payload = payload(&[image.clone(), image.clone(), image]);
-        let ended = analyse(&mut engine, &model, &payload, 1, &|| analysed.load(Ordering::SeqCst) == 1);
+        let withdrawn = || analysed.load(Ordering::SeqCst) == 1;
+        let ended = analyse(&mut engine, &model, &payload, 1, DECODE_DEADLINE, &withdrawn);
         assert!(matches!(ended, Err(AnalysisError::Withdrawn)));
         assert_eq!(analysed.into_inner(), 1);
     }
@@ -202,6 +225,20 @@ mod tests {
         let broken = b"\xff\xd8\xff\xe0 no image".to_vec();
         let error = analysed(&simulated(&[]), &[jpeg(96, 80, None), broken], 1);
         assert!(matches!(error, Err(AnalysisError::Undecodable(1, _))));
+    }
+
+    /// A file that does not decode never will; whoever has no decoder, or lost one, tries again.
+    #[test]
+    fn what_a_decoder_is_to_blame_for_is_tried_again() {
+        let transient = |error, attempt| AnalysisError::Undecodable(0, error).transient(attempt);
+        for lost in [|| DecodeError::Slow, || DecodeError::Died("signal: 9".into())] {
+            assert_eq!(transient(lost(), 1), Some(Code::ImageUndecodable));
+            assert_eq!(transient(lost(), DECODER_ATTEMPTS), None);
+        }
+        let no_decoder = DecodeError::NotStarted("out of memory".into());
+        assert_eq!(transient(no_decoder, MAX_ATTEMPTS - 1), Some(Code::AnalysisFailed));
+        assert_eq!(transient(DecodeError::CutShort, 1), None);
+        const { assert!(DECODER_ATTEMPTS < MAX_ATTEMPTS) };
     }
 
     #[test]

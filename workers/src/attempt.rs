@@ -179,9 +179,10 @@ impl Attempts {
             }
         };
         let (model, attempt, files) = (self.model.clone(), delivery.attempt, payload.clone());
+        let decoding = self.timing.decoding;
         let withdrawn = delivery.held.token().clone();
         let work = move |engine: &mut dyn crate::engine::Engine| {
-            analyse(engine, &model, &files, attempt, &|| withdrawn.is_cancelled())
+            analyse(engine, &model, &files, attempt, decoding, &|| withdrawn.is_cancelled())
         };
         match self.executors.run(slot, self.timing.job, work).await {
             Ok(Ok(analysis)) => self.report(delivery, &payload, &analysis),
@@ -358,10 +359,12 @@ impl Delivery {
     }
 
     fn refused(&self, error: &AnalysisError) -> Verdict {
+        if let Some(code) = error.transient(self.attempt) {
+            return Verdict::Again(code);
+        }
         match error {
             AnalysisError::Undecodable(image, _) => self.failed(Code::ImageUndecodable, Some(*image)),
-            AnalysisError::Unusable => self.failed(Code::AnalysisFailed, None),
-            AnalysisError::Engine(_) => Verdict::Again(Code::AnalysisFailed),
+            AnalysisError::Unusable | AnalysisError::Engine(_) => self.failed(Code::AnalysisFailed, None),
             AnalysisError::Withdrawn => Verdict::Withdrawn,
         }
     }

@@ -4,10 +4,11 @@
 //! The worker starts its own program again as `worker decode-child`, at once, and keeps it. They talk over a socket: a file
 //! goes in, pixels or a reason come out. The child may open no file and no connection, and has
 //! [`limits::DECODER_ADDRESS_SPACE`] for itself. One that dies is replaced, and the image tried once more, as somebody may
-//! have killed an innocent one; then the image is given up, for good.
+//! have killed an innocent one; then the attempt at its job is given up.
 
 use std::{
     cell::RefCell,
+    env,
     io::{self, ErrorKind, Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
@@ -15,18 +16,28 @@ use std::{
     },
     path::PathBuf,
     process::{Child, Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
 use dermflow_schemas::{image::Format, limits};
 use image::{RgbImage, metadata::Orientation};
-use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
+use rustix::{
+    process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit},
+    thread::set_no_new_privs,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::decode::{DecodeError, Picture};
 
 /// The argument that makes a worker's program a decoder.
 pub const ARGUMENT: &str = "decode-child";
+/// The running program, even when its file was replaced or is gone.
+pub const OWN_PROGRAM: &str = "/proc/self/exe";
+/// What a decoder gets of its worker's environment, which may hold secrets.
+const ENVIRONMENT: [&str; 2] = ["RUST_LOG", "LD_LIBRARY_PATH"];
+/// What a child says once its limits are set.
+const READY: [u8; 1] = [1];
 
 /// Where the threads of executors decode.
 #[derive(Debug, Clone)]
@@ -38,14 +49,14 @@ pub enum Decoding {
 }
 
 impl Decoding {
-    /// From now on this thread decodes like that. A child is started now.
+    /// From now on this thread decodes like that. A child is started now, and has answered.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn enter(&self) -> io::Result<()> {
         let Self::InChild(program) = self else { return Ok(()) };
         let mut decoder = Decoder { program: program.clone(), running: None };
-        decoder.running = Some(decoder.start()?);
+        decoder.running = Some(decoder.start(Instant::now() + limits::DECODE_DEADLINE)?);
         DECODER.set(Some(decoder));
         Ok(())
     }
@@ -55,9 +66,9 @@ thread_local! {
     static DECODER: RefCell<Option<Decoder>> = const { RefCell::new(None) };
 }
 
-/// Decodes in this thread's child; `None` when it has none.
-pub(crate) fn decode(file: &[u8], format: Format) -> Option<Result<Picture, DecodeError>> {
-    DECODER.with_borrow_mut(|decoder| decoder.as_mut().map(|decoder| decoder.decode(file, format)))
+/// Decodes in this thread's child, by `deadline`; `None` when it has none.
+pub(crate) fn decode(file: &[u8], format: Format, deadline: Instant) -> Option<Result<Picture, DecodeError>> {
+    DECODER.with_borrow_mut(|decoder| decoder.as_mut().map(|decoder| decoder.decode(file, format, deadline)))
 }
 
 #[derive(Debug)]
@@ -68,15 +79,19 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn decode(&mut self, file: &[u8], format: Format) -> Result<Picture, DecodeError> {
+    fn decode(&mut self, file: &[u8], format: Format, deadline: Instant) -> Result<Picture, DecodeError> {
         let mut again = true;
         loop {
             // Out of its place: what ends here before its time, by whatever way, leaves nobody with half an answer.
             let mut running = match self.running.take() {
                 Some(running) => running,
-                None => self.start().map_err(|error| DecodeError::Died(error.to_string()))?,
+                None => self.start(deadline).map_err(|error| {
+                    tracing::error!(%error, "no decoder");
+                    thread::sleep(limits::DECODER_PAUSE);
+                    DecodeError::NotStarted(error.to_string())
+                })?,
             };
-            let error = match running.ask(file, format) {
+            let error = match running.ask(file, format, deadline) {
                 Ok(answer) => {
                     self.running = Some(running);
                     return answer;
@@ -96,16 +111,25 @@ impl Decoder {
         }
     }
 
-    fn start(&self) -> io::Result<Running> {
+    /// A child that has set its limits.
+    ///
+    /// # Errors
+    /// When there is none by `deadline`.
+    fn start(&self, deadline: Instant) -> io::Result<Running> {
         let (socket, other) = UnixStream::pair()?;
         let process = Command::new(&self.program)
             .arg(ARGUMENT)
+            .env_clear()
+            .envs(ENVIRONMENT.iter().filter_map(|name| Some((name, env::var_os(name)?))))
             .stdin(OwnedFd::from(other))
             .stdout(Stdio::null())
             // Ctrl-C is for the worker, who then ends what it works on.
             .process_group(0)
             .spawn()?;
-        Ok(Running { process, socket })
+        let running = Running { process, socket };
+        let mut said = [0];
+        Timed { socket: &running.socket, deadline }.read_exact(&mut said)?;
+        if said == READY { Ok(running) } else { Err(ErrorKind::InvalidData.into()) }
     }
 }
 
@@ -119,9 +143,14 @@ impl Running {
     /// What came of a file.
     ///
     /// # Errors
-    /// When the child has died, or does not finish within [`limits::DECODE_DEADLINE`].
-    fn ask(&mut self, file: &[u8], format: Format) -> io::Result<Result<Picture, DecodeError>> {
-        let mut wire = Timed { socket: &self.socket, deadline: Instant::now() + limits::DECODE_DEADLINE };
+    /// When the child has died, or does not finish by `deadline`.
+    fn ask(
+        &mut self,
+        file: &[u8],
+        format: Format,
+        deadline: Instant,
+    ) -> io::Result<Result<Picture, DecodeError>> {
+        let mut wire = Timed { socket: &self.socket, deadline };
         let length = u32::try_from(file.len()).map_err(io::Error::other)?;
         wire.write_all(&[u8::from(format == Format::Png)])?;
         wire.write_all(&length.to_le_bytes())?;
@@ -209,11 +238,13 @@ pub fn serve() -> io::Result<()> {
     let context = runtime.enter();
     let ignored = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     set_parent_process_death_signal(Some(Signal::KILL))?;
+    set_no_new_privs(true)?;
     let mut socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let limits = [(Resource::As, limits::DECODER_ADDRESS_SPACE), (Resource::Nofile, 0), (Resource::Core, 0)];
     for (resource, most) in limits {
         setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
     }
+    socket.write_all(&READY)?;
     let mut format = [0];
     while socket.read(&mut format)? == 1 {
         let length = number(&mut socket)? as usize;
@@ -246,6 +277,24 @@ fn answer(socket: &mut UnixStream, decoded: Result<Picture, DecodeError>) -> io:
             say([reason.len() as u32, 0, 0]);
             socket.write_all(&head)?;
             socket.write_all(reason)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No program, and one that is no decoder: no start, and nothing is said of the image.
+    #[test]
+    fn a_decoder_that_cannot_be_started_is_not_the_fault_of_an_image() {
+        for program in ["/nowhere/worker", "/bin/true"] {
+            let decoding = Decoding::InChild(program.into());
+            assert!(decoding.enter().is_err(), "{program}");
+            let mut decoder = Decoder { program: program.into(), running: None };
+            let deadline = Instant::now() + limits::DECODE_DEADLINE;
+            let answer = decoder.decode(b"", Format::Png, deadline);
+            assert!(matches!(answer, Err(DecodeError::NotStarted(_))), "{program}: {answer:?}");
         }
     }
 }

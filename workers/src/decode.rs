@@ -1,6 +1,6 @@
 //! From a file's bytes to pixels, with limits before every allocation.
 
-use std::io::Cursor;
+use std::{io::Cursor, time::Instant};
 
 use dermflow_schemas::{
     image::Format,
@@ -14,7 +14,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImag
 
 use crate::{child, resize};
 
-/// Why a file with a right header cannot be decoded. The same file fails again.
+/// Why a file with a right header cannot be decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
     /// The decoder gives up, or a limit is passed.
@@ -29,12 +29,15 @@ pub enum DecodeError {
     /// One of these, as the decoder's process says it.
     #[error("{0}")]
     Told(String),
-    /// The decoder's process died twice over it; how, the second time.
+    /// The decoder's process died twice over it; how, the second time. Somebody else may have ended both.
     #[error("its decoder died: {0}")]
     Died(String),
-    /// The decoder did not finish within [`DECODE_DEADLINE`].
-    #[error("its decoder did not finish within {DECODE_DEADLINE:?}")]
+    /// The decoder did not finish in time, for which the machine may be to blame.
+    #[error("its decoder did not finish in time")]
     Slow,
+    /// There is no decoder, which says nothing about the file.
+    #[error("no decoder can be started: {0}")]
+    NotStarted(String),
 }
 
 /// A decoded image: 8-bit RGB as stored, and how to turn it for display.
@@ -57,7 +60,15 @@ impl Picture {
     /// # Errors
     /// See [`DecodeError`].
     pub fn decode(file: &[u8], format: Format) -> Result<Self, DecodeError> {
-        child::decode(file, format).unwrap_or_else(|| Self::decode_here(file, format))
+        Self::decode_by(file, format, Instant::now() + DECODE_DEADLINE)
+    }
+
+    /// The same; a process of its own has until `deadline`.
+    ///
+    /// # Errors
+    /// See [`DecodeError`].
+    pub fn decode_by(file: &[u8], format: Format, deadline: Instant) -> Result<Self, DecodeError> {
+        child::decode(file, format, deadline).unwrap_or_else(|| Self::decode_here(file, format))
     }
 
     /// Decodes a file in this process.

@@ -11,8 +11,8 @@ pub struct Words {
     pub not_reviewed: &'static str,
     /// An image by its number.
     pub image: &'static str,
-    /// More than one image together.
-    pub together: &'static str,
+    /// More than one image together: all of them, and those that were not refused.
+    pub together: [&'static str; 2],
     /// Taken with a dermatoscope.
     pub dermoscopy: &'static str,
     /// Taken without one.
@@ -55,7 +55,7 @@ const ENGLISH: Words = Words {
     point: ".",
     not_reviewed: "Preliminary result of automatic skin image analysis, not reviewed by a clinician.",
     image: "Image {}",
-    together: "All images",
+    together: ["All images", "All images that were not refused"],
     dermoscopy: "dermoscopy",
     photograph: "photograph",
     quality: "quality {} ({})",
@@ -80,7 +80,7 @@ const SPANISH: Words = Words {
     point: ",",
     not_reviewed: "Resultado preliminar de un análisis automático de imágenes de piel, no revisado por un médico.",
     image: "Imagen {}",
-    together: "Todas las imágenes",
+    together: ["Todas las imágenes", "Todas las imágenes no rechazadas"],
     dermoscopy: "dermatoscopia",
     photograph: "fotografía",
     quality: "calidad {} ({})",
@@ -105,7 +105,7 @@ const GERMAN: Words = Words {
     point: ",",
     not_reviewed: "Vorläufiges Ergebnis einer automatischen Analyse von Hautbildern, nicht ärztlich geprüft.",
     image: "Bild {}",
-    together: "Alle Bilder",
+    together: ["Alle Bilder", "Alle nicht abgelehnten Bilder"],
     dermoscopy: "Dermatoskopie",
     photograph: "Fotografie",
     quality: "Qualität {} ({})",
@@ -130,7 +130,7 @@ const FRENCH: Words = Words {
     point: ",",
     not_reviewed: "Résultat préliminaire d'une analyse automatique d'images de peau, non revu par un médecin.",
     image: "Image {}",
-    together: "Toutes les images",
+    together: ["Toutes les images", "Toutes les images non refusées"],
     dermoscopy: "dermoscopie",
     photograph: "photographie",
     quality: "qualité {} ({})",
@@ -202,8 +202,9 @@ mod tests {
         let all = |words: &'static Words| {
             let Words { image, quality, most_probable, area, no_result, poor, .. } = words;
             let Words { conclusion, nothing, refused, referral, threshold, grades, checks, .. } = words;
+            let Words { together, .. } = words;
             let one = [image, quality, most_probable, area, no_result, poor, conclusion, nothing, refused];
-            let lists = referral.iter().chain(threshold).chain(grades).chain(checks);
+            let lists = referral.iter().chain(threshold).chain(grades).chain(checks).chain(together);
             one.into_iter().chain(lists).copied().collect::<Vec<&str>>()
         };
         let english = all(words(Language::English));

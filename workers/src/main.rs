@@ -21,7 +21,7 @@ use dermflow_schemas::{
 use dermflow_workers::{
     attempt::Attempts,
     cancel::Cancels,
-    child::{self, Decoding},
+    child::{self, Decoding, OWN_PROGRAM},
     consume::{Consumer, End},
     engine,
     executor::Executors,
@@ -111,11 +111,8 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
     let in_folder = || format!("model {}", folder.display());
     let model = Arc::new(Model::load(folder, options.allow_simulated).with_context(in_folder)?);
     let factory = engine::factory(&model, &options.ort_dylib).with_context(|| hint(&options.ort_dylib))?;
-    let decoding = if options.decode_in_process {
-        Decoding::Here
-    } else {
-        Decoding::InChild(env::current_exe().context("the system does not tell where this program is")?)
-    };
+    let decoding =
+        if options.decode_in_process { Decoding::Here } else { Decoding::InChild(OWN_PROGRAM.into()) };
     let executors = Executors::start(count, &factory, &decoding).await.with_context(in_folder)?;
     tracing::info!(
         model = model.name,

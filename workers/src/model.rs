@@ -29,13 +29,13 @@
 //! threshold = 0.8                 # below it, by the probability of skin, an image is refused
 //! [modality]                      # optional, a reservation
 //! note = "Learned from few photographs"
-//! [[indicator]]                   # optional; the first is in the narrative and the conclusion
+//! [[indicator]]                   # optional; the narrative and the conclusion tell the first, and those to refer for
 //! id = "malignancy"               # of the Observation, before the number of the image
 //! code = "malignancy-suspicion"
 //! display = "Suspicion of malignancy"
 //! names = { de = "Verdacht auf Malignität" }                     # optional
 //! classes = ["mel"]               # whose probabilities are summed; absent: the probability of skin
-//! threshold = 0.2                 # from here on it reads high
+//! threshold = 0.2                 # from here on it reads high; absent for the probability of skin, which [domain] judges
 //! referral = true                 # optional: above the threshold a referral is suggested
 //! note = "What must be known"     # optional
 //! [[metric]]                      # a figure of the model, a fraction with its 95 % interval
@@ -62,6 +62,17 @@ const MAX_INPUT_SIDE: u32 = 4_096;
 /// What the ids of other resources in a report begin with.
 const RESERVED: [&str; 8] =
     ["device", "image", "heatmap", "quality", "domain", "modality", "classification", "extent"];
+
+/// The codes of the other observations in a report.
+const BUILT_IN: [&str; 5] = [
+    "image-quality",
+    "dermatological-domain",
+    "image-modality",
+    "condition-distribution",
+    "lesion-area-fraction",
+];
+/// Characters of a code: ids in a report are made of codes, and have 64 at most.
+const MAX_CODE_CHARS: usize = 40;
 
 /// What is wrong with a model folder.
 #[derive(Debug, thiserror::Error)]
@@ -171,8 +182,8 @@ pub struct Indicator {
     /// Codes of classes; empty for the probability of skin.
     #[serde(default)]
     pub classes: Vec<String>,
-    /// Between 0 and 1; from here on it reads high.
-    pub threshold: f64,
+    /// Between 0 and 1; from here on it reads high. Without classes there is none: the domain has one.
+    pub threshold: Option<f64>,
     /// Whether to refer is what the threshold is about.
     #[serde(default)]
     pub referral: bool,
@@ -182,8 +193,8 @@ pub struct Indicator {
 
 impl Indicator {
     /// The threshold in hundredths of a per cent.
-    pub fn threshold_points(&self) -> u32 {
-        points(self.threshold)
+    pub fn threshold_points(&self) -> Option<u32> {
+        self.threshold.map(points)
     }
 }
 
@@ -436,6 +447,10 @@ fn check(document: &Document) -> Result<(), String> {
     if let Some(input) = &document.input {
         check_input(input)?;
     }
+    if document.modality.is_some() && document.output.as_ref().is_none_or(|output| output.modality.is_none())
+    {
+        return Err("[modality] is about an output that is not there".to_owned());
+    }
     check_classes(&document.class)?;
     check_indicators(document)?;
     check_codes("metric", document.metric.iter().map(|metric| (&metric.code, &metric.display)))?;
@@ -459,12 +474,18 @@ fn check_indicators(document: &Document) -> Result<(), String> {
     let indicators = &document.indicator;
     check_codes("indicator", indicators.iter().map(|indicator| (&indicator.id, &indicator.display)))?;
     check_codes("indicator", indicators.iter().map(|indicator| (&indicator.code, &indicator.display)))?;
-    for Indicator { id, classes, .. } in indicators {
+    for Indicator { id, code, classes, threshold, .. } in indicators {
+        if BUILT_IN.contains(&code.as_str()) {
+            return Err(format!("indicator {id}: the code {code} is taken"));
+        }
         if RESERVED.contains(&id.as_str()) {
             return Err(format!("indicator {id}: the id is taken"));
         }
         if classes.is_empty() && no_skin.is_none() {
             return Err(format!("indicator {id}: without classes a [domain] is needed"));
+        }
+        if classes.is_empty() == threshold.is_some() {
+            return Err(format!("indicator {id}: either classes and a threshold, or neither, must be there"));
         }
         let strange = |class: &&String| no_skin == Some(class) || codes().all(|code| code != class.as_str());
         if let Some(class) = classes.iter().find(strange) {
@@ -474,7 +495,7 @@ fn check_indicators(document: &Document) -> Result<(), String> {
             return Err(format!("indicator {id}: a class occurs twice"));
         }
     }
-    let indicated = indicators.iter().map(|i| (i.id.as_str(), i.threshold));
+    let indicated = indicators.iter().filter_map(|i| Some((i.id.as_str(), i.threshold?)));
     let domain = document.domain.iter().map(|domain| ("domain", domain.threshold));
     for (what, threshold) in indicated.chain(domain) {
         if !(threshold > 0.0 && threshold < 1.0) {
@@ -525,6 +546,9 @@ fn check_codes<'a>(
     for (code, display) in entries {
         if code.is_empty() || !code.bytes().all(plain) {
             return Err(format!("{kind} {code:?}: a code has lower-case letters, digits and hyphens"));
+        }
+        if code.len() > MAX_CODE_CHARS {
+            return Err(format!("{kind} {code}: a code has at most {MAX_CODE_CHARS} characters"));
         }
         if display.trim().is_empty() {
             return Err(format!("{kind} {code}: display is empty"));
@@ -614,7 +638,14 @@ pub(crate) mod tests {
         refused(&SIMULATED.replace("[\"nv\"]", "[\"nv\", \"nv\"]"), "pigmented: a class occurs twice");
         refused(&SIMULATED.replace("[\"nv\"]", "[]"), "pigmented: without classes");
         refused(&SIMULATED.replace("\"pigmented\"", "\"extent\""), "extent: the id is taken");
+        refused(
+            &SIMULATED.replace("\"pigmented-lesion\"", "\"image-quality\""),
+            "code image-quality is taken",
+        );
+        refused(&SIMULATED.replace("\"nv\"", &format!("\"{}\"", "n".repeat(41))), "at most 40 characters");
+        refused(&format!("{SIMULATED}\nmodality = {{ note = \"Few\" }}"), "[modality] is about an output");
         refused(&SIMULATED.replace("names = { de =", "names = { tlh ="), "no language \"tlh\"");
+        refused(&SIMULATED.replace(", threshold = 0.5", ""), "pigmented: either classes and a threshold");
         let domain =
             |class: &str| format!("{SIMULATED}\ndomain = {{ class = \"{class}\", threshold = 0.8 }}");
         refused(&domain("other"), "domain: there is no class \"other\"");

@@ -72,7 +72,7 @@ pub enum Grade {
     Poor,
     /// Up to 65 %.
     Fair,
-    /// Up to 85 %.
+    /// Up to 90 %.
     Good,
     /// From there on.
     Excellent,
@@ -148,7 +148,7 @@ impl Quality {
         match self.score() {
             0..ACCEPTABLE => Grade::Poor,
             ACCEPTABLE..65 => Grade::Fair,
-            65..85 => Grade::Good,
+            65..90 => Grade::Good,
             _ => Grade::Excellent,
         }
     }
@@ -376,6 +376,21 @@ mod tests {
         assert_eq!((whole.coverage, field(0.9).coverage), (100, 100));
         assert!(field(0.9).exposure.abs_diff(whole.exposure) <= 5, "{:?} {whole:?}", field(0.9));
         assert!(field(0.5).coverage < ACCEPTABLE, "{:?}", field(0.5));
+    }
+
+    #[test]
+    fn a_score_in_a_word() {
+        let grade =
+            |focus| Quality { focus, exposure: 100, contrast: 100, resolution: 100, coverage: 100 }.grade();
+        for (score, expected) in [
+            (ACCEPTABLE - 1, Grade::Poor),
+            (ACCEPTABLE, Grade::Fair),
+            (65, Grade::Good),
+            (87, Grade::Good),
+            (90, Grade::Excellent),
+        ] {
+            assert_eq!(grade(score), expected, "{score}");
+        }
     }
 
     #[test]

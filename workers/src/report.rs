@@ -135,6 +135,11 @@ impl Reading {
         self.order[0]
     }
 
+    /// Whether the indicator has a threshold and has come to it.
+    fn is_high(&self, indicator: &Indicator, model: &Model) -> bool {
+        indicator.threshold_points().is_some_and(|threshold| self.indicated(indicator, model) >= threshold)
+    }
+
     /// Hundredths of a per cent: the sum of the indicator's classes, or the probability of skin.
     fn indicated(&self, indicator: &Indicator, model: &Model) -> u32 {
         if indicator.classes.is_empty() {
@@ -417,6 +422,7 @@ impl Case<'_> {
         Resource::Observation(Box::new(Observation {
             value_quantity: Some(percent(quality.score() * 100)),
             interpretation: interpretation(code, display, format!("{:?}", quality.grade())),
+            method: None,
             note: note("The least of the parts. Measured on the pixels, without the model."),
             reference_range: vec![ReferenceRange {
                 low: Some(percent(limit * 100)),
@@ -541,9 +547,12 @@ impl Case<'_> {
     }
 
     fn indicator(&self, indicator: &Indicator, reading: &Reading) -> Resource {
-        let (value, threshold) = (reading.indicated(indicator, self.model), indicator.threshold_points());
-        let (code, display, side) =
-            if value >= threshold { ("H", "High", "At or above") } else { ("N", "Normal", "Below") };
+        let value = reading.indicated(indicator, self.model);
+        let (code, display, side) = if reading.is_high(indicator, self.model) {
+            ("H", "High", "At or above")
+        } else {
+            ("N", "Normal", "Below")
+        };
         let (which, meaning) = if indicator.referral {
             ("the referral threshold", "no referral suggested by this threshold alone")
         } else {
@@ -557,15 +566,18 @@ impl Case<'_> {
             format!("Sum of the probabilities of: {}.", names.join("; "))
         };
         let more = indicator.note.iter().map(String::as_str);
+        let threshold = indicator.threshold_points();
+        let read = threshold.map(|_| interpretation(code, display, format!("{side} {which}")));
+        let range = threshold.map(|threshold| ReferenceRange {
+            high: Some(percent(threshold)),
+            text: Some(format!("Below {}: {meaning}", in_words(threshold))),
+            ..ReferenceRange::default()
+        });
         Resource::Observation(Box::new(Observation {
             value_quantity: Some(percent(value)),
-            interpretation: interpretation(code, display, format!("{side} {which}")),
+            interpretation: read.unwrap_or_default(),
             note: note(std::iter::once(sum.as_str()).chain(more).collect::<Vec<_>>().join(" ")),
-            reference_range: vec![ReferenceRange {
-                high: Some(percent(threshold)),
-                text: Some(format!("Below {}: {meaning}", in_words(threshold))),
-                ..ReferenceRange::default()
-            }],
+            reference_range: range.into_iter().collect(),
             ..self.observation(local(&indicator.code, &indicator.display), &reading.images)
         }))
     }
@@ -598,7 +610,10 @@ impl Case<'_> {
             self.image_line(n, finding, reading)
         });
         let joint = readings.iter().filter(|reading| reading.is_joint());
-        let joint = joint.map(|reading| format!("{}: {}", words.together, self.reading_line(reading)));
+        let joint = joint.map(|reading| {
+            let together = words.together[usize::from(reading.images.len() < self.findings.len())];
+            format!("{together}: {}", self.reading_line(reading))
+        });
         let no_maps = self.manifest.heat_maps > 0 && !self.model.maps_heat();
         let no_maps = no_maps.then(|| words.no_heat_maps.to_owned());
         let lines = warning.into_iter().chain(reviewed).chain(images).chain(joint).chain(no_maps);
@@ -632,11 +647,17 @@ impl Case<'_> {
     fn reading_line(&self, reading: &Reading) -> String {
         let words = self.words();
         let (name, probability) = self.most_probable(reading);
-        let indicator = self.model.indicators.first().map(|indicator| {
+        let indicators = self.told(reading).map(|indicator| {
             let value = words.percent(reading.indicated(indicator, self.model));
             format!(" {} {value}.", self.name_of(indicator))
         });
-        fill(words.most_probable, &[&name, &probability]) + &indicator.unwrap_or_default()
+        fill(words.most_probable, &[&name, &probability]) + &indicators.collect::<String>()
+    }
+
+    /// The indicators that are put in words: the first one, and every further one that suggests a referral.
+    fn told<'a>(&'a self, reading: &'a Reading) -> impl Iterator<Item = &'a Indicator> {
+        let suggests = |i: &Indicator| i.referral && reading.is_high(i, self.model);
+        (0..).zip(&self.model.indicators).filter(move |(n, i)| *n == 0 || suggests(i)).map(|(_, i)| i)
     }
 
     /// The class and its probability.
@@ -663,8 +684,8 @@ impl Case<'_> {
             Some(reading) => {
                 let (name, probability) = self.most_probable(reading);
                 sentences.push(fill(words.conclusion, &[&name, &probability]));
-                sentences.extend(self.model.indicators.first().map(|indicator| {
-                    let high = reading.indicated(indicator, self.model) >= indicator.threshold_points();
+                sentences.extend(self.told(reading).filter(|i| i.threshold.is_some()).map(|indicator| {
+                    let high = reading.is_high(indicator, self.model);
                     let kind = if indicator.referral { words.referral } else { words.threshold };
                     fill(kind[usize::from(!high)], &[self.name_of(indicator)])
                 }));
@@ -975,6 +996,12 @@ mod tests {
         assert_eq!(resource(&mixed, "domain-1")["component"][0]["valueQuantity"]["value"], 3.1);
         assert_eq!(resource(&mixed, "quality-3")["interpretation"][0]["text"], "Poor");
         assert_eq!(resource(&mixed, "quality-3")["component"][0]["valueBoolean"], false);
+        assert!(resource(&mixed, "quality-3").get("method").is_none(), "no model was asked");
+        let div = mixed["text"]["div"].as_str().unwrap();
+        assert!(
+            div.contains("<p>All images that were not refused: ") && !div.contains("All images: "),
+            "{div}"
+        );
         let pooled = resource(&mixed, "classification-joint");
         assert_eq!(pooled["derivedFrom"], json!([{"reference": "#image-2"}]));
         assert_eq!(printed(pooled)[..2], printed(resource(&mixed, "classification-2"))[..2]);
@@ -996,9 +1023,40 @@ mod tests {
         assert!(!none.to_string().contains("joint"));
     }
 
+    /// Melanoma at 13 % and a basal cell carcinoma at 1 %: the sum is below the threshold of the first indicator, and
+    /// melanoma by itself above that of another one. Nobody is told the first half only, in whatever language.
+    #[test]
+    fn every_indicator_that_suggests_a_referral_is_told() {
+        let urgent = "threshold = 0.5 },\n { id = \"urgent\", code = \"urgent-referral\", display = \"Urgent referral\", names = { es = \"Derivación urgente\", de = \"Dringende Überweisung\", fr = \"Orientation urgente\" }, classes = [\"mel\"], threshold = 0.12, referral = true },";
+        let model = simulated(&[("threshold = 0.5 },", urgent)]);
+        let mut manifest = Manifest::new(vec![entry(None)], None, None);
+        for (language, name, value) in [
+            (Language::English, "Urgent referral", "13.00 %"),
+            (Language::Spanish, "Derivación urgente", "13,00 %"),
+            (Language::German, "Dringende Überweisung", "13,00 %"),
+            (Language::French, "Orientation urgente", "13,00 %"),
+        ] {
+            manifest.language = language;
+            let told = report_of(&model, &manifest, &[finding([0.13, 0.01, 0.86])]);
+            assert_eq!(resource(&told, "malignancy-1")["interpretation"][0]["coding"][0]["code"], "N");
+            assert_eq!(resource(&told, "urgent-1")["interpretation"][0]["coding"][0]["code"], "H");
+            let (conclusion, div) = (&told["conclusion"], &told["text"]["div"]);
+            let high = fill(words(language).referral[0], &[name]);
+            assert!(conclusion.as_str().unwrap().contains(&high), "{conclusion}");
+            assert!(div.as_str().unwrap().contains(&format!("{name} {value}.")), "{div}");
+            assert!(!conclusion.as_str().unwrap().contains("Pigmented lesion"), "no referral: {conclusion}");
+            let low = report_of(&model, &manifest, &[finding([0.11, 0.03, 0.86])]);
+            assert_eq!(resource(&low, "urgent-1")["interpretation"][0]["coding"][0]["code"], "N");
+            for place in [&low["conclusion"], &low["text"]["div"]] {
+                assert!(!place.as_str().unwrap().contains(name), "{place}");
+            }
+        }
+    }
+
+    /// It has a value, and no threshold by which it would read high for every image that is analysed.
     #[test]
     fn an_indicator_without_classes_is_the_confidence_in_skin() {
-        let indicator = "threshold = 0.5 },\n { id = \"has-condition\", code = \"has-condition\", display = \"Condition\", threshold = 0.8 },";
+        let indicator = "threshold = 0.5 },\n { id = \"has-condition\", code = \"has-condition\", display = \"Condition\" },";
         let model = with_domain(&[("threshold = 0.5 },", indicator)]);
         let skin = |skin| Finding { skin: Some(skin), ..finding(THIRDS) };
         let manifest = Manifest::new(vec![entry(None), entry(None)], None, None);
@@ -1006,7 +1064,11 @@ mod tests {
         for (id, value) in
             [("has-condition-1", 90.0), ("has-condition-2", 99.99), ("has-condition-joint", 95.0)]
         {
-            assert_eq!(resource(&report, id)["valueQuantity"]["value"], value);
+            let observation = resource(&report, id);
+            assert_eq!(observation["valueQuantity"]["value"], value);
+            assert!(
+                observation.get("interpretation").is_none() && observation.get("referenceRange").is_none()
+            );
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use dermflow_schemas::limits::{INTERACTIVE_DEADLINE, MIN_ACK_WAIT, RESULT_PATIENCE};
+use dermflow_schemas::limits::{DECODE_DEADLINE, INTERACTIVE_DEADLINE, MIN_ACK_WAIT, RESULT_PATIENCE};
 
 /// Times that do not fit together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -22,6 +22,8 @@ pub struct Timing {
     pub progress: Duration,
     /// One attempt on an executor, all images together; beyond it the executor counts as hung.
     pub job: Duration,
+    /// What decoders have of it, all images together: [`DECODE_DEADLINE`], or a third.
+    pub decoding: Duration,
     /// What an orderly shutdown waits: a job may have to wait for the one before it, then runs itself, then
     /// its result is offered to the broker.
     pub grace: Duration,
@@ -39,7 +41,8 @@ impl Timing {
         if job.is_zero() || job > INTERACTIVE_DEADLINE {
             return Err(TimingError::JobTimeout(job));
         }
-        Ok(Self { progress: ack_wait / 3, job, grace: job * 2 + RESULT_PATIENCE })
+        let decoding = DECODE_DEADLINE.min(job / 3);
+        Ok(Self { progress: ack_wait / 3, job, decoding, grace: job * 2 + RESULT_PATIENCE })
     }
 }
 
@@ -55,6 +58,9 @@ mod tests {
         assert!(matches!(Timing::new(30 * second, 301 * second), Err(TimingError::JobTimeout(_))));
         let timing = Timing::new(30 * second, 30 * second).unwrap();
         assert_eq!(timing.progress, 10 * second);
+        assert_eq!(timing.decoding, 10 * second);
+        assert_eq!(Timing::new(30 * second, 6 * second).unwrap().decoding, 2 * second);
+        assert_eq!(Timing::new(30 * second, 60 * second).unwrap().decoding, DECODE_DEADLINE);
         assert!(timing.grace >= timing.job);
     }
 }

@@ -19,6 +19,7 @@ use dermflow_local::{
 use dermflow_schemas::{
     envelope::{ImageEntry, Manifest, Payload},
     image::Format,
+    limits::DECODE_DEADLINE,
 };
 use dermflow_tests::{client::Client, lab::Lab, wait::eventually};
 use dermflow_workers::{
@@ -62,7 +63,7 @@ pub(crate) fn bare_decoding(
                 }
                 for payload in payloads.iter().cycle() {
                     if stop.load(Ordering::Relaxed)
-                        || analyse(&mut **engine, model, payload, 1, &|| false).is_err()
+                        || analyse(&mut **engine, model, payload, 1, DECODE_DEADLINE, &|| false).is_err()
                     {
                         return;
                     }

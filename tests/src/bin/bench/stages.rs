@@ -1,16 +1,17 @@
-//! What a worker's time for an image goes into, on one thread, without the broker.
+//! What a worker's time for an image goes into, on one thread and its decoder, without the broker.
 
 use std::{hint::black_box, io::Cursor, time::Instant};
 
 use anyhow::{Context, Result};
 use dermflow_local::{
     servers::{Given, Servers},
-    stack::repo,
+    stack::{programs, repo},
 };
-use dermflow_schemas::{envelope::Payload, fhir::Resource};
+use dermflow_schemas::{envelope::Payload, fhir::Resource, limits::DECODE_DEADLINE};
 use dermflow_tests::client::sample_bytes;
 use dermflow_workers::{
     analyse::{analyse, ranked},
+    child::Decoding,
     decode::Picture,
     engine::{self, Question},
     heat,
@@ -41,6 +42,7 @@ pub(crate) async fn stages() -> Result<()> {
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Model::load(&derm7(), false)?;
     let mut engine = engine::factory(&model, &servers.onnxruntime)?()?;
+    Decoding::InChild(programs()?.join("worker")).enter()?;
     let sample = sample_bytes("ham10000-mel.jpg");
     let mut large = Cursor::new(Vec::new());
     let pixels =
@@ -50,7 +52,7 @@ pub(crate) async fn stages() -> Result<()> {
         let mut payload: Payload = payload(file);
         payload.manifest.heat_maps = 1;
         let entry = payload.manifest.images[0].clone();
-        let findings = analyse(&mut *engine, &model, &payload, 1, &|| false)?.findings;
+        let findings = analyse(&mut *engine, &model, &payload, 1, DECODE_DEADLINE, &|| false)?.findings;
         let mut times = [const { Vec::new() }; STAGES.len()];
         let mut size = 0;
         for _ in 0..RUNS {
