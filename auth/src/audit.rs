@@ -68,6 +68,8 @@ actions! {
     Submit "submit" "E" Operation,
     /// A request asked for what cannot be done: it is malformed, too large, or about what is not there for its client.
     Request "request" "E" Operation,
+    /// A score was computed from a client's answers.
+    Assess "assess" "E" Operation,
     /// A report was handed out.
     Read "read" "R" Read,
     /// A client asked how far its own jobs or batches are.

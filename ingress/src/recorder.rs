@@ -7,7 +7,7 @@ use dermflow_auth::db::DbError;
 use dermflow_schemas::{
     envelope::{EnvelopeError, Outcome, Progress, ResultHeader},
     id::JobId,
-    limits::{PUBLISH_DEADLINE, RECORD_BATCH},
+    limits::{PUBLISH_DEADLINE, RECORD_BATCH, RECORD_BYTES},
     queue,
     seal::Sealed,
 };
@@ -60,7 +60,8 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
 
 async fn subscribe(app: &App) -> Result<Stream, async_nats::Error> {
     let consumer = queue::bind(app.publisher.context(), queue::RESULTS, queue::RECORDER).await?;
-    Ok(consumer.stream().max_messages_per_batch(RECORD_BATCH).messages().await?)
+    let stream = consumer.stream().max_messages_per_batch(RECORD_BATCH).max_bytes_per_batch(RECORD_BYTES);
+    Ok(stream.messages().await?)
 }
 
 async fn pause(stop: &CancellationToken) {
@@ -69,10 +70,13 @@ async fn pause(stop: &CancellationToken) {
 
 /// Everything that has arrived already, so that a burst takes few transactions and a single result no delay.
 fn ready_too(first: Message, messages: &mut Stream) -> Vec<Message> {
+    let mut bytes = first.payload.len();
     let mut batch = vec![first];
     while batch.len() < RECORD_BATCH
+        && bytes < RECORD_BYTES
         && let Some(Some(Ok(message))) = messages.next().now_or_never()
     {
+        bytes += message.payload.len();
         batch.push(message);
     }
     batch
@@ -90,17 +94,25 @@ async fn record_batch(app: &App, batch: Vec<Message>, stop: &CancellationToken) 
         }
     }
     // Until the record has them they stay in RESULTS: acknowledged is what is on disk.
-    while let Err(error) = record(app, &results).await {
-        tracing::warn!(%error, results = results.len(), "results not recorded yet");
-        pause(stop).await;
-        if stop.is_cancelled() {
-            return;
+    let (mut done, mut most) = (0, results.len());
+    while done < results.len() {
+        let end = results.len().min(done + most);
+        if let Err(error) = record(app, &results[done..end]).await {
+            tracing::warn!(%error, results = end - done, "results not recorded yet");
+            // It may be too much for one transaction.
+            most = (most / 2).max(1);
+            pause(stop).await;
+            if stop.is_cancelled() {
+                return;
+            }
+            continue;
         }
-    }
-    for message in messages {
-        if let Err(error) = message.ack().await {
-            tracing::debug!(%error, "a recorded result will be delivered again");
+        for message in &messages[done..end] {
+            if let Err(error) = message.ack().await {
+                tracing::debug!(%error, "a recorded result will be delivered again");
+            }
         }
+        done = end;
     }
 }
 

@@ -116,6 +116,8 @@ pub const MAX_SEARCH_PARAMETERS: usize = 32;
 pub const SEARCH_TOKEN_BYTES: usize = 16;
 /// Reports that are read from the database at once while a batch's results are streamed.
 pub const RESULTS_CHUNK: usize = 32;
+/// Bytes of them, unless a single report has more.
+pub const RESULTS_CHUNK_BYTES: usize = 2 * 1024 * 1024;
 
 /// Callers waiting for a result at once, per ingress process, half of them of one client.
 pub const MAX_WAITERS: usize = 512;
@@ -345,6 +347,9 @@ pub const RESEAL_SILENCE: Duration = Duration::from_mins(1);
 pub const RETENTION: Duration = Duration::from_hours(24 * 7);
 /// Results recorded in one transaction.
 pub const RECORD_BATCH: usize = 64;
+/// Bytes of them, unless a single result has more: well within [`DATABASE_DEADLINE`]. And more than [`MAX_MESSAGE_BYTES`],
+/// as the broker is asked for no more at once.
+pub const RECORD_BYTES: usize = 12 * 1024 * 1024;
 /// Bulk jobs that an interactive backlog lets through: one in this many.
 pub const BULK_FLOOR: u32 = 5;
 /// The largest weight of a client among those with bulk jobs: beyond it a client of weight 1 would hardly move.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write expected.json: what derm7 makes of every image of this folder: whether it shows skin, how it was taken, the
 probabilities by class code, and the share of the image that is lesion; all between 0 and 1. And the same without the
-share, as parity/expected.csv, for the images of that folder.
+share, as ../parity/expected.csv, for the images of that folder.
 
     pip install -r ../../workers/models/derm7/requirements.txt
     python3 expected.py
@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+PARITY = FOLDER.parent / "parity"
 DERM7 = FOLDER.parent.parent / "workers" / "models" / "derm7"
 sys.path.insert(0, str(DERM7))
 sys.dont_write_bytecode = True
@@ -48,6 +49,6 @@ for file, skin, clinical, row, lesion in numbers(images(FOLDER)):
 (FOLDER / "expected.json").write_text(json.dumps(result, indent=2) + "\n")
 
 lines = [",".join(["file", "skin", "clinical", *model.codes])]
-for file, skin, clinical, row, _ in numbers(images(FOLDER / "parity")):
+for file, skin, clinical, row, _ in numbers(images(PARITY)):
     lines.append(",".join([file.name, *(f"{p:.6f}" for p in (skin, clinical, *row))]))
-(FOLDER / "parity" / "expected.csv").write_text("\n".join(lines) + "\n")
+(PARITY / "expected.csv").write_text("\n".join(lines) + "\n")

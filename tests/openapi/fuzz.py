@@ -4,13 +4,15 @@
     python3 fuzz.py --libs DIR URL CA [OPTION...] < known.json
 
 Standard input is {"client": token, "auditor": token, "ids": {path: [id...]}}: who calls, and what there is. Options go to
-`schemathesis run`. Exit code: 0 when no check failed.
+`schemathesis run`. The last line of standard output is {"GET /path": number...}: how often each operation was called. Exit
+code: 0 when no check failed.
 """
 
 import argparse
 import json
 import random
 import sys
+from collections import Counter
 
 CHECKS = [
     "not_a_server_error",
@@ -26,7 +28,7 @@ CHECKS = [
 ]
 
 
-def prepare(schemathesis, known):
+def prepare(schemathesis, known, called):
     """What the description does not say: how lines are written, who calls what, and what there is to find."""
 
     @schemathesis.serializer("application/x-ndjson", "application/fhir+ndjson")
@@ -43,6 +45,10 @@ def prepare(schemathesis, known):
 
         def set(self, case, token, _context):
             case.headers["Authorization"] = f"Bearer {token}"
+
+    @schemathesis.hook
+    def before_call(_context, case, _kwargs):
+        called[case.operation.label] += 1
 
     # As reproducible as the rest of the run, which has a seed of its own.
     choice = random.Random(1)
@@ -73,11 +79,15 @@ def main():
     import schemathesis
     from schemathesis.cli import schemathesis as run
 
-    prepare(schemathesis, json.load(sys.stdin))
-    run(
-        ["run", f"{args.url}/openapi.json", "--tls-verify", args.ca, "--checks", ",".join(CHECKS)]
-        + ["--generation-database", "none", "--continue-on-failure", "--no-color", *options]
-    )
+    called = Counter()
+    prepare(schemathesis, json.load(sys.stdin), called)
+    try:
+        run(
+            ["run", f"{args.url}/openapi.json", "--tls-verify", args.ca, "--checks", ",".join(CHECKS)]
+            + ["--generation-database", "none", "--continue-on-failure", "--no-color", *options]
+        )
+    finally:
+        print(json.dumps(called))
 
 
 if __name__ == "__main__":

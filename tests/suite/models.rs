@@ -167,7 +167,8 @@ fn format_of(name: &str) -> Format {
 async fn the_numbers_are_those_of_the_training_pipeline() -> Result<()> {
     const TOLERANCE: f64 = 1e-3;
     let (model, mut engine) = derm7().await?;
-    let table = fs::read_to_string(images().join("parity/expected.csv"))?;
+    let folder = repo().join("tests/parity");
+    let table = fs::read_to_string(folder.join("expected.csv"))?;
     let mut lines = table.lines();
     let header: Vec<&str> = lines.next().context("no header")?.split(',').collect();
     let classes: Vec<&str> = model.classes.iter().map(|class| class.code.as_str()).collect();
@@ -175,7 +176,7 @@ async fn the_numbers_are_those_of_the_training_pipeline() -> Result<()> {
     let (mut worst, mut images_seen) = ((0.0, String::new()), 0);
     for line in lines {
         let (name, expected) = line.split_once(',').context("no comma")?;
-        let file = fs::read(images().join("parity").join(name))?;
+        let file = fs::read(folder.join(name))?;
         let picture = Picture::decode(&file, format_of(name))?;
         let answer = engine.classify(Question { picture: &picture, digest: "", attempt: 1 })?;
         let opinion = model.opinion(&answer.logits).context("no opinion")?;

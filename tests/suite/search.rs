@@ -230,3 +230,21 @@ async fn a_report_is_taken_apart_and_removed_as_a_whole() -> Result<()> {
     assert_eq!(lab.count(&recorded).await?, 1);
     lab.stop().await
 }
+
+// A page ends by bytes, too, and the next one goes on from there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_large_reports_is_short() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let client = lab.client();
+    for order in ["O-1", "O-2", "O-3"] {
+        report_of(client, "Jane-7", order).await?;
+    }
+    assert_eq!(entries(&search(client, "patient=Jane-7").await?).count(), 3);
+    // They cannot be opened then, which an entry says of each.
+    lab.sql("UPDATE ingress.reports SET sealed = sealed || decode(repeat('00', 5000000), 'hex')").await?;
+    let first = search(client, "patient=Jane-7").await?;
+    let next = client.get(link(&first, "next").context("no link")?).await?.body;
+    assert_eq!((entries(&first).count(), entries(&next).count()), (2, 1));
+    ensure!(link(&next, "next").is_none(), "{next}");
+    lab.stop().await
+}

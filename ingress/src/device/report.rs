@@ -20,6 +20,7 @@ use super::{ISSUER, own_code};
 const NOT_MEASURED: f64 = 50.0;
 /// Where there is no distribution, in per cent of the largest entropy.
 const UNKNOWN_ENTROPY: f64 = 100.0;
+const LOINC: &str = "http://loinc.org";
 const NOT_ASSESSED: &str = "Not assessed";
 /// The shortest analysis, in seconds: the times of a report are in milliseconds, and clients want more than nothing.
 const SHORTEST: f64 = 0.001;
@@ -215,26 +216,33 @@ fn class(concept: &Value) -> Option<&str> {
     list(&concept["coding"]).iter().find_map(|coding| coding["code"].as_str()?.strip_prefix("class-"))
 }
 
-/// A concept as these clients read it: one coding, with every key. The code of ICD-11 comes before ours, which has no
-/// system.
+/// A concept as these clients read it: every coding with every key, that of ICD-11 first.
 fn concept(concept: &Value) -> Value {
-    let icd11 = coding(concept, |coding| coding["system"] == ICD11);
-    let first = if icd11.is_object() { icd11 } else { coding(concept, |_| true) };
-    let version = &first["version"];
-    let (system, issuer) = match first["system"].as_str().unwrap_or_default() {
+    let mut codings: Vec<&Value> = list(&concept["coding"]).iter().collect();
+    codings.sort_by_key(|coding| coding["system"] != ICD11);
+    let text = concept["text"].as_str().or(codings.first().and_then(|coding| coding["display"].as_str()));
+    json!({
+        "text": text.unwrap_or_default(),
+        "coding": codings.into_iter().map(told).collect::<Vec<_>>(),
+    })
+}
+
+/// A coding with every key. Codes of ours have no system.
+fn told(coding: &Value) -> Value {
+    let version = &coding["version"];
+    let (system, issuer) = match coding["system"].as_str().unwrap_or_default() {
         ICD11 => {
             let release = version.as_str().unwrap_or_default();
             (json!(format!("https://icd.who.int/browse/{release}/mms/en")), "ICD-11")
         }
+        LOINC => (json!(LOINC), "LOINC"),
         url if url.starts_with("http://terminology.hl7.org/") => (json!(url), "HL7"),
         _ => (Value::Null, ISSUER),
     };
-    let code = json!({
-        "code": first["code"].as_str().unwrap_or_default(), "display": first["display"], "system": system,
+    json!({
+        "code": coding["code"].as_str().unwrap_or_default(), "display": coding["display"], "system": system,
         "systemDisplay": issuer, "version": version,
-    });
-    let text = concept["text"].as_str().or(first["display"].as_str());
-    json!({ "text": text.unwrap_or_default(), "coding": [code] })
+    })
 }
 
 #[cfg(test)]
@@ -263,7 +271,7 @@ mod tests {
             Coding { version: Some(ICD11_VERSION.into()), ..icd(ICD11, "2C30", "Melanoma of skin") };
         let class = |name: &str, value: f64| part(local(&format!("class-{name}"), name), value);
         let mut first = class("mel", 61.42);
-        first["code"] = json!({ "coding": [melanoma, local("class-mel", "Melanoma")], "text": "Melanoma" });
+        first["code"] = json!({ "coding": [local("class-mel", "Melanoma"), melanoma], "text": "Melanoma" });
         let rest =
             [("nv", 24.10), ("bkl", 8.35), ("bcc", 3.05), ("akiec", 1.76), ("df", 0.87), ("vasc", 0.45)];
         let classes = std::iter::once(first).chain(rest.map(|(name, value)| class(name, value)));
@@ -334,7 +342,8 @@ mod tests {
         json!({
             "resourceType": "DiagnosticReport", "id": "f426f15d-fcea-4bd0-942e-7528bf163c5d", "status": "preliminary",
             "category": [{ "coding": [icd("http://terminology.hl7.org/CodeSystem/v2-0074", "IMG", "Diagnostic Imaging")] }],
-            "code": { "coding": [local("skin-image-analysis-report", "Skin image analysis report")], "text": "Analysis" },
+            "code": { "coding": [local("skin-image-analysis-report", "Skin image analysis report"),
+                icd(LOINC, "100063-7", "Primary skin concern")], "text": "Analysis" },
             "effectiveDateTime": "2026-02-13T14:58:25Z", "issued": "2026-02-13T14:58:27.466Z", "contained": contained,
         })
     }
@@ -364,7 +373,14 @@ mod tests {
         let melanoma = json!({ "text": "Melanoma", "coding": [{
             "code": "2C30", "display": "Melanoma of skin", "system": "https://icd.who.int/browse/2025-01/mms/en",
             "systemDisplay": "ICD-11", "version": "2025-01",
+        }, {
+            "code": "class-mel", "display": "Melanoma", "system": null, "systemDisplay": "Dermflow", "version": null,
         }]});
+        let loinc = json!({
+            "code": "100063-7", "display": "Primary skin concern", "system": "http://loinc.org",
+            "systemDisplay": "LOINC", "version": null,
+        });
+        assert_eq!(body["code"]["coding"][1], loinc);
         assert_eq!(body["conclusion"][0], json!({ "probability": 61.42, "code": melanoma }));
         let last = json!({ "text": "vasc", "coding": [{
             "code": "class-vasc", "display": "vasc", "system": null, "systemDisplay": "Dermflow", "version": null,

@@ -39,18 +39,19 @@ type Answered = Vec<(&'static Score, Vec<f64>)>;
 
 /// `POST /severity-assessment/manual`: reads a body.
 pub(crate) fn parse(body: &[u8]) -> Result<Assessment, ApiError> {
-    let (scores, missing) = body::read(body, |root, faults| {
-        body_site(root, faults);
+    let (site, scores, missing) = body::read(body, |root, faults| {
+        let site = body_site(root, faults);
         // Images are welcome, and not looked at.
         if let Some(payload) = root.get("payload") {
             images(&payload, faults);
         }
         known_condition(root, faults);
-        manual(root, faults)
+        let (scores, missing) = manual(root, faults)?;
+        Some((site?, scores, missing))
     })?;
     match missing {
         Some(code) => Err(ApiError::from(Code::ScoreUnsupported).detail(code)),
-        None => Ok(Assessment(scores)),
+        None => Ok(Assessment { site, scores }),
     }
 }
 
@@ -218,15 +219,23 @@ fn graded(score: &Score, items: &Object<'_, '_>, faults: &mut Faults) -> Vec<f64
 
 /// A request with answers to all questions of its scores.
 #[derive(Debug)]
-pub(crate) struct Assessment(Answered);
+pub(crate) struct Assessment {
+    site: &'static sites::Site,
+    scores: Answered,
+}
 
 impl Assessment {
+    /// The names of the scores.
+    pub(crate) fn codes(&self) -> Vec<&'static str> {
+        self.scores.iter().map(|(score, _)| score.code).collect()
+    }
+
     /// The body of the answer, at `now`; clients want to read how many seconds it took, more than none.
     pub(crate) fn render(&self, now: OffsetDateTime, seconds: f64) -> Value {
         let evolution: Map<String, Value> = self
-            .0
+            .scores
             .iter()
-            .map(|(score, answers)| (score.code.to_owned(), evolution(score, answers)))
+            .map(|(score, answers)| (score.code.to_owned(), evolution(self.site, score, answers)))
             .collect();
         json!({
             "resourceType": "DiagnosticReport",
@@ -239,7 +248,7 @@ impl Assessment {
     }
 }
 
-fn evolution(score: &Score, answers: &[f64]) -> Value {
+fn evolution(site: &sites::Site, score: &Score, answers: &[f64]) -> Value {
     let item = |(item, answer): (&Item, &f64)| {
         let body = json!({
             "code": own_code(item.code, item.text), "value": answer, "interpretation": item.interpretation(*answer),
@@ -250,12 +259,16 @@ fn evolution(score: &Score, answers: &[f64]) -> Value {
     let items: Map<String, Value> = score.items.iter().zip(answers).map(item).collect();
     let value = score.value(answers);
     let band = score.band(value);
+    let text = "Contribution of the region to the score of the whole body";
+    let contribution = score
+        .weight(site.code)
+        .map(|weight| json!({ "value": weight * value, "code": own_code("globalScoreContribution", text) }));
     json!({
         "item": items,
         "score": {
             "value": value,
             "interpretation": { "category": band.category, "intensity": band.intensity as u8 },
-            "additionalData": { "globalScoreContribution": null },
+            "additionalData": { "globalScoreContribution": contribution },
         },
         "media": { "attachment": null, "detection": null },
     })
@@ -296,6 +309,19 @@ mod tests {
                 assert!(!item["interpretation"].as_str().unwrap().is_empty());
             }
         }
+    }
+
+    #[test]
+    fn a_region_counts_by_its_weight() {
+        let items = json!({ "surface": 2, "erythema": 3, "induration": 1, "desquamation": 1 });
+        let mut body = request(&json!({ "pasi": { "questionnaireResponse": { "item": items } } }));
+        let mut contribution = |site: &str| {
+            body["bodySite"] = json!(site);
+            let answer = parse(body.to_string().as_bytes()).unwrap().render(OffsetDateTime::UNIX_EPOCH, 0.0);
+            answer["patientEvolution"]["pasi"]["score"]["additionalData"]["globalScoreContribution"].clone()
+        };
+        assert_eq!((&contribution("handLeft")["value"], contribution("tongue")), (&json!(2.0), Value::Null));
+        assert_eq!(contribution("legRight")["code"]["coding"][0]["code"], "globalScoreContribution");
     }
 
     #[test]

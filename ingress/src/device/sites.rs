@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 pub(crate) struct Site {
     /// The code in the device API.
     pub(crate) code: &'static str,
-    snomed: &'static str,
-    display: &'static str,
+    pub(crate) snomed: &'static str,
+    pub(crate) display: &'static str,
     /// In the order of [`LOCALES`].
-    names: [&'static str; 4],
+    pub(crate) names: [&'static str; 4],
 }
 
 /// The locales of [`Site::names`].

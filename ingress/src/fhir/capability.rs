@@ -159,7 +159,7 @@ pub(super) fn operations() -> [Value; 1] {
         image,
         parameter("subject", "in", 0, 1, "Reference", "The patient, by a reference or an identifier."),
         parameter("identifier", "in", 0, 1, "Identifier", "The caller's own number of the order."),
-        parameter("heatMap", "in", 0, 1, "code", "none, top-1 or top-5; refused when the model has none."),
+        parameter("heatMap", "in", 0, 1, "code", "none, top-1 or top-5; left out when the model has none."),
         parameter("return", "out", 1, 1, "DiagnosticReport", "The report."),
     ]);
     [analyze]

@@ -8,6 +8,7 @@ use dermflow_schemas::{
 use serde_json::{Value, json};
 
 use super::definition;
+use crate::device::sites::{SITES, Site};
 
 /// A code, and its words.
 type Concept = (&'static str, &'static str);
@@ -27,6 +28,11 @@ const CONCEPTS: &[Concept] = &[
     ("has-condition", "Skin condition present"),
     ("image-quality", "Dermatology image quality score"),
     ("image-quality-acceptable", "Image quality acceptable"),
+    ("image-quality-focus", "Focus"),
+    ("image-quality-exposure", "Exposure"),
+    ("image-quality-contrast", "Contrast"),
+    ("image-quality-resolution", "Resolution"),
+    ("image-quality-coverage", "Share of the frame that is image"),
     ("dermatological-domain", "Image shows skin"),
     ("image-modality", "Image modality"),
     ("ai-confidence", "Confidence of the model"),
@@ -124,24 +130,21 @@ const CLASSES: &[Class] = &[
     class("class-other", "Something else than a skin lesion", None),
 ];
 
-/// Body sites that a caller may choose from: DICOM CID 4029. Any other concept of SNOMED CT is taken, too.
-const BODY_SITES: &[Concept] = &[
-    ("73897004", "Skin structure of face"),
-    ("43067004", "Skin structure of scalp"),
+/// Body sites without a side, beside those of the device API.
+const UNSIDED: &[Concept] = &[
     ("1902009", "Skin structure of ear"),
-    ("8001006", "Structure of mucous membrane of tongue"),
-    ("181491009", "Skin structure of anterior trunk"),
-    ("66643007", "Skin structure of back"),
     ("371311000", "Skin structure of upper limb"),
-    ("368208006", "Left upper arm structure"),
-    ("368209003", "Right upper arm structure"),
-    ("181536004", "Skin structure of elbow"),
+    ("181536004", "Skin of posterior surface of elbow"),
     ("33712006", "Skin structure of hand"),
     ("371304004", "Skin structure of lower limb"),
-    ("181553006", "Skin structure of knee"),
+    ("181553006", "Skin of anterior surface of knee"),
     ("60496002", "Skin structure of foot"),
-    ("60944009", "Skin structure of external genitalia"),
 ];
+
+/// Body sites that a caller may choose from. Any other concept of SNOMED CT is taken, too.
+fn chosen() -> impl Iterator<Item = Concept> {
+    SITES.iter().map(|site| (site.snomed, site.display)).chain(UNSIDED.iter().copied())
+}
 
 /// Everything that is published.
 pub(super) fn definitions() -> Vec<Value> {
@@ -157,15 +160,18 @@ pub(super) fn definitions() -> Vec<Value> {
         (Retry::Poll, "The job goes on."),
     ];
     let retries = retries.map(|(retry, text)| (retry.as_str(), text));
+    let sites = SITES.iter().map(|site| (site.code, site.names[0]));
     let actions = ACTIONS.iter().map(|action| (action.as_str(), action.as_str()));
     vec![
         system("skin-image-analysis", "SkinImageAnalysis", "Skin image analysis", analysis),
         system("error", "Errors", "Errors, and notes that are none", errors),
         system("retry", "Retries", "Whether a request may be repeated", retries),
         system("audit-action", "AuditActions", "What the audit trail records", actions),
+        system("body-site", "DeviceBodySites", "Body sites of the device API", sites),
         conditions(),
         body_sites(),
         map(),
+        sites_map(),
     ]
 }
 
@@ -198,17 +204,19 @@ fn conditions() -> Value {
     set
 }
 
+const COPYRIGHT: &str = "This has concepts of SNOMED CT, which is of SNOMED International.";
+
 fn body_sites() -> Value {
     let codes: Vec<Value> =
-        BODY_SITES.iter().map(|(code, display)| json!({"code": code, "display": display})).collect();
+        chosen().map(|(code, display)| json!({"code": code, "display": display})).collect();
     let mut set = definition(
         "ValueSet",
         "body-sites",
         "BodySites",
         "Body sites of skin images",
-        "Sites to choose from, of DICOM CID 4029; any other concept of SNOMED CT is taken, too.",
+        "Sites to choose from, many of DICOM CID 4029; any other concept of SNOMED CT is taken, too.",
     );
-    set["copyright"] = json!("This value set has concepts of SNOMED CT, which is of SNOMED International.");
+    set["copyright"] = json!(COPYRIGHT);
     set["compose"] = json!({"include": [{"system": SNOMED, "concept": codes}]});
     set
 }
@@ -245,6 +253,29 @@ fn map() -> Value {
     map
 }
 
+/// From the body sites of the device API to SNOMED CT, as reports have them.
+fn sites_map() -> Value {
+    let element = |site: &Site| {
+        let target = json!({"code": site.snomed, "display": site.display, "equivalence": "equivalent"});
+        json!({"code": site.code, "display": site.names[0], "target": [target]})
+    };
+    let mut map = definition(
+        "ConceptMap",
+        "body-sites-snomed",
+        "BodySitesSnomed",
+        "From the body sites of the device API to SNOMED CT",
+        "As the place of an image a site and its concept are the same.",
+    );
+    map["copyright"] = json!(COPYRIGHT);
+    map["targetCanonical"] = json!(format!("{CANONICAL}/ValueSet/body-sites"));
+    map["group"] = json!([{
+        "source": format!("{CANONICAL}/CodeSystem/body-site"),
+        "target": SNOMED,
+        "element": SITES.iter().map(element).collect::<Vec<_>>(),
+    }]);
+    map
+}
+
 #[cfg(test)]
 mod tests {
     use crate::snomed::is_concept_id;
@@ -259,8 +290,10 @@ mod tests {
                 assert!(seen.insert(concept["code"].to_string()), "{} in {}", concept["code"], system["id"]);
             }
         }
-        for (code, display) in BODY_SITES {
-            assert!(is_concept_id(code), "{code} {display}");
+        let mut seen = std::collections::HashSet::new();
+        for (code, display) in chosen() {
+            assert!(is_concept_id(code) && seen.insert(code), "{code} {display}");
         }
+        assert_eq!(seen.len(), SITES.len() + UNSIDED.len());
     }
 }

@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderMap, header},
     response::{IntoResponse, Response},
 };
+use dermflow_auth::audit::Action;
 use dermflow_http::answer::DEVICE_VERSION;
 use dermflow_schemas::{
     clock,
@@ -23,12 +24,13 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     analyze::{Caller, analysed},
     login,
-    openapi::{Any, DiagnosticReport, Failed, Guarded, Queried, Reads, Typed, Unavailable},
+    openapi::{Any, DiagnosticReport, Failed, Guarded, Own, Queried, Reads, Typed, Unavailable},
     status::{answered, finished, insert},
 };
 use crate::{
     answer::{self, Problem, asks_for_fhir, sends_fhir},
     app::App,
+    audited::Deeds,
     device::{about, diagnosis, questionnaires, report, severity, sites},
     extract::{Allowed, Body, Held, Submit},
     submit::{Ended, blocking},
@@ -91,7 +93,7 @@ pub(super) fn is_open(path: &str) -> bool {
             content((Object = "application/json"), (DiagnosticReport = "application/fhir+json"))),
         (status = 202, description = "The job goes on; `Content-Location` is where to poll.", body = Object,
             content_type = "application/fhir+json"),
-        Any, Guarded, Reads, Typed, Failed))]
+        Any, Guarded, Own, Reads, Typed, Failed))]
 async fn diagnose(
     State(app): State<Arc<App>>,
     Allowed { client, who, .. }: Allowed<Submit>,
@@ -153,7 +155,8 @@ async fn assess(
     let begun = Instant::now();
     let Held { bytes, memory: _memory } = read(&app, &headers, body).await?;
     let assessment = blocking(move || severity::parse(&bytes)).await??;
-    Ok(answer::json(assessment.render(clock::now(), begun.elapsed().as_secs_f64())))
+    let deed = Deeds::one(Action::Assess, None, json!({ "scores": assessment.codes() }));
+    Ok(deed.of(answer::json(assessment.render(clock::now(), begun.elapsed().as_secs_f64()))))
 }
 
 /// A score from an image: nothing here computes one.

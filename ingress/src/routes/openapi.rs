@@ -109,8 +109,17 @@ fn finish(path: &str, operation: &mut Value) {
             "429" | "503" => has("Retry-After", "RetryAfter"),
             _ => {}
         }
-        if status.starts_with(['4', '5']) && response["content"].is_null() {
-            response["content"][kind] = json!({"schema": {"$ref": format!("#/components/schemas/{schema}")}});
+        let own = json!({"$ref": format!("#/components/schemas/{schema}")});
+        let content = &mut response["content"];
+        if status.starts_with(['4', '5']) && content.is_null() {
+            content[kind] = json!({"schema": own});
+        } else if is_device(path)
+            && let Some(Value::Object(_)) =
+                content.as_object_mut().and_then(|c| c.remove("application/problem+json"))
+        {
+            // What a login elsewhere says in two types it says in one here.
+            let other = content[kind]["schema"].take();
+            content[kind]["schema"] = json!({"oneOf": [other, own]});
         }
     }
 }
@@ -150,8 +159,9 @@ answers! {
         "400" "The request cannot be read.",
         "408" "The body did not arrive in time.",
         "413" "The body is too large.";
-    /// What routes answer that read a form.
+    /// What routes answer that somebody signs in at.
     Sent:
+        "403" "The connection has no client certificate where one is needed.",
         "408" "The body did not arrive in time.",
         "413" "The body is too large.";
     /// What routes answer that take one kind of body.

@@ -142,8 +142,12 @@ pub(super) fn finished_record(ended: Ended) -> Result<(Record, Vec<u8>), Problem
 /// What a job that has ended answers: its report with 200, or its error.
 pub(crate) fn finished(app: &App, ended: Ended) -> Response {
     answered(ended, |record, report| {
+        let written = language::of_report(&report);
         let mut response = answer::fhir(StatusCode::OK, report);
         let headers = response.headers_mut();
+        if let Some(language) = written {
+            insert(headers, &header::CONTENT_LANGUAGE, &language);
+        }
         let location = format!("{}/fhir/DiagnosticReport/{}", app.public_url, record.id);
         insert(headers, &header::CONTENT_LOCATION, &location);
         insert(headers, &header::ETAG, "W/\"1\"");
@@ -159,12 +163,8 @@ pub(crate) fn answered(ended: Ended, dress: impl FnOnce(&Record, Vec<u8>) -> Res
         // That the job failed is what is asked for.
         Err(failed) => return Deeds::Status(Some(Object::job(job))).of(failed.into_response()),
     };
-    let written = language::of_report(&report);
     let mut response = dress(&record, report);
     let headers = response.headers_mut();
-    if let Some(language) = written {
-        insert(headers, &header::CONTENT_LANGUAGE, &language);
-    }
     if let Some(finished_at) = record.finished_at {
         insert(headers, &header::LAST_MODIFIED, &http_date(finished_at));
         insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));

@@ -8,7 +8,7 @@ use dermflow_schemas::{
     envelope::Failure,
     id::{ClientId, JobId},
     job::{Event, Lane, State},
-    limits::{RESULTS_CHUNK, RETENTION, SWEEP_BATCH},
+    limits::{RESULTS_CHUNK, RESULTS_CHUNK_BYTES, RETENTION, SWEEP_BATCH},
     seal::Sealed,
 };
 use serde_json::Value;
@@ -227,10 +227,15 @@ impl Store {
     pub(crate) async fn batch_results(&self, batch: Uuid, after: i64) -> Result<Vec<BatchResult>> {
         within(async {
             let connection = self.pool.get().await?;
-            let select = "SELECT event, line, custom_id, id, key_id, sealed FROM jobs JOIN reports ON job = id \
-                          WHERE batch = $1 AND event > $2 ORDER BY event LIMIT $3";
+            let select = "SELECT event, line, custom_id, id, key_id, sealed FROM \
+                          (SELECT *, coalesce(sum(octet_length(sealed)) OVER (ORDER BY event \
+                          ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before FROM \
+                          (SELECT event, line, custom_id, id, key_id, sealed FROM jobs JOIN reports ON job = id \
+                          WHERE batch = $1 AND event > $2 ORDER BY event LIMIT $3) AS chunk) AS measured \
+                          WHERE before < $4 ORDER BY event";
             let select = connection.prepare_cached(select).await?;
-            let rows = connection.query(&select, &[&batch, &after, &(RESULTS_CHUNK as i64)]).await?;
+            let (rows, bytes) = (RESULTS_CHUNK as i64, RESULTS_CHUNK_BYTES as i64);
+            let rows = connection.query(&select, &[&batch, &after, &rows, &bytes]).await?;
             let result = |row: &Row| BatchResult {
                 event: row.get(0),
                 line: row.get(1),

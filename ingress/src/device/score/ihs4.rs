@@ -3,9 +3,7 @@
 //! Zouboulis et al., Br J Dermatol 2017;177:1401-9: nodules, plus twice the abscesses, plus four times the draining
 //! tunnels; up to 3 mild, 4 to 10 moderate, from 11 severe. Who has no lesion at all has nothing to grade.
 
-use dermflow_schemas::limits::MAX_LESIONS;
-
-use super::{Band, Intensity, Item, Score, band, weighted};
+use super::{Band, Intensity, Item, Score, band, counted, weighted};
 
 pub(super) const SCORE: Score = Score {
     code: "ihs4",
@@ -16,14 +14,10 @@ pub(super) const SCORE: Score = Score {
     band: banded,
 };
 
-const fn lesions(code: &'static str, text: &'static str) -> Item {
-    super::counted(code, text, MAX_LESIONS, true)
-}
-
 const ITEMS: [Item; 3] = [
-    lesions("nodule", "Inflammatory nodules"),
-    lesions("abscess", "Abscesses"),
-    lesions("drainingTunnel", "Draining tunnels"),
+    counted("nodule", "Inflammatory nodules"),
+    counted("abscess", "Abscesses"),
+    counted("drainingTunnel", "Draining tunnels"),
 ];
 
 fn banded(value: f64) -> Band {

@@ -13,6 +13,8 @@ mod uct;
 
 use std::{fmt, ops::RangeInclusive};
 
+use dermflow_schemas::limits::MAX_LESIONS;
+
 /// A score.
 pub(super) struct Score {
     /// Its name in the device API.
@@ -36,6 +38,8 @@ pub(super) struct Item {
     pub(super) whole: bool,
     /// What the answers from 0 on are called; empty where a number says it all.
     pub(super) words: &'static [&'static str],
+    /// Whether the number says it without the largest one beside it.
+    is_count: bool,
 }
 
 /// What a value means.
@@ -89,6 +93,11 @@ impl Score {
         (self.value)(answers)
     }
 
+    /// How much a region of the body counts in the score of all of it, by a body site of the region.
+    pub(super) fn weight(&self, site: &str) -> Option<f64> {
+        (self.code == pasi::SCORE.code).then(|| pasi::weight(site))?
+    }
+
     pub(super) fn band(&self, value: f64) -> Band {
         (self.band)(value)
     }
@@ -98,18 +107,27 @@ impl Item {
     /// An answer in words.
     pub(super) fn interpretation(&self, answer: f64) -> String {
         let word = self.words.get(answer as usize).filter(|_| self.whole);
-        word.map_or_else(|| format!("{answer} of {}", self.range.end()), |word| (*word).into())
+        match word {
+            Some(word) => (*word).to_owned(),
+            None if self.is_count => answer.to_string(),
+            None => format!("{answer} of {}", self.range.end()),
+        }
     }
 }
 
 /// A question with whole answers from 0, each with its word.
 const fn graded(code: &'static str, text: &'static str, words: &'static [&'static str]) -> Item {
-    Item { code, text, range: 0.0..=(words.len() - 1) as f64, whole: true, words }
+    Item { code, text, range: 0.0..=(words.len() - 1) as f64, whole: true, words, is_count: false }
 }
 
-/// A question with a number for an answer.
-const fn counted(code: &'static str, text: &'static str, most: f64, whole: bool) -> Item {
-    Item { code, text, range: 0.0..=most, whole, words: &[] }
+/// A question with a number on a scale for an answer.
+const fn rated(code: &'static str, text: &'static str, most: f64, whole: bool) -> Item {
+    Item { code, text, range: 0.0..=most, whole, words: &[], is_count: false }
+}
+
+/// A question how many lesions of a kind there are.
+const fn counted(code: &'static str, text: &'static str) -> Item {
+    Item { code, text, range: 0.0..=MAX_LESIONS, whole: true, words: &[], is_count: true }
 }
 
 const fn band(category: &'static str, intensity: Intensity) -> Band {
@@ -158,5 +176,7 @@ mod tests {
         }
         assert_eq!(find("pasi").unwrap().items[1].interpretation(3.0), "Severe");
         assert_eq!(find("scorad").unwrap().items[0].interpretation(12.5), "12.5 of 100");
+        assert_eq!(find("scorad").unwrap().items[7].interpretation(3.0), "3 of 10");
+        assert_eq!(find("ihs4").unwrap().items[0].interpretation(3.0), "3");
     }
 }

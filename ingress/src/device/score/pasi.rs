@@ -26,6 +26,18 @@ const ITEMS: [Item; 4] = [
     graded("desquamation", "Desquamation", SEVERITY_4),
 ];
 
+/// The weight of the region that a body site is of.
+pub(super) fn weight(site: &str) -> Option<f64> {
+    let region = site.strip_suffix("Left").or_else(|| site.strip_suffix("Right")).unwrap_or(site);
+    match region {
+        "head" | "headFront" | "headBack" | "headTop" | "scalp" | "ear" | "perioral" => Some(0.1),
+        "arm" | "upperArm" | "elbow" | "lowerArm" | "hand" => Some(0.2),
+        "trunkFront" | "trunkBack" => Some(0.3),
+        "leg" | "upperLeg" | "knee" | "lowerLeg" | "foot" => Some(0.4),
+        _ => None,
+    }
+}
+
 fn banded(value: f64) -> Band {
     match value {
         ..=0.0 => band("None", Intensity::None),
@@ -38,6 +50,17 @@ fn banded(value: f64) -> Band {
 #[cfg(test)]
 mod tests {
     use super::{super::tests::scored, *};
+    use crate::device::sites::SITES;
+
+    #[test]
+    fn a_body_site_is_of_one_region_or_of_none() {
+        let of = |weight: Option<f64>| {
+            SITES.iter().map(|site| site.code).filter(move |code| super::weight(code) == weight)
+        };
+        let counts = [0.1, 0.2, 0.3, 0.4].map(|weight| of(Some(weight)).count());
+        assert_eq!(counts, [9, 10, 2, 10]);
+        assert_eq!(of(None).collect::<Vec<_>>(), ["genital", "nails", "tongue"]);
+    }
 
     #[test]
     fn a_region_has_nothing_to_seventy_two() {

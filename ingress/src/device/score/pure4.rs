@@ -18,7 +18,7 @@ const ITEMS: [Item; 4] = [
     graded("question1", "Signs of dactylitis", YES),
     graded("question2", "Inflammatory heel pain", YES),
     graded("question3", "Bilateral buttock pain", YES),
-    graded("question4", "Joint pain with swelling", YES),
+    graded("question4", "Peripheral joint pain with swelling before the age of 50", YES),
 ];
 
 fn banded(value: f64) -> Band {

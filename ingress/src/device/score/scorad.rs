@@ -4,7 +4,7 @@
 //! surface in per cent, B the sum of six signs (0 to 3 each), C that of itch and loss of sleep (0 to 10 each); 0 to 103.
 //! Mild below 25, severe above 50: Kunz et al., Dermatology 1997;195:10-9.
 
-use super::{Band, Intensity, Item, SEVERITY_3, Score, band, counted, graded, sum};
+use super::{Band, Intensity, Item, SEVERITY_3, Score, band, graded, rated, sum};
 
 pub(super) const SCORE: Score = Score {
     code: "scorad",
@@ -19,15 +19,15 @@ pub(super) const SCORE: Score = Score {
 };
 
 const ITEMS: [Item; 9] = [
-    counted("surface", "Affected surface", 100.0, false),
+    rated("surface", "Affected surface", 100.0, false),
     graded("erythema", "Erythema", SEVERITY_3),
     graded("swelling", "Oedema or papulation", SEVERITY_3),
     graded("crusting", "Oozing or crusts", SEVERITY_3),
     graded("excoriation", "Excoriation", SEVERITY_3),
     graded("lichenification", "Lichenification", SEVERITY_3),
     graded("dryness", "Dryness of skin that is not affected", SEVERITY_3),
-    counted("pruritus", "Itch", 10.0, true),
-    counted("sleeplessness", "Loss of sleep", 10.0, true),
+    rated("pruritus", "Itch", 10.0, true),
+    rated("sleeplessness", "Loss of sleep", 10.0, true),
 ];
 
 fn banded(value: f64) -> Band {
