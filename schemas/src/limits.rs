@@ -341,6 +341,8 @@ pub const MAX_CONSUMERS: usize = 20_000;
 pub const RESEAL_INTERVAL: Duration = Duration::from_secs(5);
 /// Reports that are sealed anew in one transaction.
 pub const RESEAL_BATCH: i64 = 32;
+/// Bytes of them, unless a single report has more: they go both ways within [`DATABASE_DEADLINE`].
+pub const RESEAL_BYTES: usize = 6 * 1024 * 1024;
 /// After so long without progress `auth keys reseal` gives up: nobody seals anew.
 pub const RESEAL_SILENCE: Duration = Duration::from_mins(1);
 /// How long reports, records and idempotency keys are kept after the job's end.

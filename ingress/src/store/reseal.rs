@@ -6,7 +6,7 @@ use bytes::Bytes;
 use dermflow_auth::db::within;
 use dermflow_schemas::{
     id::JobId,
-    limits::RESEAL_BATCH,
+    limits::{RESEAL_BATCH, RESEAL_BYTES},
     seal::{SealError, Sealed},
 };
 use tokio_postgres::Row;
@@ -77,10 +77,15 @@ impl Store {
             if !transaction.query_one(lock, &[&LOCK]).await?.get::<_, bool>(0) {
                 return Ok(page);
             }
-            let select = "SELECT job, sealed FROM reports WHERE key_id = $1 AND job > $2 \
-                          AND unopened IS DISTINCT FROM $3 ORDER BY job LIMIT $4";
+            let select = "SELECT job, sealed FROM (SELECT *, coalesce(sum(octet_length(sealed)) OVER (ORDER BY job \
+                          ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before FROM \
+                          (SELECT job, sealed FROM reports WHERE key_id = $1 AND job > $2 \
+                          AND unopened IS DISTINCT FROM $3 ORDER BY job LIMIT $4) AS page) AS measured \
+                          WHERE before < $5 ORDER BY job";
             let select = transaction.prepare_cached(select).await?;
-            let rows = transaction.query(&select, &[&older, &after.uuid(), &sealing, &RESEAL_BATCH]).await?;
+            let (after, bytes) = (after.uuid(), RESEAL_BYTES as i64);
+            let rows =
+                transaction.query(&select, &[&older, &after, &sealing, &RESEAL_BATCH, &bytes]).await?;
             let (mut jobs, mut keys, mut sealed) = (Vec::new(), Vec::new(), Vec::new());
             for row in &rows {
                 let job: JobId = row.get::<_, Uuid>(0).into();
