@@ -70,8 +70,7 @@ pub enum Outcome {
 }
 
 /// The first token of a new family, for an account that has proved itself with `credential`; it goes on with the
-/// certificate `bound_to` only, if there is one. Returns the family's id
-/// as well, and when it ends.
+/// certificate `bound_to` only, if there is one. Returns the family's id as well, and when it ends.
 ///
 /// # Errors
 /// [`RefreshError::ShutOut`] when the account or the credential has lost its access since; when the database is away.
@@ -86,7 +85,8 @@ pub async fn begin(
     let (family, ends, token) = (Uuid::new_v4(), now + LIFETIME, secret::generate(Kind::Refresh)?);
     // Whoever shuts the account out meanwhile waits, or was faster and has changed what is asked for here.
     let lock = format!(
-        "SELECT FROM auth.users WHERE id = $2 AND {OPEN} AND valid_after IS NOT DISTINCT FROM $3 FOR SHARE"
+        "SELECT FROM auth.users WHERE id = $2 AND {OPEN} AND valid_after IS NOT DISTINCT FROM $3 \
+         AND (NOT certificate_bound OR $4) FOR SHARE"
     );
     let insert = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at, certificate) \
                   SELECT $1, $2, $3, $4, $5, $6, $7 \
@@ -96,7 +96,11 @@ pub async fn begin(
         connection.execute("DELETE FROM auth.refresh_tokens WHERE expires_at < $1", &[&now]).await?;
         let transaction = connection.transaction().await?;
         let (hash, account) = (secret::hash(&token), user.client.uuid());
-        if transaction.query_opt(&lock, &[&now, &account, &user.valid_after]).await?.is_none() {
+        if transaction
+            .query_opt(&lock, &[&now, &account, &user.valid_after, &bound_to.is_some()])
+            .await?
+            .is_none()
+        {
             return Ok(0);
         }
         let certificate = bound_to.as_ref().map(<[u8; 32]>::as_slice);
@@ -110,7 +114,8 @@ pub async fn begin(
 }
 
 /// Uses a refresh token, for a client that has proved to be `client`, or that has proved nothing, and that asks for a
-/// scope, on a connection with the certificate `shown`; it came from where `from` says. What happens is in the audit trail in the same transaction.
+/// scope, on a connection with the certificate `shown`; it came from where `from` says. Of an account that is held to
+/// certificates only a family that was begun with one goes on. What happens is in the audit trail in the same transaction.
 ///
 /// # Errors
 /// When the database is away: the token is as good as before.
@@ -131,7 +136,7 @@ pub async fn spend(
            AND (certificate IS NULL OR certificate = $4) RETURNING *) \
          SELECT {COLUMNS}, family, scope, {ENDS} AS ends FROM spent r {BEGUN_WITH} \
          WHERE {OPEN} AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1 \
-         AND (NOT certificate_bound OR $4 IS NOT NULL)"
+         AND (NOT certificate_bound OR r.certificate IS NOT NULL)"
     );
     let next = secret::generate(Kind::Refresh)?;
     let outcome = db::within(async {
@@ -209,6 +214,19 @@ pub async fn end(
     .await
 }
 
+/// Ends the families of `account` that were begun without a certificate, and what was given for them.
+pub(crate) async fn end_unbound(
+    transaction: &deadpool_postgres::Transaction<'_>,
+    account: Uuid,
+    now: OffsetDateTime,
+) -> Result<(), tokio_postgres::Error> {
+    let delete = "WITH ended AS (DELETE FROM auth.refresh_tokens WHERE account = $1 AND certificate IS NULL \
+                  RETURNING family) SELECT DISTINCT family FROM ended";
+    let families: Vec<Uuid> =
+        transaction.query(delete, &[&account]).await?.iter().map(|row| row.get(0)).collect();
+    revocation::within(transaction, &families, now).await
+}
+
 /// What RFC 7662 tells of a refresh token.
 #[derive(Debug)]
 pub struct Described {
@@ -233,7 +251,8 @@ pub async fn describe(
     let select = format!(
         "SELECT scope, {ENDS} AS ends, r.certificate FROM auth.refresh_tokens r {BEGUN_WITH} \
          WHERE hash = $2 AND r.account = $3 AND used_at IS NULL AND {OPEN} \
-         AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1"
+         AND (r.credential = r.account OR c.id IS NOT NULL) AND {ENDS} > $1 \
+         AND (NOT certificate_bound OR r.certificate IS NOT NULL)"
     );
     db::within(async {
         let row = pool.get().await?.query_opt(&select, &[&now, &secret::hash(token), &account]).await?;

@@ -25,7 +25,7 @@ use crate::{
     db::{self, DbError},
     password::{self, PasswordError, Peppers},
     policy::{self, PolicyError},
-    revocation,
+    refresh, revocation,
     secret::{self, Kind, NoRandomness},
     users::{Quota, QuotaChange, Role, named, valid_name},
 };
@@ -546,6 +546,9 @@ pub async fn change(
             .await?;
         if loses_access {
             forget(transaction, id).await?;
+        }
+        if change.certificate_bound == Some(true) {
+            refresh::end_unbound(transaction, id, now).await?;
         }
         let event = act.event(Some(id)).with(json!({
             "role": change.role, "disabled": change.disabled,

@@ -21,8 +21,8 @@ use url::form_urlencoded;
 const SHORTEST: usize = 10;
 /// A piece of an image in Base64, which no other one has, and where it begins.
 const PIECE: std::ops::Range<usize> = 200..260;
-/// How JPEG, PNG and JWT begin in Base64.
-const LOOKS: [&str; 4] = ["/9j/4", "iVBORw0KGgo", "eyJhbGci", "eyJ0eXAi"];
+/// How JPEG, PNG and JWT begin in Base64, and how the first line of every private key in PEM ends.
+const LOOKS: [&str; 5] = ["/9j/4", "iVBORw0KGgo", "eyJhbGci", "eyJ0eXAi", "PRIVATE KEY-----"];
 /// Whose logs are looked through: those of our programs, and of the servers that they use.
 const PROGRAMS: [&str; 6] = ["ingress", "worker", "operate", "registration", "nats-server", "postgres"];
 /// Members and fields whose values are secrets.
@@ -121,17 +121,27 @@ fn note_files(state: &Path) -> Result<()> {
         if name == "password-pepper" || path.extension().is_some_and(|extension| extension == "key") {
             fs::read_to_string(&path)?.split_whitespace().for_each(note);
         }
-        if name == "sealing" {
+        if path.extension().is_some_and(|extension| extension == "pem") {
+            note_private_keys(&fs::read_to_string(&path)?);
+        }
+        if name == "sealing" || name == "signing-keys" {
             note_files(&path)?;
         }
     }
     Ok(())
 }
 
+/// Notes each line of the private keys in a PEM file, which may have certificates as well.
+fn note_private_keys(pem: &str) {
+    let keys =
+        pem.split("-----BEGIN ").filter(|part| part.lines().next().is_some_and(|of| of.contains("PRIVATE")));
+    keys.flat_map(str::lines).filter(|line| !line.contains("-----")).for_each(note);
+}
+
 /// Looks through the logs of a system; adds to `logs-looked-at.txt`, beside the programs, how many bytes they are.
 ///
 /// # Errors
-/// When one of them holds what none may; the error names the log and the line, not the secret.
+/// When one of them holds what none may, which names the log and the line, not the secret; or when nothing was written.
 pub(crate) fn look(state: &Path) -> Result<()> {
     note_files(state)?;
     let noted = NOTED.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -145,6 +155,7 @@ pub(crate) fn look(state: &Path) -> Result<()> {
             leak(&String::from_utf8_lossy(&log), &noted).with_context(|| path.display().to_string())?;
         }
     }
+    ensure!(bytes > 0, "the logs in {} are empty", state.display());
     let mut looked_at =
         OpenOptions::new().create(true).append(true).open(programs()?.join("logs-looked-at.txt"))?;
     // In one write, as other tests add to it at the same time.
@@ -155,7 +166,7 @@ pub(crate) fn look(state: &Path) -> Result<()> {
 fn leak(log: &str, noted: &BTreeSet<String>) -> Result<()> {
     for secret in noted.iter().map(String::as_str).chain(LOOKS) {
         let at = log.find(secret);
-        let line = at.map_or(0, |at| log[..at].lines().count().max(1));
+        let line = at.map_or(0, |at| log[..at].matches('\n').count() + 1);
         ensure!(at.is_none(), "line {line} holds what no log may: {}…", &secret[..4]);
     }
     Ok(())
@@ -179,13 +190,26 @@ mod tests {
             "identifier": "01890b7e-0000-7000-8000-000000000001",
             "password": "Zwölf grüne Kacheln",
         }));
+        let certificate = "-----BEGIN CERTIFICATE-----\nMIIBcertificate\n-----END CERTIFICATE-----\n";
+        let key = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIsecret\n-----END PRIVATE KEY-----\n";
+        note_private_keys(&format!("{certificate}{key}"));
         let noted = NOTED.lock().unwrap().clone();
-        for leaked in ["PSEUDONYM-77", "Zwölf grüne Kacheln", &image[100..400], "{\"x\":\"/9j/4AAQ\"}"] {
-            let log = format!("one line\nand {leaked} another\n");
-            let found = leak(&log, &noted).unwrap_err().to_string();
-            assert!(found.starts_with("line 2 ") || found.starts_with("line 1 "), "{found}");
+        for leaked in [
+            "PSEUDONYM-77",
+            "Zwölf grüne Kacheln",
+            &image[100..300],
+            "{\"x\":\"/9j/4AAQ\"}",
+            "MC4CAQAwBQYDK2VwBCIEIsecret",
+            "-----BEGIN EC PRIVATE KEY-----",
+        ] {
+            for before in ["", "and "] {
+                let log = format!("one line\n{before}{leaked} another\n");
+                let found = leak(&log, &noted).unwrap_err().to_string();
+                assert!(found.starts_with("line 2 "), "{found}");
+            }
         }
         let harmless = "01890b7e-0000-7000-8000-000000000001 urn:clinic:patients Parameters image/jpeg";
         assert!(leak(harmless, &noted).is_ok());
+        assert!(leak(certificate, &noted).is_ok());
     }
 }

@@ -318,8 +318,12 @@ async fn a_client_may_be_held_to_bound_tokens() -> Result<()> {
     let lab = &asking.lab;
     let own = asking.authority.certify("own", YEAR)?;
     let (secret, password, without) = (secret(lab, "demo")?, lab.password("demo")?, asking.without());
-    let bound = token(&asking.with(&own)?[0], &secret, "").await?;
+    let bound = token(&asking.with(&own)?[0], &secret, "offline_access").await?;
     let free = token(&without, &secret, "offline_access").await?;
+    // What another client's certificate, of the same CA, has made of a family that was begun without one.
+    let other = &asking.with(&asking.authority.certify("other", YEAR)?)?[0];
+    let others = refresh(other, &secret, text(&free, "refresh_token")).await?;
+    assert_eq!(with(other, &others).get("/jobs").await?.status, 200);
     for client in [lab.client(), &without] {
         assert_eq!(client.get("/jobs").await?.status, 200);
     }
@@ -335,9 +339,22 @@ async fn a_client_may_be_held_to_bound_tokens() -> Result<()> {
     for answer in [token(&without, &secret, "").await?, without.try_login("demo", &password).await?] {
         assert_eq!((answer.status, text(&answer, "error")), (400, "invalid_request"), "{}", answer.text);
     }
-    let spent = text(&free, "refresh_token");
-    assert_eq!(refresh(&without, &secret, spent).await?.body["error"], "invalid_grant");
-    assert_eq!(refresh(own, &secret, spent).await?.status, 200);
+    let refused = async || with(other, &others).get("/jobs").await.ok().filter(is_refused);
+    eventually("what came of the unbound family is refused", A_SECOND, refused).await?;
+    // Nor does one go on that a build from before, which ends none, has left.
+    let put_back = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
+                    SELECT sha256(convert_to($1, 'UTF8')), gen_random_uuid(), account, credential, scope, expires_at \
+                    FROM auth.refresh_tokens WHERE certificate IS NOT NULL";
+    let left = text(&others, "refresh_token");
+    for is_left in [false, true] {
+        if is_left {
+            assert_eq!(lab.pool("dermflow_auth")?.get().await?.execute(put_back, &[&left]).await?, 1);
+        }
+        for client in [&without, own, other] {
+            assert_eq!(refresh(client, &secret, left).await?.body["error"], "invalid_grant");
+        }
+    }
+    assert_eq!(refresh(own, &secret, text(&bound, "refresh_token")).await?.status, 200);
     let told =
         "SELECT count(*) FROM auth.audit WHERE action = 'login' AND code = 'client-certificate-needed'";
     assert_eq!(lab.count(told).await?, 2);

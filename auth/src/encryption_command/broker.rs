@@ -1,6 +1,11 @@
 //! What the broker's servers say of their listeners, connections, routes and stores.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{ToSocketAddrs, UdpSocket},
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, anyhow};
 use dermflow_schemas::{
@@ -12,6 +17,7 @@ use serde_json::Value;
 use super::{Finding, Protection, store};
 
 const CONNZ: &str = "CONNZ of every server";
+const STORED: &str = "the files in the folder that JSZ names";
 
 pub(super) async fn look(options: &NatsOptions) -> Result<Vec<Finding>> {
     let monitor = Monitor::connect(options).await.map_err(|e| anyhow!(e)).context("the broker")?;
@@ -20,10 +26,11 @@ pub(super) async fn look(options: &NatsOptions) -> Result<Vec<Finding>> {
         answers.push(monitor.ask(question).await.map_err(|e| anyhow!(e)).context("the broker")?);
     }
     let [servers, connections, routes, stores] = &answers[..] else { unreachable!("four questions") };
-    let mut findings = listeners(servers);
+    let mut findings = silent(&answers);
+    findings.extend(listeners(servers));
     findings.extend(clients(connections));
     findings.extend(cluster(servers, routes));
-    findings.extend(stores.iter().map(jetstream));
+    findings.extend(jetstreams(stores));
     findings.push(Finding::store(
         "names at the broker",
         Protection::ClearOnPurpose,
@@ -31,6 +38,26 @@ pub(super) async fn look(options: &NatsOptions) -> Result<Vec<Finding>> {
         "nats-server 2.15",
     ));
     Ok(findings)
+}
+
+/// A finding for each server that has answered one question and not another in time.
+fn silent(answers: &[Vec<Value>]) -> Vec<Finding> {
+    let mut answered: BTreeMap<&str, (&str, usize)> = BTreeMap::new();
+    for server in answers.iter().flatten().map(|answer| &answer["server"]) {
+        answered.entry(text(&server["id"])).or_insert((text(&server["name"]), 0)).1 += 1;
+    }
+    let all = answers.len();
+    let silent = answered.into_values().filter(|&(_, number)| number != all);
+    let finding = |(name, number)| {
+        let seen = format!("{number} answers to {all} questions");
+        Finding::link(
+            format!("all of the broker {name}"),
+            Protection::Unknown,
+            seen,
+            "VARZ, CONNZ, ROUTEZ, JSZ",
+        )
+    };
+    silent.map(finding).collect()
 }
 
 fn listeners(servers: &[Value]) -> Vec<Finding> {
@@ -107,13 +134,44 @@ fn cluster(servers: &[Value], routes: &[Value]) -> Option<Finding> {
     (number > 0).then(|| Finding::link("between the broker's servers", protection, seen, "ROUTEZ, VARZ"))
 }
 
-fn jetstream(server: &Value) -> Finding {
-    let name = format!("jobs, payloads and results at the broker {}", text(&server["server"]["name"]));
-    let store = &server["data"];
-    let source = "the files in the folder that JSZ names";
-    let Some(folder) = store["config"]["store_dir"].as_str() else {
-        return Finding::store(name, Protection::Unknown, "no folder", source);
+/// A finding a store. A folder says nothing when it is that of another machine, or of two servers, of which at most one has
+/// its files here.
+fn jetstreams(servers: &[Value]) -> Vec<Finding> {
+    let folder = |server: &Value| -> Option<PathBuf> {
+        let named = Path::new(server["data"]["config"]["store_dir"].as_str()?);
+        Some(fs::canonicalize(named).unwrap_or_else(|_| named.to_owned()))
     };
+    let folders: Vec<_> = servers.iter().map(folder).collect();
+    let finding = |(server, folder): (&Value, &Option<PathBuf>)| {
+        let why = match folder {
+            None => "no folder".to_owned(),
+            Some(shared) if folders.iter().filter(|other| *other == folder).count() > 1 => {
+                format!("{}: named by several servers", shared.display())
+            }
+            Some(_) if !is_here(text(&server["server"]["host"])) => {
+                format!("not known to be on this machine: it listens at {}", text(&server["server"]["host"]))
+            }
+            Some(folder) => return jetstream(server, folder),
+        };
+        Finding::store(store_name(server), Protection::Unknown, why, STORED)
+    };
+    servers.iter().zip(&folders).map(finding).collect()
+}
+
+/// Whether `host` is an address of this machine: we can have a port there. One that stands for all addresses does not tell.
+fn is_here(host: &str) -> bool {
+    let Ok(addresses) = (host, 0).to_socket_addrs() else { return false };
+    let addresses: Vec<_> = addresses.collect();
+    let here = addresses.iter().all(|at| !at.ip().is_unspecified() && UdpSocket::bind(at).is_ok());
+    here && !addresses.is_empty()
+}
+
+fn store_name(server: &Value) -> String {
+    format!("jobs, payloads and results at the broker {}", text(&server["server"]["name"]))
+}
+
+fn jetstream(server: &Value, folder: &Path) -> Finding {
+    let (name, store, source) = (store_name(server), &server["data"], STORED);
     let accounts = store["account_details"].as_array().map_or(&[][..], Vec::as_slice);
     let streams: Vec<store::Stream<'_>> = accounts
         .iter()
@@ -126,7 +184,7 @@ fn jetstream(server: &Value) -> Finding {
             })
         })
         .collect();
-    match store::look(Path::new(folder), &streams) {
+    match store::look(folder, &streams) {
         Ok(seen) if seen.in_clear.is_empty() => {
             let seen = format!("{} streams, {} files under {} keys", streams.len(), seen.files, seen.keys);
             Finding::store(name, Protection::Encrypted, seen, source)
@@ -136,7 +194,9 @@ fn jetstream(server: &Value) -> Finding {
                 format!("{} of {} files, such as {}", seen.in_clear.len(), seen.files, seen.in_clear[0]);
             Finding::store(name, Protection::Clear, seen, source)
         }
-        Err(error) => Finding::store(name, Protection::Unknown, format!("{folder}: {error}"), source),
+        Err(error) => {
+            Finding::store(name, Protection::Unknown, format!("{}: {error}", folder.display()), source)
+        }
     }
 }
 
@@ -165,6 +225,40 @@ mod tests {
         assert_eq!(found[0].seen, "1 without TLS, 1 with TLS 1.3");
         let cut = clients(&[json!({ "data": { "total": 4, "connections": [] } })]);
         assert_eq!(cut[0].protection, Protection::Unknown);
+    }
+
+    #[test]
+    fn a_server_that_answers_late_is_not_forgotten() {
+        let answer = |id: &str| json!({ "server": { "id": id, "name": id } });
+        let (both, one) = (vec![answer("a"), answer("b")], vec![answer("a")]);
+        assert!(silent(&[both.clone(), both.clone()]).is_empty());
+        for answers in [[both.clone(), one.clone()], [one, both]] {
+            let found = silent(&answers);
+            assert_eq!(found.len(), 1);
+            assert_eq!(
+                (found[0].name.as_str(), found[0].protection),
+                ("all of the broker b", Protection::Unknown)
+            );
+        }
+    }
+
+    #[test]
+    fn a_folder_counts_for_one_server_on_this_machine() {
+        let root = std::env::temp_dir().join(format!("dermflow-stores-{}", uuid::Uuid::new_v4()));
+        let store = |host: &str, folder: &str| {
+            let folder = root.join(folder);
+            fs::create_dir_all(&folder).unwrap();
+            json!({ "server": { "host": host }, "data": { "config": { "store_dir": folder } } })
+        };
+        let judged =
+            |servers: &[Value]| jetstreams(servers).iter().map(|found| found.protection).collect::<Vec<_>>();
+        let (good, unknown) = (Protection::Encrypted, Protection::Unknown);
+        assert_eq!(judged(&[store("127.0.0.1", "a"), store("localhost", "b")]), [good, good]);
+        assert_eq!(judged(&[store("127.0.0.1", "a"), store("127.0.0.1", "a/.")]), [unknown, unknown]);
+        for host in ["192.0.2.1", "0.0.0.0", "::", ""] {
+            assert_eq!(judged(&[store(host, "a"), store("127.0.0.1", "b")]), [unknown, good], "{host}");
+        }
+        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]

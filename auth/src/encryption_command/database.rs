@@ -19,9 +19,7 @@ pub(super) async fn look(client: &Client, options: &DatabaseOptions, keys: &Keys
     let mut findings = vec![link("auth to the database", &client.query(own, &[]).await?, options, source)];
     let of_ingress = "SELECT version, on_network, number FROM ingress.connections()";
     let rows = client.query(of_ingress, &[]).await.context(PREPARED)?;
-    if !rows.is_empty() {
-        findings.push(link("ingress to the database", &rows, options, source));
-    }
+    findings.push(link("ingress to the database", &rows, options, source));
     let standbys: i64 = client.query_one("SELECT count(*) FROM pg_stat_replication", &[]).await?.get(0);
     if standbys > 0 {
         let seen = format!("{standbys} standbys, of which this role sees no more");
@@ -48,6 +46,9 @@ pub(super) async fn look(client: &Client, options: &DatabaseOptions, keys: &Keys
 
 /// The connections of one role: rows of a version of TLS, whether it is over the network, and a number.
 fn link(name: &str, rows: &[Row], options: &DatabaseOptions, source: &'static str) -> Finding {
+    if rows.is_empty() {
+        return Finding::link(name, Protection::Unknown, "no connection", source);
+    }
     let (mut plain, mut sockets, mut seen) = (0, 0, Vec::new());
     for row in rows {
         let (version, network, number): (Option<&str>, bool, i64) = (row.get(0), row.get(1), row.get(2));
@@ -66,7 +67,10 @@ fn link(name: &str, rows: &[Row], options: &DatabaseOptions, source: &'static st
     let protection = match (plain, sockets) {
         (0, 0) => Protection::Tls,
         (0, _) => match private_sockets(options) {
-            Ok(true) => Protection::PrivateSocket,
+            Ok(true) => {
+                seen.push("judged by the folder that auth's own --database names".into());
+                Protection::PrivateSocket
+            }
             Ok(false) => {
                 seen.push("others can enter its folder".into());
                 Protection::Clear

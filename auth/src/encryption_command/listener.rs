@@ -1,8 +1,13 @@
 //! What a listener agrees on with somebody who calls it.
 
-use std::{net::TcpStream, path::Path, sync::Arc, time::Duration};
+use std::{
+    net::{TcpStream, ToSocketAddrs},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use dermflow_schemas::limits::HANDSHAKE_TIMEOUT;
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore,
@@ -37,8 +42,20 @@ pub(super) async fn look(url: &str, ca: &Path) -> Result<Finding> {
     })
 }
 
+/// A connection to the first of the host's addresses that takes one in time.
+fn connect(host: &str, port: u16) -> Result<TcpStream> {
+    let mut outcome = Err(anyhow!("the host has no address"));
+    for address in (host, port).to_socket_addrs()? {
+        outcome = TcpStream::connect_timeout(&address, HANDSHAKE_TIMEOUT).map_err(Into::into);
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
+}
+
 fn handshake(host: &str, port: u16, config: ClientConfig, name: ServerName<'static>) -> Result<String> {
-    let mut socket = TcpStream::connect((host, port)).context("no connection")?;
+    let mut socket = connect(host, port).context("no connection")?;
     let limit: Option<Duration> = Some(HANDSHAKE_TIMEOUT);
     socket.set_read_timeout(limit)?;
     socket.set_write_timeout(limit)?;
