@@ -109,13 +109,15 @@ fn finish(path: &str, operation: &mut Value) {
             "429" | "503" => has("Retry-After", "RetryAfter"),
             _ => {}
         }
+        if !status.starts_with(['4', '5']) {
+            continue;
+        }
         let own = json!({"$ref": format!("#/components/schemas/{schema}")});
         let content = &mut response["content"];
-        if status.starts_with(['4', '5']) && content.is_null() {
+        if content.is_null() {
             content[kind] = json!({"schema": own});
         } else if is_device(path)
-            && let Some(Value::Object(_)) =
-                content.as_object_mut().and_then(|c| c.remove("application/problem+json"))
+            && content.as_object_mut().and_then(|types| types.remove("application/problem+json")).is_some()
         {
             // What a login elsewhere says in two types it says in one here.
             let other = content[kind]["schema"].take();
@@ -379,6 +381,7 @@ mod tests {
                     for (status, response) in operation["responses"].as_object().unwrap() {
                         assert!(response["headers"]["X-Request-Id"].is_object(), "{method} {path} {status}");
                         let has_body = response["content"].is_object();
+                        assert_eq!(response.get("content").is_some(), has_body, "{method} {path} {status}");
                         assert!(has_body || !status.starts_with(['4', '5']), "{method} {path} {status}");
                     }
                 }
