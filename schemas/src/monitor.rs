@@ -1,4 +1,4 @@
-//! What the broker's servers say of themselves to the user `monitor` of the system account.
+//! What the broker's servers say of themselves to the user `monitor`.
 
 use std::time::Duration;
 

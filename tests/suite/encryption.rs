@@ -6,11 +6,13 @@ use anyhow::{Context, Result, bail, ensure};
 use async_nats::ConnectOptions;
 use dermflow_auth::db::DatabaseOptions;
 use dermflow_local::{
+    nats::MONITOR,
     postgres::Postgres,
     servers::{Given, Servers},
     stack::repo,
     state::State,
 };
+use dermflow_schemas::queue;
 use dermflow_tests::{
     client::sample,
     lab::{Lab, Setup},
@@ -138,6 +140,63 @@ async fn the_running_system_shows_that_all_of_it_is_encrypted() -> Result<()> {
     lab.stop().await
 }
 
+/// Has answers to the monitor sent where servers take orders: to purge the queue, and to read their configuration anew.
+async fn misdirect_answers(lab: &Lab) -> Result<()> {
+    let port = lab.broker().await?.server_info().port;
+    let password = fs::read_to_string(lab.broker_password(MONITOR.user)?)?;
+    let options = ConnectOptions::new().user_and_password(MONITOR.user.into(), password);
+    let options = options.add_root_certificates(lab.ca()).custom_inbox_prefix("_INBOX_monitor");
+    let monitor = options.connect(format!("tls://localhost:{port}")).await?;
+    let reload = format!("$SYS.REQ.SERVER.{}.RELOAD", monitor.server_info().server_id);
+    let delete = format!("$JS.API.STREAM.DELETE.{}", queue::RESULTS);
+    for question in MONITOR.publish {
+        for hostile in ["$JS.API.ACCOUNT.PURGE.QUEUE", "$JS.API.ACCOUNT.PURGE.$G", &delete, &reload] {
+            monitor.publish_with_reply(*question, hostile.to_owned(), "{}".into()).await?;
+        }
+        monitor.request(*question, "{}".into()).await?;
+    }
+    Ok(())
+}
+
+/// Whether a server has done what [`misdirect_answers`] wants.
+fn is_misled(lab: &Lab) -> Result<bool> {
+    let (mut logs, mut is_misled) = (0, false);
+    for entry in fs::read_dir(lab.log_folder())? {
+        let path = entry?.path();
+        if path.file_stem().is_some_and(|name| name.to_string_lossy().starts_with("nats-server")) {
+            let log = fs::read_to_string(&path)?;
+            is_misled |= log.contains("Purge request") || log.contains("Reloaded");
+            logs += 1;
+        }
+    }
+    ensure!(logs == 3, "{logs} logs");
+    Ok(is_misled)
+}
+
+// What the role of auth puts into pg_temp is not what the functions of ingress's role look at.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_temporary_view_does_not_stand_in_for_the_catalog() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    lab.sql("GRANT TEMP ON DATABASE dermflow TO dermflow_auth").await?;
+    let auth = lab.pool("dermflow_auth")?.get().await?;
+    let plant = "CREATE TEMP VIEW pg_stat_activity AS SELECT 0 AS pid, NULL::inet AS client_addr, \
+                 'dermflow_ingress'::name AS usename; \
+                 CREATE TEMP VIEW pg_stat_ssl AS SELECT 0 AS pid, 'planted'::text AS version; \
+                 CREATE DOMAIN pg_temp.bytea AS pg_catalog.bytea CHECK (false)";
+    auth.batch_execute(plant).await?;
+    let rows = auth.query("SELECT version FROM ingress.connections()", &[]).await?;
+    ensure!(!rows.is_empty());
+    for row in rows {
+        ensure!(row.get::<_, Option<&str>>(0) != Some("planted"));
+    }
+    for function in ["reports_in_clear", "secrets_in_clear"] {
+        let row = auth.query_one(&format!("SELECT ingress.{function}()"), &[]).await?;
+        ensure!(row.get::<_, i64>(0) == 0);
+    }
+    drop(auth);
+    lab.stop().await
+}
+
 // What is in clear is found where it is, one thing after another, whatever else is encrypted.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_in_clear_is_found() -> Result<()> {
@@ -154,6 +213,12 @@ async fn what_is_in_clear_is_found() -> Result<()> {
     assert_eq!(found["ingress to the broker"], "tls");
     assert_eq!(found["ingress to the database"], "tls");
     assert_eq!(found["reports"], "sealed");
+
+    let results = async || -> Result<_> {
+        Ok(queue::context(lab.broker().await?).get_stream(queue::RESULTS).await?.cached_info().created)
+    };
+    let made = results().await?;
+    misdirect_answers(&lab).await?;
 
     let address = lab.broker().await?.server_info().port;
     let password = fs::read_to_string(lab.broker_password("ingress")?)?;
@@ -185,5 +250,7 @@ async fn what_is_in_clear_is_found() -> Result<()> {
     }
     lab.sql("UPDATE ingress.reports SET sealed = 'x', key_id = 'lost'").await?;
     assert_eq!(findings(&lab)?.1["reports"], "unknown");
+    // Whoever is the monitor cannot make other servers do anything.
+    assert!(!is_misled(&lab)? && results().await? == made);
     lab.stop().await
 }

@@ -115,8 +115,8 @@ pub const OPERATOR: Permissions = Permissions {
 /// The user of who runs the broker, who may do everything.
 pub const ADMIN: Permissions = Permissions { user: "admin", publish: &[">"], subscribe: &[">"] };
 
-/// Who looks whether connections and stores are encrypted, `auth encryption`: a user of the system account, who sees no
-/// message and may ask for nothing but this.
+/// Who looks whether connections and stores are encrypted, `auth encryption`: it sees no message and may ask the system
+/// account for nothing but this.
 pub const MONITOR: Permissions = Permissions {
     user: "monitor",
     publish: &[
@@ -307,7 +307,7 @@ fn configuration(
         ))
     };
     let users = USERS.iter().map(line).collect::<Result<String>>()?;
-    let monitor = line(&MONITOR)?;
+    let accounts = accounts(&users, &line(&MONITOR)?, member.is_some());
     // The path is relative to the configuration's own folder, where nats-server looks for it.
     let encryption = match store.key.as_deref().and_then(Path::file_name) {
         Some(key) => format!("cipher: aes, include {:?}", key.to_string_lossy()),
@@ -324,21 +324,44 @@ ping_max: 3
 write_deadline: "10s"
 tls {{ cert_file: {cert:?}, key_file: {key:?}, timeout: 5 }}
 jetstream {{ store_dir: {store:?}, sync_interval: {sync_interval:?}, max_file_store: {max_file_store}, {encryption} }}
-authorization {{
-  timeout: 5
-  users: [
-{users}  ]
-}}
-accounts {{
-  $SYS {{ users: [
-{monitor}  ] }}
-}}
-allow_non_tls: {plain}
+{accounts}allow_non_tls: {plain}
 "#,
         cert = pki.cert.to_string_lossy(),
         key = pki.key.to_string_lossy(),
         store = store.folder.to_string_lossy(),
     ))
+}
+
+/// Who is in which account. A server answers with its own rights wherever a request wants the answer, and every other server
+/// of a cluster does there what it is told: in a cluster the monitor gets its answers in an account of its own. A lone
+/// server does not hear itself, and keeps the queue in the global account, whose name is in the keys of what is stored and
+/// which has no JetStream beside others.
+fn accounts(users: &str, monitor: &str, clustered: bool) -> String {
+    if !clustered {
+        return format!(
+            "authorization {{\n  timeout: 5\n  users: [\n{users}  ]\n}}\naccounts {{\n  $SYS {{ users: [\n{monitor}  ] }}\n}}\n"
+        );
+    }
+    let list =
+        |line: fn(&str) -> String| MONITOR.publish.iter().map(|subject| line(subject)).collect::<String>();
+    let exports = list(|subject| {
+        format!("    {{ service: {subject:?}, response_type: stream, accounts: [MONITOR] }}\n")
+    });
+    let imports =
+        list(|subject| format!("    {{ service: {{ account: \"$SYS\", subject: {subject:?} }} }}\n"));
+    format!(
+        r#"authorization {{ timeout: 5 }}
+accounts {{
+  QUEUE {{ jetstream: enabled, users: [
+{users}  ] }}
+  MONITOR {{ users: [
+{monitor}  ], imports: [
+{imports}  ] }}
+  $SYS {{ exports: [
+{exports}  ] }}
+}}
+"#
+    )
 }
 
 /// The routes stay on the loopback address, with a password and without TLS.
@@ -543,6 +566,13 @@ mod tests {
             "$JS.API.INFO",
         ];
         refused(&monitor, &others).await;
+        let server = monitor.server_info().server_id;
+        for hostile in [format!("$SYS.REQ.SERVER.{server}.RELOAD"), "$JS.API.ACCOUNT.PURGE.$G".into()] {
+            monitor.publish_with_reply(MONITOR.publish[0], hostile, "{}".into()).await.unwrap();
+        }
+        monitor.request(MONITOR.publish[0], "{}".into()).await.unwrap();
+        let log = read(nats.process.log()).unwrap();
+        assert!(!log.contains("Purge request") && !log.contains("Reloaded"), "{log}");
         let mut spied = monitor.subscribe("jobs.>").await.unwrap();
         monitor.flush().await.unwrap();
         admin.publish("jobs.interactive.3.c", "job".into()).await.unwrap();
