@@ -108,9 +108,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let index = Index::open(&store, &keyring).await?;
     let nats =
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
-    let context = queue::context(nats.clone());
-    let ensured = queue::ensure(&context, options.ack_wait(), options.replicas).await;
-    ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
+    let context = prepare_queue(&nats, &options).await?;
     let (commits, entries) = Commits::new();
     let metrics = Metrics::new()?;
     files.served().register(&metrics.registry)?;
@@ -204,6 +202,17 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 async fn prepare(store: &Store) -> anyhow::Result<()> {
     audit::ready(store.pool()).await.context("there is no audit trail: run `auth migrate` first")?;
     store.migrate().await.context("cannot prepare the database")
+}
+
+/// JetStream, with the streams that there have to be.
+async fn prepare_queue(
+    nats: &async_nats::Client,
+    options: &Options,
+) -> anyhow::Result<async_nats::jetstream::Context> {
+    let context = queue::context(nats.clone());
+    let ensured = queue::ensure(&context, options.ack_wait(), options.replicas).await;
+    ensured.map_err(anyhow::Error::from_boxed).context("cannot prepare the queue")?;
+    Ok(context)
 }
 
 /// Runs the operators' process until SIGTERM or SIGINT, then drains.

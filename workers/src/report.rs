@@ -1094,7 +1094,7 @@ mod tests {
         let map = HeatMap { class: 0, width: 30, height: 22, places: [5, 5], png: b"png".to_vec() };
         let mut manifest = Manifest::new(vec![entry(None)], None, None);
         let finding = Finding { heat_maps: vec![map], ..finding(THIRDS) };
-        let report = report_of(&simulated(&[]), &manifest, &[finding.clone()]);
+        let report = report_of(&simulated(&[]), &manifest, std::slice::from_ref(&finding));
         let media = resource(&report, "heatmap-1-mel");
         assert_eq!(media["view"]["coding"][0]["code"], "class-activation-map");
         assert_eq!(media["content"]["data"], "cG5n");

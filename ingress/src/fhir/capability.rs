@@ -1,4 +1,4 @@
-//! The CapabilityStatement, and the operation that it names.
+//! The `CapabilityStatement`, and the operation that it names.
 
 use dermflow_schemas::{fhir::CANONICAL, limits::MAX_IMAGES};
 use serde_json::{Value, json};

@@ -63,8 +63,8 @@ pub(crate) fn period(value: &str) -> Option<Period> {
 
 type Stretch = Option<(OffsetDateTime, OffsetDateTime)>;
 
-fn between(first: Date, next: Date) -> Stretch {
-    Some((first.midnight().assume_utc(), next.midnight().assume_utc()))
+fn between(first: Date, next: Date) -> (OffsetDateTime, OffsetDateTime) {
+    (first.midnight().assume_utc(), next.midnight().assume_utc())
 }
 
 fn instant(text: &str) -> Stretch {
@@ -74,23 +74,21 @@ fn instant(text: &str) -> Stretch {
 
 fn day(text: &str) -> Stretch {
     let date = Date::parse(text, format_description!("[year]-[month]-[day]")).ok()?;
-    between(date, date.next_day()?)
+    Some(between(date, date.next_day()?))
 }
 
 fn month(text: &str) -> Stretch {
     let (year, month) = text.split_once('-').filter(|(year, month)| year.len() == 4 && month.len() == 2)?;
     let (year, month) = (whole(year)?, Month::try_from(whole(month)? as u8).ok()?);
     let next = if month == Month::December { year + 1 } else { year };
-    between(
-        Date::from_calendar_date(year, month, 1).ok()?,
-        Date::from_calendar_date(next, month.next(), 1).ok()?,
-    )
+    let first = Date::from_calendar_date(year, month, 1).ok()?;
+    Some(between(first, Date::from_calendar_date(next, month.next(), 1).ok()?))
 }
 
 fn year(text: &str) -> Stretch {
     let year = whole(text).filter(|_| text.len() == 4)?;
     let first = |year| Date::from_calendar_date(year, Month::January, 1).ok();
-    between(first(year)?, first(year + 1)?)
+    Some(between(first(year)?, first(year + 1)?))
 }
 
 /// A number of digits and nothing else.

@@ -99,33 +99,37 @@ const fn class(code: &'static str, display: &'static str, icd11: Option<Target>)
     Class { code, display, icd11 }
 }
 
-const fn target(code: &'static str, display: &'static str, more: Option<&'static str>) -> Option<Target> {
-    Some(Target { code, display, more })
+const fn target(code: &'static str, display: &'static str, more: Option<&'static str>) -> Target {
+    Target { code, display, more }
 }
 
 const CLASSES: &[Class] = &[
     class(
         "class-akiec",
         "Actinic keratosis or Bowen's disease",
-        target("EK90.0", "Actinic keratosis", Some("The class holds Bowen's disease, too.")),
+        Some(target("EK90.0", "Actinic keratosis", Some("The class holds Bowen's disease, too."))),
     ),
-    class("class-bcc", "Basal cell carcinoma", target("2C32", "Basal cell carcinoma of skin", None)),
+    class("class-bcc", "Basal cell carcinoma", Some(target("2C32", "Basal cell carcinoma of skin", None))),
     class(
         "class-bkl",
         "Benign keratosis (seborrhoeic keratosis, solar lentigo, lichen-planus-like keratosis)",
-        target(
+        Some(target(
             "2F21.0",
             "Seborrhoeic keratosis",
             Some("The class holds solar lentigo and lichen-planus-like keratosis, too."),
-        ),
+        )),
     ),
-    class("class-df", "Dermatofibroma", target("2F23.0", "Dermatofibroma", None)),
+    class("class-df", "Dermatofibroma", Some(target("2F23.0", "Dermatofibroma", None))),
     class(
         "class-mel",
         "Melanoma",
-        target("2C30", "Melanoma of skin", Some("The class holds melanoma in situ, too.")),
+        Some(target("2C30", "Melanoma of skin", Some("The class holds melanoma in situ, too."))),
     ),
-    class("class-nv", "Melanocytic naevus (mole)", target("2F20.Z", "Melanocytic naevus, unspecified", None)),
+    class(
+        "class-nv",
+        "Melanocytic naevus (mole)",
+        Some(target("2F20.Z", "Melanocytic naevus, unspecified", None)),
+    ),
     class("class-vasc", "Vascular lesion (angioma, angiokeratoma, pyogenic granuloma, haemorrhage)", None),
     class("class-other", "Something else than a skin lesion", None),
 ];

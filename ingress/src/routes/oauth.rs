@@ -180,6 +180,7 @@ struct AboutToken {
 
 /// A token (RFC 6749 §5.1).
 #[derive(Debug, Serialize, ToSchema)]
+#[expect(clippy::struct_field_names, reason = "the names of RFC 6749")]
 pub(super) struct Token {
     /// To be sent as `Authorization: Bearer <token>`.
     access_token: String,

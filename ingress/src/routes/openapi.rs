@@ -86,7 +86,8 @@ fn finish(path: &str, operation: &mut Value) {
     let mut place = path;
     for (prefix, suffix) in [(DEVICE_VERSION, "V1"), ("/clinical", "Clinical"), ("/auth", "Auth")] {
         if let (Some(rest), Value::String(id)) = (place.strip_prefix(prefix), &mut operation["operationId"]) {
-            (place, _) = (rest, id.push_str(suffix));
+            place = rest;
+            id.push_str(suffix);
         }
     }
     let is_fhir = path == "/fhir" || path.starts_with("/fhir/");

@@ -10,6 +10,7 @@ use dermflow_auth::{
 };
 use dermflow_schemas::{
     id::{ClientId, JobId},
+    image::hex,
     job::Lane,
 };
 use time::OffsetDateTime;
@@ -212,7 +213,9 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
     let sources: Vec<Option<String>> = of().map(|job| job.who.source()).collect();
     let requests: Vec<Option<Uuid>> = of().map(|job| job.who.request).collect();
     // PostgreSQL has no arrays of arrays of different lengths.
-    let search = |job: &NewJob| (!job.search.is_empty()).then(|| Json(job.search.iter().map(hex).collect()));
+    let search = |job: &NewJob| {
+        (!job.search.is_empty()).then(|| Json(job.search.iter().map(|token| hex(token)).collect()))
+    };
     let search: Vec<Option<Json<Vec<String>>>> = of().map(|job| search(job)).collect();
     transaction
         .execute(
@@ -238,10 +241,6 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[NewJob], tickets: &[
         )
         .await?;
     Ok(())
-}
-
-fn hex(bytes: &Vec<u8>) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Takes back what was claimed for jobs that are not recorded.
