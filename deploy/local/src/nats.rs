@@ -350,7 +350,7 @@ fn accounts(users: &str, monitor: &str, clustered: bool) -> String {
     let imports =
         list(|subject| format!("    {{ service: {{ account: \"$SYS\", subject: {subject:?} }} }}\n"));
     format!(
-        r#"authorization {{ timeout: 5 }}
+        r"authorization {{ timeout: 5 }}
 accounts {{
   QUEUE {{ jetstream: enabled, users: [
 {users}  ] }}
@@ -360,7 +360,7 @@ accounts {{
   $SYS {{ exports: [
 {exports}  ] }}
 }}
-"#
+"
     )
 }
 
