@@ -111,7 +111,7 @@ fn memory_bomb() -> Vec<u8> {
     let components: Vec<u8> = (1..=4).flat_map(|id| [id, 0x22, 0]).collect();
     let codes = [&[0xff, 0xc4, 0, 20, 0, 1][..], &[0; 15], &[0]].concat();
     let scan = [0xff, 0xda, 0, 14, 4, 1, 0, 2, 0, 3, 0, 4, 0, 0, 0, 0];
-    let comments = [&[0xff, 0xfe, 0xff, 0xff][..], &[0; 65_533]].concat().repeat(140);
+    let comments = [&[0xff, 0xfe, 0xff, 0xff][..], &vec![0; 65_533]].concat().repeat(140);
     let end = [0xff, 0xd9];
     [&[0xff, 0xd8][..], &comments, &quantisers, &frame, &components, &codes, &scan, &[0; 16], &end].concat()
 }

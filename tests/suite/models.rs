@@ -158,7 +158,7 @@ fn images() -> PathBuf {
 }
 
 fn format_of(name: &str) -> Format {
-    if name.ends_with(".png") { Format::Png } else { Format::Jpeg }
+    if name.strip_suffix(".png").is_some() { Format::Png } else { Format::Jpeg }
 }
 
 // REQ_004: decoding, squashing, network and arithmetic give what the training pipeline gives (Pillow, onnxruntime in

@@ -73,7 +73,7 @@ async fn a_patients_reports_are_a_series_in_time() -> Result<()> {
             format!("identifier=urn:ietf:rfc:3986|urn:uuid:{},|O-3&_sort=date", series[0]),
             &[series[0].clone(), series[2].clone()],
         ),
-        (format!("_id={other},{theirs}"), &[other.clone()]),
+        (format!("_id={other},{theirs}"), std::slice::from_ref(&other)),
         (format!("_id={}&subject=John-8", series[0]), &[]),
         ("subject:identifier=https://other.example|Jane-7".into(), &[]),
         ("patient=Jane-7&status=final".into(), &[]),
