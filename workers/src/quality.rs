@@ -1,6 +1,6 @@
 //! Whether an image is good enough: five measures, each from 0 to 100 %, of which the least is the score. Pure.
 //!
-//! All but the resolution are measured on the image at [`SIDE`] pixels, so that they mean the same for a photograph of
+//! All but the resolution are measured on the image at 256 pixels, so that they mean the same for a photograph of
 //! 12 megapixels and for a thumbnail. Every threshold of the refusal is in this file; the model card has the figures.
 
 use dermflow_schemas::limits::MIN_SIDE_PIXELS;

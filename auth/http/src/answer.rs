@@ -131,7 +131,7 @@ const DEVICE: [&str; 9] = [
     "severity-assessment",
 ];
 
-/// Whether a path is the device API's, whose clients take an error for none unless it has the form of [`device`].
+/// Whether a path is the device API's, whose clients take an error for none unless it has its form.
 pub fn is_device(path: &str) -> bool {
     let mut parts = path.split('/').skip(1);
     parts
