@@ -598,7 +598,15 @@ mod tests {
         let mut found = telltale(&command);
         found.sort();
         found.dedup();
-        let files = ["database_password_file", "key", "password_pepper", "tls_key"];
+        let files = [
+            "database_password_file",
+            "key",
+            "nats_password_file",
+            "password_pepper",
+            "sealing_keys",
+            "sealing_keys_command",
+            "tls_key",
+        ];
         assert_eq!(found, files.map(|name| (name.to_owned(), true)), "a secret comes from a file");
         let options = [
             Arg::new("a").long("api-token"),

@@ -218,8 +218,8 @@ pub const DATABASE_DEADLINE: Duration = Duration::from_secs(2);
 /// Connections to PostgreSQL per ingress process.
 pub const DATABASE_CONNECTIONS: usize = 16;
 /// Questions that wait for one of them; while there are as many, new requests get a 503. At a thousand a second the last
-/// one waits for an eighth of a second.
-pub const DATABASE_QUEUE: usize = 128;
+/// one waits for half a second.
+pub const DATABASE_QUEUE: usize = 512;
 /// Between two looks at the certificate's files.
 pub const CERTIFICATE_LOOK: Duration = Duration::from_secs(1);
 /// Connections beside them for signing in, so that nobody's record waits behind logins.
