@@ -108,7 +108,7 @@ async fn answers_say_how_a_network_stands() -> Result<()> {
         (200, anonymous.try_login("demo", &password).await?),
         (401, anonymous.try_login("demo", "wrong").await?),
         (401, form("/oauth/token").await?),
-        (400, form("/login").await?),
+        (422, form("/login").await?),
     ];
     for (n, (status, answer)) in answers.iter().enumerate() {
         assert_eq!((answer.status, answer.header("ratelimit-policy")), (*status, policy), "answer {n}");
