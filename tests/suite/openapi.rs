@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Command};
 
 /// Seconds of a run. A long one is `DERMFLOW_FUZZ_SECONDS=250 ./tests/run schemathesis`, with a seed of its own.
-const SECONDS: &str = "40";
+const SECONDS: &str = "60";
 /// Requests of a run at least.
 const LEAST: u64 = 500;
 
@@ -56,10 +56,10 @@ async fn schemathesis_finds_nothing_that_is_not_described() -> Result<()> {
     let told = String::from_utf8_lossy(&output.stdout);
     println!("{told}");
     ensure!(output.status.success(), "{told}{}", String::from_utf8_lossy(&output.stderr));
-    // It has looked: every operation was called, and many times.
+    // It has looked: every operation was called, and many times. The document it has read before it counts.
     let called: BTreeMap<String, u64> = serde_json::from_str(told.lines().last().unwrap_or_default())?;
-    let missed: Vec<_> =
-        operations(client).await?.into_iter().filter(|one| !called.contains_key(one)).collect();
+    let described = operations(client).await?.into_iter().filter(|one| one != "GET /openapi.json");
+    let missed: Vec<_> = described.filter(|one| !called.contains_key(one)).collect();
     ensure!(missed.is_empty(), "not called: {missed:?}");
     ensure!(called.values().sum::<u64>() >= LEAST, "{called:?}");
     lab.stop().await
