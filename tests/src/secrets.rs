@@ -119,7 +119,9 @@ fn note_files(state: &Path) -> Result<()> {
             note(fs::read_to_string(&path)?.trim());
         }
         if name == "password-pepper" || path.extension().is_some_and(|extension| extension == "key") {
-            fs::read_to_string(&path)?.split_whitespace().for_each(note);
+            // Behind the id, which may be told.
+            let file = fs::read_to_string(&path)?;
+            file.lines().filter_map(|line| line.split_whitespace().last()).for_each(note);
         }
         if path.extension().is_some_and(|extension| extension == "pem") {
             note_private_keys(&fs::read_to_string(&path)?);
