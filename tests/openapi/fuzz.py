@@ -9,6 +9,7 @@ code: 0 when no check failed.
 """
 
 import argparse
+import ast
 import json
 import random
 import sys
@@ -26,6 +27,20 @@ CHECKS = [
     "ignored_auth",
     "use_after_free",
 ]
+
+
+PARSE = ast.parse
+
+
+def parse_again(*arguments, **named):
+    """ast.parse, once more where CPython 3.11 has miscounted its own depth (python/cpython#106905)."""
+    try:
+        return PARSE(*arguments, **named)
+    except SystemError:
+        return PARSE(*arguments, **named)
+
+
+ast.parse = parse_again
 
 
 def prepare(schemathesis, known, called):
