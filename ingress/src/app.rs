@@ -21,6 +21,7 @@ use crate::{
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
+    recorder::Awaited,
     store::Store,
 };
 
@@ -45,6 +46,7 @@ pub(crate) struct App {
     pub(crate) nats: async_nats::Client,
     pub(crate) publisher: Publisher,
     pub(crate) commits: Commits,
+    pub(crate) awaited: Awaited,
     pub(crate) drain: Drain,
     /// Cancelled when the process is told to stop: what could go on for long ends.
     pub(crate) draining: CancellationToken,

@@ -88,6 +88,7 @@ use crate::{
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
+    recorder::Awaited,
     store::Store,
 };
 
@@ -110,6 +111,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
     let context = prepare_queue(&nats, &options).await?;
     let (commits, entries) = Commits::new();
+    let (awaited, results) = Awaited::new();
     let metrics = Metrics::new()?;
     files.served().register(&metrics.registry)?;
     let acme = Acme::new(&options.acme, &options.public_url, &metrics.registry)?;
@@ -133,6 +135,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         nats,
         publisher: Publisher::new(context),
         commits,
+        awaited,
         drain: Drain::default(),
         draining: CancellationToken::new(),
         lanes: Lanes::new(options.ack_wait()),
@@ -143,6 +146,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     app.access.refresh(app.store.pool()).await;
     let stop = app.draining.clone();
     tokio::spawn(commit::run(app.clone(), entries));
+    tokio::spawn(recorder::run_awaited(app.clone(), results));
     let public = serve::bind("listen", options.listen).await?;
     let plain = serve::bind("plain-listen", options.plain_listen).await?;
     let internal = serve::bind("internal-listen", options.internal_listen.into()).await?;

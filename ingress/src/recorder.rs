@@ -7,12 +7,15 @@ use dermflow_auth::db::DbError;
 use dermflow_schemas::{
     envelope::{EnvelopeError, Outcome, Progress, ResultHeader},
     id::JobId,
-    limits::{PUBLISH_DEADLINE, RECORD_BATCH, RECORD_BYTES},
+    limits::{MAX_WAITERS, PUBLISH_DEADLINE, RECORD_BATCH, RECORD_BYTES, RECORD_GROUPS},
     queue,
     seal::Sealed,
 };
 use futures_util::{FutureExt, StreamExt};
-use tokio::time::timeout;
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -24,6 +27,63 @@ use crate::{
 
 /// The pause after a failure of broker or database.
 const PAUSE: Duration = Duration::from_millis(500);
+
+/// A result as it came from a worker, with the sealed report.
+type Received = (ResultHeader, Option<Sealed>);
+
+/// The way into the record for results that callers wait for: those of one moment share a transaction, as the lock on
+/// their client's load lets no second one go on.
+#[derive(Debug)]
+pub(crate) struct Awaited(mpsc::Sender<(Received, oneshot::Sender<()>)>);
+
+/// Results on their way to [`run_awaited`].
+pub(crate) type AwaitedResults = mpsc::Receiver<(Received, oneshot::Sender<()>)>;
+
+impl Awaited {
+    /// The way in, and its other end.
+    pub(crate) fn new() -> (Self, AwaitedResults) {
+        let (sender, receiver) = mpsc::channel(MAX_WAITERS);
+        (Self(sender), receiver)
+    }
+
+    /// Returns when the record has a result, or could not take it. What has begun is finished when the caller hangs up.
+    pub(crate) async fn record(&self, result: Received) {
+        let (tried, outcome) = oneshot::channel();
+        if self.0.send((result, tried)).await.is_ok() {
+            let _ = outcome.await;
+        }
+    }
+}
+
+/// Records what callers wait for, [`RECORD_GROUPS`] transactions at once, until [`Awaited`] is gone. What fails is in
+/// RESULTS still.
+pub(crate) async fn run_awaited(app: Arc<App>, mut awaited: AwaitedResults) {
+    let groups = Arc::new(Semaphore::new(RECORD_GROUPS));
+    loop {
+        let Ok(permit) = groups.clone().acquire_owned().await else { return };
+        let Some(first) = awaited.recv().await else { return };
+        let (mut bytes, mut group) = (size(&first.0), vec![first]);
+        while group.len() < RECORD_BATCH
+            && bytes < RECORD_BYTES
+            && let Ok(next) = awaited.try_recv()
+        {
+            bytes += size(&next.0);
+            group.push(next);
+        }
+        let app = app.clone();
+        tokio::spawn(async move {
+            let (results, _tried): (Vec<Received>, Vec<_>) = group.into_iter().unzip();
+            if let Err(error) = record(&app, &results).await {
+                tracing::warn!(%error, results = results.len(), "results not recorded yet");
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn size((_, report): &Received) -> usize {
+    report.as_ref().map_or(0, |report| report.bytes.len())
+}
 
 /// Drains RESULTS until `stop`, whatever fails on the way. The recorders of all replicas share the work.
 pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
@@ -128,7 +188,7 @@ async fn set_aside(message: &Message, error: &EnvelopeError) {
 }
 
 /// Records results; of each job the first one wins.
-pub(crate) async fn record(app: &App, results: &[(ResultHeader, Option<Sealed>)]) -> Result<(), DbError> {
+async fn record(app: &App, results: &[Received]) -> Result<(), DbError> {
     let winners = app.store.settle(results).await?;
     app.metrics.late_results.with_label_values::<&str>(&[]).inc_by((results.len() - winners.len()) as u64);
     for winner in &winners {

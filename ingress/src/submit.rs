@@ -25,7 +25,7 @@ use crate::{
     answer::Problem,
     app::App,
     commit::{Committed, Entry, prepare, publish_one},
-    rates, recorder,
+    rates,
     store::{
         Record,
         claim::{Member, NewJob},
@@ -266,9 +266,7 @@ async fn ended_eventually(app: &Arc<App>, submitted: Submitted, client: ClientId
         };
         if let Some(result) = message.and_then(|message| ResultHeader::decode(&message.payload).ok()) {
             // When the database is away the recorder tries again, and so does the next look.
-            // In a task of its own: what has begun is finished when the caller hangs up.
-            let app = app.clone();
-            let _ = tokio::spawn(async move { recorder::record(&app, &[result]).await }).await;
+            app.awaited.record(result).await;
         }
         match ended(app, job, client).await {
             Ok(Some(ended)) => return Ok(ended),

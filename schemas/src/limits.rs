@@ -352,6 +352,9 @@ pub const RECORD_BATCH: usize = 64;
 /// Bytes of them, unless a single result has more: well within [`DATABASE_DEADLINE`]. And more than [`MAX_MESSAGE_BYTES`],
 /// as the broker is asked for no more at once.
 pub const RECORD_BYTES: usize = 12 * 1024 * 1024;
+/// Such transactions at once with results that callers wait for, per ingress process: one is formed while the other is on
+/// its way to the disk.
+pub const RECORD_GROUPS: usize = 2;
 /// Bulk jobs that an interactive backlog lets through: one in this many.
 pub const BULK_FLOOR: u32 = 5;
 /// The largest weight of a client among those with bulk jobs: beyond it a client of weight 1 would hardly move.
