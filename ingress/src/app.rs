@@ -8,7 +8,7 @@ use dermflow_http::{
     rates::Rates,
     shares::{Share, Shares},
 };
-use dermflow_schemas::{error::Code, id::ClientId, limits, queue::Publisher, seal::Keyring};
+use dermflow_schemas::{error::Code, id::ClientId, job::Lane, limits, queue::Publisher, seal::Keyring};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -44,7 +44,11 @@ pub(crate) struct App {
     pub(crate) keyring: Keyring,
     pub(crate) index: Index,
     pub(crate) nats: async_nats::Client,
+    /// For all but bulk payloads.
     pub(crate) publisher: Publisher,
+    /// For these, on a connection of its own: the broker flushes each message of a connection before it reads the next
+    /// one, and nobody who waits shall stand behind a backlog.
+    pub(crate) bulk_publisher: Publisher,
     pub(crate) commits: Commits,
     pub(crate) awaited: Awaited,
     pub(crate) drain: Drain,
@@ -53,6 +57,16 @@ pub(crate) struct App {
     pub(crate) lanes: Lanes,
     pub(crate) metrics: Metrics,
     pub(crate) bounds: Bounds,
+}
+
+impl App {
+    /// The publisher of a lane's payloads.
+    pub(crate) fn publisher_of(&self, lane: Lane) -> &Publisher {
+        match lane {
+            Lane::Interactive => &self.publisher,
+            Lane::Bulk => &self.bulk_publisher,
+        }
+    }
 }
 
 impl Gate for App {

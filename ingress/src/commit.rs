@@ -2,9 +2,9 @@
 //!
 //! Nobody waits for a group to fill: a group is what came in while the groups before it were on their way, at low
 //! load a single job. Under load one commit, one sync of the broker's disk and one mark serve up to
-//! [`GROUP_JOBS`] jobs.
+//! [`GROUP_JOBS`] jobs. Each lane has groups of its own, so that nobody who waits for a result stands behind bulk.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, future::poll_fn, sync::Arc, task::Poll};
 
 use bytes::Bytes;
 use dermflow_schemas::{
@@ -55,56 +55,65 @@ pub(crate) enum Committed {
 
 type Reply = oneshot::Sender<Result<Committed, Problem>>;
 
-/// The way into a group: callers who wait for an answer go before lines of uploads.
+/// The way into a group. In the bulk lane, callers who wait for an answer go before lines of uploads.
 #[derive(Debug, Clone)]
 pub(crate) struct Commits {
-    requests: mpsc::Sender<(Entry, Reply)>,
+    interactive: mpsc::Sender<(Entry, Reply)>,
+    bulk: mpsc::Sender<(Entry, Reply)>,
     lines: mpsc::Sender<(Entry, Reply)>,
 }
 
-/// The entries on their way to [`run`].
+/// The entries of one lane on their way to [`run`], the first ones first.
 #[derive(Debug)]
-pub(crate) struct Entries {
-    requests: mpsc::Receiver<(Entry, Reply)>,
-    lines: mpsc::Receiver<(Entry, Reply)>,
-}
+pub(crate) struct Entries(Vec<mpsc::Receiver<(Entry, Reply)>>);
 
 impl Commits {
-    /// The way in, and its other end.
-    pub(crate) fn new() -> (Self, Entries) {
-        let (requests, received) = mpsc::channel(GROUP_QUEUE);
+    /// The way in, and its other ends, one a lane.
+    pub(crate) fn new() -> (Self, [Entries; 2]) {
+        let (interactive, awaited) = mpsc::channel(GROUP_QUEUE);
+        let (bulk, requests) = mpsc::channel(GROUP_QUEUE);
         let (lines, read) = mpsc::channel(GROUP_QUEUE);
-        (Self { requests, lines }, Entries { requests: received, lines: read })
+        (Self { interactive, bulk, lines }, [Entries(vec![awaited]), Entries(vec![requests, read])])
     }
 
     /// Commits an entry with the next group that has room.
     pub(crate) async fn commit(&self, entry: Entry) -> Result<Committed, Problem> {
         let (reply, answer) = oneshot::channel();
         // A line's sender can be made to wait; a request that finds no room is one too many.
-        if entry.job.member.is_some() {
-            self.lines.send((entry, reply)).await.map_err(|_| Code::Overloaded)?;
-        } else {
-            self.requests.try_send((entry, reply)).map_err(|_| Code::Overloaded)?;
+        match (entry.job.lane, &entry.job.member) {
+            (_, Some(_)) => self.lines.send((entry, reply)).await.map_err(|_| Code::Overloaded)?,
+            (Lane::Bulk, None) => self.bulk.try_send((entry, reply)).map_err(|_| Code::Overloaded)?,
+            (Lane::Interactive, None) => {
+                self.interactive.try_send((entry, reply)).map_err(|_| Code::Overloaded)?;
+            }
         }
         answer.await.unwrap_or_else(|_| Err(Code::Internal.into()))
     }
 }
 
 impl Entries {
+    /// `None` when every [`Commits`] is gone.
     async fn next(&mut self) -> Option<(Entry, Reply)> {
-        tokio::select! {
-            biased;
-            entry = self.requests.recv() => entry,
-            entry = self.lines.recv() => entry,
-        }
+        poll_fn(|context| {
+            let mut open = false;
+            for entries in &mut self.0 {
+                match entries.poll_recv(context) {
+                    Poll::Ready(Some(entry)) => return Poll::Ready(Some(entry)),
+                    Poll::Ready(None) => {}
+                    Poll::Pending => open = true,
+                }
+            }
+            if open { Poll::Pending } else { Poll::Ready(None) }
+        })
+        .await
     }
 
     fn next_now(&mut self) -> Option<(Entry, Reply)> {
-        self.requests.try_recv().or_else(|_| self.lines.try_recv()).ok()
+        self.0.iter_mut().find_map(|entries| entries.try_recv().ok())
     }
 }
 
-/// Forms groups and commits them, [`GROUPS`] at once, until every [`Commits`] is gone.
+/// Forms groups of a lane and commits them, [`GROUPS`] at once, until every [`Commits`] is gone.
 pub(crate) async fn run(app: Arc<App>, mut entries: Entries) {
     let groups = Arc::new(Semaphore::new(GROUPS));
     loop {
@@ -195,19 +204,19 @@ fn message(app: &App, header: &JobHeader, body: Bytes) -> Message {
     Message::job(header.lane, header.client, header.job, header.attempt, weight, body)
 }
 
+/// Publishes recorded jobs of one lane.
 async fn publish(
     app: &Arc<App>,
     fresh: &[Fresh],
     messages: Vec<Message>,
     end: Instant,
 ) -> Vec<Result<(), Problem>> {
-    if fresh.is_empty() {
-        return Vec::new();
-    }
-    let clients: HashSet<(Lane, ClientId)> =
-        fresh.iter().map(|fresh| (fresh.header.lane, fresh.header.client)).collect();
-    let published = app.publisher.publish_all(messages, end.saturating_duration_since(Instant::now())).await;
-    for (lane, client) in clients {
+    let Some(first) = fresh.first() else { return Vec::new() };
+    let lane = first.header.lane;
+    let clients: HashSet<ClientId> = fresh.iter().map(|fresh| fresh.header.client).collect();
+    let publisher = app.publisher_of(lane);
+    let published = publisher.publish_all(messages, end.saturating_duration_since(Instant::now())).await;
+    for client in clients {
         lanes::announce(app, lane, client).await;
     }
     let headers = || fresh.iter().map(|fresh| &fresh.header);
@@ -260,7 +269,8 @@ pub(crate) async fn publish_one(app: &Arc<App>, header: &JobHeader, body: Bytes)
     let end = Instant::now() + PUBLISH_DEADLINE;
     prepare(app, header.lane, header.client, end).await?;
     let message = message(app, header, body);
-    let published = app.publisher.publish(message, end.saturating_duration_since(Instant::now())).await;
+    let publisher = app.publisher_of(header.lane);
+    let published = publisher.publish(message, end.saturating_duration_since(Instant::now())).await;
     let sequence = published.map_err(|error| not_queued(app, header.job, &error))?;
     lanes::announce(app, header.lane, header.client).await;
     let mark = Queued { job: header.job, sequence, deadline: header.deadline };

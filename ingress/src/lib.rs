@@ -72,7 +72,7 @@ use dermflow_http::{
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, NETWORK_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
     process::shutdown_requested,
-    queue::{self, Publisher},
+    queue::{self, NatsOptions, Publisher},
     seal::Keyring,
 };
 use tokio_util::sync::CancellationToken;
@@ -107,8 +107,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     prepare(&store).await?;
     timekeeper::follow(&store).await;
     let index = Index::open(&store, &keyring).await?;
-    let nats =
-        options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
+    let (nats, for_bulk) = (connect(&options.nats).await?, connect(&options.nats).await?);
     let context = prepare_queue(&nats, &options).await?;
     let (commits, entries) = Commits::new();
     let (awaited, results) = Awaited::new();
@@ -134,6 +133,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         index,
         nats,
         publisher: Publisher::new(context),
+        bulk_publisher: Publisher::new(queue::context(for_bulk)),
         commits,
         awaited,
         drain: Drain::default(),
@@ -145,7 +145,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     // Before the first request: a restart forgets nobody who was shut out.
     app.access.refresh(app.store.pool()).await;
     let stop = app.draining.clone();
-    tokio::spawn(commit::run(app.clone(), entries));
+    for entries in entries {
+        tokio::spawn(commit::run(app.clone(), entries));
+    }
     tokio::spawn(recorder::run_awaited(app.clone(), results));
     let public = serve::bind("listen", options.listen).await?;
     let plain = serve::bind("plain-listen", options.plain_listen).await?;
@@ -208,6 +210,10 @@ async fn prepare(store: &Store) -> anyhow::Result<()> {
     store.migrate().await.context("cannot prepare the database")
 }
 
+async fn connect(broker: &NatsOptions) -> anyhow::Result<async_nats::Client> {
+    broker.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")
+}
+
 /// JetStream, with the streams that there have to be.
 async fn prepare_queue(
     nats: &async_nats::Client,
@@ -230,8 +236,7 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let store = Store::new(options.database.pool("ingress", OPERATOR_CONNECTIONS)?);
     prepare(&store).await?;
     timekeeper::follow(&store).await;
-    let nats =
-        options.nats.connect().await.map_err(anyhow::Error::from_boxed).context("cannot reach the broker")?;
+    let nats = connect(&options.nats).await?;
     let (metrics, public_url) = (Metrics::new()?, options.public_url.as_str());
     let providers = Providers::load(options.providers.as_deref(), public_url, &metrics.provider_questions)?;
     let trail = Trail::start(store.pool().clone(), metrics.audit_lost);

@@ -1,20 +1,22 @@
 //! Step 8 of a job's life: results and progress notes from the queue into the record.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use async_nats::jetstream::{AckKind, Message, consumer::pull::Stream};
 use dermflow_auth::db::DbError;
 use dermflow_schemas::{
     envelope::{EnvelopeError, Outcome, Progress, ResultHeader},
     id::JobId,
-    limits::{MAX_WAITERS, PUBLISH_DEADLINE, RECORD_BATCH, RECORD_BYTES, RECORD_GROUPS},
+    limits::{
+        MAX_WAITERS, NOTES_HELD, NOTES_TOGETHER, PUBLISH_DEADLINE, RECORD_BATCH, RECORD_BYTES, RECORD_GROUPS,
+    },
     queue,
     seal::Sealed,
 };
 use futures_util::{FutureExt, StreamExt};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -268,7 +270,7 @@ async fn briefly(id: JobId, failed: &str, work: impl Future<Output = Result<(), 
 pub(crate) async fn run_progress(app: Arc<App>, stop: CancellationToken) {
     let mut notes = loop {
         match app.nats.queue_subscribe(queue::ALL_PROGRESS, queue::RECORDER.into()).await {
-            Ok(notes) => break notes.ready_chunks(RECORD_BATCH),
+            Ok(notes) => break notes,
             Err(error) => tracing::warn!(%error, "progress"),
         }
         pause(&stop).await;
@@ -277,14 +279,20 @@ pub(crate) async fn run_progress(app: Arc<App>, stop: CancellationToken) {
         }
     };
     loop {
-        let chunk = tokio::select! {
+        let first = tokio::select! {
             () = stop.cancelled() => return,
-            chunk = notes.next() => chunk,
+            first = notes.next() => first,
         };
-        let Some(chunk) = chunk else { return };
-        let chunk: Vec<Progress> =
-            chunk.iter().filter_map(|message| serde_json::from_slice(&message.payload).ok()).collect();
-        if let Err(error) = app.store.started(&chunk).await {
+        let Some(first) = first else { return };
+        let mut held = vec![first];
+        let end = sleep(NOTES_TOGETHER);
+        let mut more = pin!(notes.by_ref().take(NOTES_HELD).take_until(end));
+        while let Some(note) = more.next().await {
+            held.push(note);
+        }
+        let held: Vec<Progress> =
+            held.iter().filter_map(|message| serde_json::from_slice(&message.payload).ok()).collect();
+        if let Err(error) = app.store.started(&held).await {
             tracing::debug!(%error, "progress not recorded");
         }
     }

@@ -198,14 +198,15 @@ async fn revive(
 
 /// Puts a large payload into the object store, and its claim check into the queue.
 async fn check_in(app: &Arc<App>, header: &mut JobHeader, sealed: &Sealed) -> Result<(), Problem> {
-    put_object(app, header.job, &sealed.bytes).await?;
+    put_object(app, header, &sealed.bytes).await?;
     header.carrier = Carrier::Object;
     publish_one(app, header, header.encode(&[])).await
 }
 
-async fn put_object(app: &App, job: JobId, sealed: &[u8]) -> Result<(), Problem> {
+async fn put_object(app: &App, header: &JobHeader, sealed: &[u8]) -> Result<(), Problem> {
+    let job = header.job;
     let put = async {
-        let bucket = app.publisher.context().get_object_store(queue::PAYLOADS).await?;
+        let bucket = app.publisher_of(header.lane).context().get_object_store(queue::PAYLOADS).await?;
         bucket.put(job.to_string().as_str(), &mut &*sealed).await?;
         Ok::<(), async_nats::Error>(())
     };

@@ -52,9 +52,9 @@ pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
 /// How long a body waits for what newer ones were told to leave; more than they need for that, unless uploads are in line
 /// before it.
 pub const ROOM_PATIENCE: Duration = Duration::from_secs(1);
-/// Sealed payloads on their way to the broker at once, in bytes, per ingress process. A frozen broker holds
-/// no more than this of our memory.
-pub const PUBLISH_MEMORY_BYTES: usize = 64 * 1024 * 1024;
+/// Sealed payloads, or results, on their way to the broker at once, in bytes, per connection that publishes. A frozen
+/// broker holds no more than this of our memory: of an ingress process, which has two, 64 MiB.
+pub const PUBLISH_MEMORY_BYTES: usize = 32 * 1024 * 1024;
 /// Open connections per listener.
 pub const MAX_CONNECTIONS: usize = 1_024;
 /// Connections beyond them, whose first request is answered with 503. Further ones wait in the kernel's queue.
@@ -66,13 +66,14 @@ pub const NETWORK_CONNECTIONS: usize = 512;
 pub const GROUP_JOBS: usize = 64;
 /// Bytes of such a group, unless a single job has more.
 pub const GROUP_BYTES: usize = 12 * 1024 * 1024;
-/// Groups on their way at once, per ingress process.
+/// Groups on their way at once, of each lane and per ingress process.
 pub const GROUPS: usize = 4;
 /// What a group may lack of [`PUBLISH_DEADLINE`]: who has waited longer for one is refused before anything is recorded,
 /// and does not cost the others of the group their time.
 pub const GROUP_LEAST: Duration = Duration::from_millis(500);
-/// Jobs of requests that wait for a group, per ingress process; the next one gets a 503. At 350 a second the last one
-/// waits for less than [`PUBLISH_DEADLINE`]. Of lines of uploads as many wait, and the next one waits for a place.
+/// Jobs of requests that wait for a group, of each lane and per ingress process; the next one gets a 503. At 350 a second
+/// the last one waits for less than [`PUBLISH_DEADLINE`]. Of lines of uploads as many wait, and the next one waits for a
+/// place.
 pub const GROUP_QUEUE: usize = 512;
 
 /// Jobs of one client that may be open at once, unless staff gave it another quota; the next one gets a 429.
@@ -347,6 +348,11 @@ pub const RESEAL_BYTES: usize = 6 * 1024 * 1024;
 pub const RESEAL_SILENCE: Duration = Duration::from_mins(1);
 /// How long reports, records and idempotency keys are kept after the job's end.
 pub const RETENTION: Duration = Duration::from_hours(24 * 7);
+/// How long workers' notes that attempts began wait for others: most jobs have ended by then, and what is left is one
+/// transaction.
+pub const NOTES_TOGETHER: Duration = Duration::from_millis(100);
+/// Notes that are held meanwhile at most.
+pub const NOTES_HELD: usize = 4_096;
 /// Results recorded in one transaction.
 pub const RECORD_BATCH: usize = 64;
 /// Bytes of them, unless a single result has more: well within [`DATABASE_DEADLINE`]. And more than [`MAX_MESSAGE_BYTES`],
@@ -402,6 +408,9 @@ pub const OPERATOR_CONNECTIONS: usize = 4;
 pub const PULL_EXPIRES: Duration = Duration::from_secs(2);
 /// How late the answer to such a request may be before it counts as lost.
 pub const PULL_ANSWER: Duration = Duration::from_secs(2);
+/// How long before an executor should be free a worker asks for its next job: what two requests take at a broker that
+/// flushes. An interactive job that comes meanwhile waits for as much longer, at most.
+pub const ASK_AHEAD: Duration = Duration::from_millis(4);
 /// A worker's pause after a request that the broker refused or lost, and between two tries to publish.
 pub const BROKER_PAUSE: Duration = Duration::from_millis(250);
 /// How long a worker goes on offering a result to a broker that does not take it; then the job is left to

@@ -11,7 +11,7 @@ use std::{
 use async_nats::jetstream::{AckKind, Message};
 use dermflow_schemas::{
     id::ClientId,
-    limits::{BULK_RETRY, BULK_RETRY_MAX},
+    limits::{ASK_AHEAD, BULK_RETRY, BULK_RETRY_MAX},
     queue,
 };
 use tokio::{
@@ -90,6 +90,7 @@ impl Consumer {
                 () = stop.cancelled() => {}
                 () = hung.cancelled() => {}
                 slot = self.executors.slot(), if self.slot.is_none() => self.slot = slot,
+                () = self.executors.soon_free(ASK_AHEAD), if !self.may_ask() => {}
                 Some(ended) = self.running.join_next() => self.ended(ended),
                 news = self.watch.next() => self.learn(news),
                 answer = next(&mut self.pulls) => self.heard(answer).await,
@@ -107,20 +108,25 @@ impl Consumer {
         }
     }
 
-    /// Makes the request that the free executor allows: one source after the other without waiting, and when
-    /// nobody has anything, the interactive line with waiting, which leaves a place for what the others report.
+    /// Makes the request that the executor allows which is free, or soon will be: one source after the other without
+    /// waiting, and when nobody has anything, the interactive line with waiting, which leaves a place for what the
+    /// others report. Only with an executor in hand, as else another worker would serve who comes then sooner.
     async fn ask(&mut self) {
-        if self.slot.is_none() || self.pulls.iter().any(Pull::answers_now) {
+        if !self.may_ask() || self.pulls.iter().any(Pull::answers_now) {
             return;
         }
         let pulls = &self.pulls;
         match self.schedule.next(|line| pulls[line as usize].is_ready()) {
             Some(source) => self.ask_source(source, Patience::Now).await,
-            None if self.pull(Line::Interactive).is_ready() => {
+            None if self.slot.is_some() && self.pull(Line::Interactive).is_ready() => {
                 self.ask_source(Source::Interactive, Patience::Wait).await;
             }
             None => {}
         }
+    }
+
+    fn may_ask(&self) -> bool {
+        self.slot.is_some() || self.executors.is_soon_free(ASK_AHEAD)
     }
 
     async fn ask_source(&mut self, source: Source, patience: Patience) {

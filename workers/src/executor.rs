@@ -16,9 +16,9 @@ use std::{
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
     task::coop::unconstrained,
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -56,6 +56,48 @@ pub struct Executors {
     slots: Arc<Semaphore>,
     work: SyncSender<(Work, Slot)>,
     hung: CancellationToken,
+    pace: Arc<Pace>,
+}
+
+/// When executors will be free, judging by what their work took of late.
+#[derive(Debug, Default)]
+struct Pace {
+    seen: Mutex<Seen>,
+    begun: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// A moving average.
+    usual: Option<Duration>,
+    /// When the work that goes on began.
+    running: Vec<Instant>,
+}
+
+impl Pace {
+    fn begin(&self, now: Instant) {
+        self.see(|seen| seen.running.push(now));
+        self.begun.notify_waiters();
+    }
+
+    fn end(&self, began: Instant, now: Instant) {
+        self.see(|seen| {
+            if let Some(place) = seen.running.iter().position(|known| *known == began) {
+                seen.running.swap_remove(place);
+            }
+            let took = now - began;
+            seen.usual = Some(seen.usual.map_or(took, |usual| (usual * 3 + took) / 4));
+        });
+    }
+
+    /// When the first of those that work now should be free; `None` when none does, or nothing is known.
+    fn next(&self) -> Option<Instant> {
+        self.see(|seen| Some(*seen.running.iter().min()? + seen.usual?))
+    }
+
+    fn see<T>(&self, look: impl FnOnce(&mut Seen) -> T) -> T {
+        look(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 impl Executors {
@@ -70,14 +112,15 @@ impl Executors {
     ) -> Result<Self, EngineError> {
         // Never full: whoever hands over work holds a slot.
         let (work, queue) = sync_channel(count.get());
-        let queue = Arc::new(Mutex::new(queue));
+        let (queue, pace) = (Arc::new(Mutex::new(queue)), Arc::<Pace>::default());
         let mut starting = Vec::new();
         for number in 0..count.get() {
             let (ready, started) = oneshot::channel();
             let (queue, factory, decoding) = (queue.clone(), factory.clone(), decoding.clone());
+            let pace = pace.clone();
             thread::Builder::new()
                 .name(format!("executor-{number}"))
-                .spawn(move || serve(&queue, &factory, &decoding, ready))
+                .spawn(move || serve(&queue, &factory, &decoding, &pace, ready))
                 .map_err(|error| EngineError::Runtime(error.to_string()))?;
             starting.push(started);
         }
@@ -85,7 +128,7 @@ impl Executors {
             started.await.unwrap_or_else(|_| Err(EngineError::Network("panicked while loading".into())))?;
         }
         let slots = Arc::new(Semaphore::new(count.get()));
-        Ok(Self { slots, work, hung: CancellationToken::new() })
+        Ok(Self { slots, work, hung: CancellationToken::new(), pace })
     }
 
     /// Waits for a free executor. Who drops this has lost its place in the queue.
@@ -105,6 +148,26 @@ impl Executors {
         match turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(slot) => Box::pin(ready(slot)),
             Poll::Pending => turn,
+        }
+    }
+
+    /// Whether an executor that has work should be free in `lead`, or before.
+    pub fn is_soon_free(&self, lead: Duration) -> bool {
+        self.pace.next().is_some_and(|at| at <= Instant::now() + lead)
+    }
+
+    /// Waits for that; for ever when none has work.
+    pub async fn soon_free(&self, lead: Duration) {
+        loop {
+            let mut begun = std::pin::pin!(self.pace.begun.notified());
+            begun.as_mut().enable();
+            match self.pace.next() {
+                None => begun.await,
+                Some(at) => tokio::select! {
+                    () = sleep_until(at.checked_sub(lead).unwrap_or(at)) => return,
+                    () = begun => {}
+                },
+            }
         }
     }
 
@@ -141,6 +204,7 @@ fn serve(
     queue: &Mutex<Receiver<(Work, Slot)>>,
     factory: &Factory,
     decoding: &Decoding,
+    pace: &Pace,
     ready: oneshot::Sender<Result<(), EngineError>>,
 ) {
     let decoder = decoding.enter().map_err(|error| EngineError::Decoder(error.to_string()));
@@ -160,7 +224,10 @@ fn serve(
         }
         // Without an engine the work is dropped, and with it the sender of its reply.
         if let Some(own) = engine.as_deref_mut() {
+            let began = Instant::now();
+            pace.begin(began);
             let outcome: Result<(), Box<dyn Any + Send>> = catch_unwind(AssertUnwindSafe(|| work(own)));
+            pace.end(began, Instant::now());
             if outcome.is_err() {
                 engine = None;
             }
@@ -240,6 +307,34 @@ mod tests {
         drop(first);
         assert!(later.await.is_some());
         assert!(executors.turn().await.is_some(), "a turn that came at once is kept");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_next_free_executor_is_foreseen_from_what_work_took() {
+        let ms = Duration::from_millis;
+        let (executors, _) = executors(1).await;
+        let soon = |lead| timeout(ms(60_000), executors.soon_free(lead));
+        assert!(soon(ms(0)).await.is_err(), "nobody works");
+        let begin = Instant::now();
+        executors.pace.begin(begin);
+        assert!(soon(ms(0)).await.is_err(), "nothing is known");
+        executors.pace.end(begin, begin + ms(100));
+        let (long_ago, now) = (Instant::now(), Instant::now() + ms(1));
+        executors.pace.begin(long_ago);
+        executors.pace.begin(now);
+        assert!(!executors.is_soon_free(ms(99)) && executors.is_soon_free(ms(100)));
+        soon(ms(20)).await.unwrap();
+        assert_eq!(Instant::now(), long_ago + ms(80));
+        executors.pace.end(long_ago, long_ago + ms(200));
+        soon(ms(0)).await.unwrap();
+        assert_eq!(Instant::now(), now + ms(125), "three parts of what was usual, one of the last");
+        executors.pace.end(now, now);
+        let begun = async {
+            tokio::task::yield_now().await;
+            executors.pace.begin(Instant::now());
+        };
+        let (waited, ()) = tokio::join!(soon(ms(1_000)), begun);
+        waited.unwrap();
     }
 
     #[tokio::test]
