@@ -21,6 +21,7 @@ use crate::{
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
+    retention::{self, Answered},
     store::Store,
 };
 
@@ -76,6 +77,10 @@ impl Gate for App {
 
     fn users(&self) -> &Pool {
         self.store.pool()
+    }
+
+    async fn answered(&self, client: ClientId, reports: Vec<Answered>) -> Result<(), Code> {
+        retention::answered(self, client, &reports).await
     }
 }
 
