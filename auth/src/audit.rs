@@ -86,11 +86,13 @@ actions! {
     PayloadLost "payload-lost" "U" Application,
     /// The sweeper erased jobs with their reports, past their retention.
     JobsErased "jobs-erased" "D" Application,
+    /// Reports were removed after, or with, their answer, as their client has none kept.
+    ReportsRemoved "reports-removed" "D" Application,
     /// An operator put a dead letter back into the queue.
     DeadRequeued "dead-requeued" "U" Application,
     /// An operator looked at dead letters.
     DeadRead "dead-read" "R" Application,
-    /// An operator removed a dead letter.
+    /// A dead letter was removed, by an operator or past its client's retention.
     DeadPurged "dead-purged" "D" Application,
     /// A stream, consumer or bucket was gone and has been made again, empty.
     QueueRecreated "queue-recreated" "C" Application,

@@ -188,8 +188,8 @@ enum UserCommand {
         #[command(flatten)]
         identity: Identity,
     },
-    /// Sets what an account may have open at once, and its share of the workers: numbers, or `default` for what every
-    /// account has.
+    /// Sets what an account may have open at once, its share of the workers, and how long its reports are kept: numbers, or
+    /// `default` for what every account has.
     Quota {
         /// The account's name or id.
         name: String,

@@ -319,7 +319,7 @@ pub struct Filter {
 }
 
 const COLUMNS: &str = "id, username, role, contact, created_at, expires_at, last_used_at, certificate_bound, \
-                       quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images, \
+                       quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images, retention_days, \
                        CASE WHEN deleted_at IS NOT NULL THEN 'deleted' \
                        WHEN disabled THEN 'disabled' WHEN expires_at <= now() THEN 'expired' ELSE 'active' END AS state";
 
@@ -514,13 +514,14 @@ pub async fn change(
             let delete = "DELETE FROM auth.credentials WHERE account = $1";
             transaction.execute(delete, &[&id]).await?;
         }
-        let QuotaChange { jobs, bytes, running, weight, requests, images } = change.quota;
+        let QuotaChange { jobs, bytes, running, weight, requests, images, retention_days } = change.quota;
         let update = "UPDATE auth.users SET role = coalesce($2, role), \
                       contact = CASE WHEN $13 THEN $3 ELSE contact END, \
                       expires_at = CASE WHEN $14 THEN $4 ELSE expires_at END, disabled = coalesce($5, disabled), \
                       valid_after = CASE WHEN $2 <> role OR $5 THEN greatest($6, valid_after + interval '1 second') ELSE valid_after END, \
                       quota_jobs = $7, quota_bytes = $8, quota_running = $9, weight = $10, quota_requests = $11, \
-                      quota_images = $12, certificate_bound = coalesce($15, certificate_bound) WHERE id = $1";
+                      quota_images = $12, certificate_bound = coalesce($15, certificate_bound), retention_days = $16 \
+                      WHERE id = $1";
         let role = change.role.map(Role::as_str);
         transaction
             .execute(
@@ -541,6 +542,7 @@ pub async fn change(
                     &change.contact.is_some(),
                     &change.expires_at.is_some(),
                     &change.certificate_bound,
+                    &retention_days.unwrap_or_else(|| old.get("retention_days")),
                 ],
             )
             .await?;

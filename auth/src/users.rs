@@ -281,7 +281,7 @@ pub async fn used(
     .await
 }
 
-/// What a client may have open at once, and its share of the workers.
+/// What a client may have open at once, its share of the workers, and how long its reports are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Quota {
     /// Jobs that have not ended.
@@ -296,9 +296,26 @@ pub struct Quota {
     pub requests: i64,
     /// Images a minute.
     pub images: i64,
+    /// Days that reports are kept after the job's end, 0 to [`limits::MAX_RETENTION_DAYS`]; 0 for no longer than the answer.
+    pub retention_days: i16,
 }
 
 impl Quota {
+    /// How long reports are kept after the job's end; 0 for no longer than the answer.
+    pub fn retention(&self) -> Duration {
+        Duration::from_hours(24 * u64::from(self.retention_days.unsigned_abs()))
+    }
+
+    /// Whether reports are kept when they have been answered.
+    pub fn keeps_reports(&self) -> bool {
+        self.retention_days > 0
+    }
+
+    /// How long the records of jobs are kept after their end, and reports that nobody has asked for.
+    pub fn keeps_records(&self) -> Duration {
+        self.retention().max(Duration::from_hours(24 * u64::from(limits::MIN_RETENTION_DAYS.unsigned_abs())))
+    }
+
     /// What is NULL is the build's.
     pub(crate) fn read(row: &tokio_postgres::Row) -> Self {
         let usual = Self::default();
@@ -309,6 +326,7 @@ impl Quota {
             weight: row.get::<_, Option<_>>("weight").unwrap_or(usual.weight),
             requests: row.get::<_, Option<_>>("quota_requests").unwrap_or(usual.requests),
             images: row.get::<_, Option<_>>("quota_images").unwrap_or(usual.images),
+            retention_days: row.get::<_, Option<_>>("retention_days").unwrap_or(usual.retention_days),
         }
     }
 }
@@ -322,6 +340,7 @@ impl Default for Quota {
             weight: 1,
             requests: limits::REQUESTS_PER_MINUTE,
             images: limits::IMAGES_PER_MINUTE,
+            retention_days: limits::RETENTION_DAYS,
         }
     }
 }
@@ -365,6 +384,11 @@ pub struct QuotaChange {
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<i64>)]
     pub images: Option<Amount<i64>>,
+    /// Days that reports are kept after the job's end, 0 to 365; 0 for no longer than the answer.
+    #[arg(long, value_parser = amount::<i16>)]
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i16>)]
+    pub retention_days: Option<Amount<i16>>,
 }
 
 impl QuotaChange {
@@ -376,6 +400,7 @@ impl QuotaChange {
         weight: Some(None),
         requests: Some(None),
         images: Some(None),
+        retention_days: Some(None),
     };
 
     /// Whether every number is one that an account may have.
@@ -386,6 +411,7 @@ impl QuotaChange {
         let below =
             |number: Option<Amount<i64>>, least| number.flatten().is_some_and(|number| number < least);
         let weights = 1..=i16::from(limits::MAX_WEIGHT);
+        let retention = 0..=limits::MAX_RETENTION_DAYS;
         if below(self.jobs, 0) || below(self.bytes, 0) {
             Err("jobs and bytes are 0 or more")
         } else if below(self.running, 1) || below(self.images, 1) {
@@ -394,6 +420,8 @@ impl QuotaChange {
             Err("requests are 6 or more")
         } else if self.weight.flatten().is_some_and(|weight| !weights.contains(&weight)) {
             Err("a weight is between 1 and 100")
+        } else if self.retention_days.flatten().is_some_and(|days| !retention.contains(&days)) {
+            Err("reports are kept for 0 to 365 days")
         } else {
             Ok(())
         }
@@ -436,12 +464,12 @@ pub struct Standing {
 /// When the database is away.
 pub async fn exceptions(pool: &Pool) -> Result<HashMap<ClientId, Standing>, DbError> {
     let select = "SELECT id, disabled OR deleted_at IS NOT NULL OR coalesce(expires_at <= now(), false) AS closed, \
-                  valid_after, certificate_bound, quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images \
-                  FROM auth.users WHERE disabled OR deleted_at > now() - interval '1 hour' \
+                  valid_after, certificate_bound, quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images, \
+                  retention_days FROM auth.users WHERE disabled OR deleted_at > now() - interval '1 hour' \
                   OR expires_at BETWEEN now() - interval '1 hour' AND now() \
                   OR valid_after > now() - interval '1 hour' OR certificate_bound \
                   OR num_nonnulls(quota_jobs, quota_bytes, quota_running, weight) > 0 \
-                  OR num_nonnulls(quota_requests, quota_images) > 0";
+                  OR num_nonnulls(quota_requests, quota_images) > 0 OR retention_days IS NOT NULL";
     db::within(async {
         let rows = pool.get().await?.query(select, &[]).await?;
         Ok(rows.iter().map(|row| (row.get::<_, Uuid>("id").into(), standing(row))).collect())

@@ -23,6 +23,7 @@ use dermflow_auth::{
 use dermflow_http::rates::Rates;
 use dermflow_schemas::{
     clock,
+    error::Code,
     id::ClientId,
     limits::{ACCESS_INTERVAL, ACCESS_STALE, KEYS_INTERVAL},
 };
@@ -31,7 +32,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::providers::Providers;
+use crate::{providers::Providers, retention::Answered};
 
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {
@@ -47,6 +48,13 @@ pub(crate) trait Gate: Send + Sync + 'static {
     fn rates(&self) -> &Rates;
     /// Where the users are.
     fn users(&self) -> &Pool;
+
+    /// Notes that reports go out to `client`, before they do.
+    fn answered(
+        &self,
+        client: ClientId,
+        reports: Vec<Answered>,
+    ) -> impl Future<Output = Result<(), Code>> + Send;
 }
 
 /// Whether a caller with a valid token may call.

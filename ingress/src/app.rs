@@ -22,6 +22,7 @@ use crate::{
     metrics::Metrics,
     providers::Providers,
     recorder::Awaited,
+    retention::{self, Answered},
     store::Store,
 };
 
@@ -92,6 +93,10 @@ impl Gate for App {
 
     fn users(&self) -> &Pool {
         self.store.pool()
+    }
+
+    async fn answered(&self, client: ClientId, reports: Vec<Answered>) -> Result<(), Code> {
+        retention::answered(self, client, &reports).await
     }
 }
 

@@ -21,7 +21,7 @@ use std::{
 
 use axum::{
     extract::{FromRequestParts, MatchedPath, Request, State},
-    http::request::Parts,
+    http::{Method, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -42,7 +42,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem, routes::is_login};
+use crate::{access::Gate, answer::Problem, retention::Answered, routes::is_login};
 
 /// Where a request comes from, and who is behind it as soon as that is known.
 #[derive(Debug, Clone, Default)]
@@ -53,6 +53,7 @@ struct Known {
     source: Option<IpAddr>,
     certificate: Option<Fingerprint>,
     request: Option<Uuid>,
+    is_head: bool,
     user: OnceLock<ClientId>,
     account: OnceLock<ClientId>,
 }
@@ -63,7 +64,8 @@ impl Origin {
         // A caller's own id may be any word; only what is certainly no more than an id is kept.
         let id = request.headers().get(&REQUEST_ID).and_then(|id| id.to_str().ok()?.parse().ok());
         let certificate = request.extensions().get().map(|Certificate(fingerprint)| *fingerprint);
-        Self(Arc::new(Known { source, certificate, request: id, ..Known::default() }))
+        let is_head = request.method() == Method::HEAD;
+        Self(Arc::new(Known { source, certificate, request: id, is_head, ..Known::default() }))
     }
 
     /// The certificate of the caller's connection.
@@ -104,6 +106,8 @@ pub(crate) struct Deed {
     action: Action,
     object: Option<Object>,
     detail: Value,
+    /// The report that goes out.
+    report: Option<Answered>,
 }
 
 /// What an answer hands out. It leaves only when that is in the trail.
@@ -122,14 +126,23 @@ impl Deed {
         } else {
             (Action::StatusRead, Object::job(job))
         };
-        Self { action, object: Some(object), detail: json!({}) }
+        let report = has_report.then_some(Answered { job, last: false });
+        Self { action, object: Some(object), detail: json!({}), report }
+    }
+
+    /// The same; `last` says whether the client has no way to ask for the report again.
+    pub(crate) fn last(mut self, last: bool) -> Self {
+        if let Some(report) = &mut self.report {
+            report.last = last;
+        }
+        self
     }
 }
 
 impl Deeds {
     /// Something else.
     pub(crate) fn one(action: Action, object: Option<Object>, detail: Value) -> Self {
-        Self::Each(vec![Deed { action, object, detail }])
+        Self::Each(vec![Deed { action, object, detail, report: None }])
     }
 
     /// Attached to an answer.
@@ -191,7 +204,7 @@ fn named(path: &str) -> Option<Object> {
 }
 
 async fn hand_out<G: Gate>(gate: &G, origin: &Origin, deeds: Deeds, now: OffsetDateTime) -> Result<(), Code> {
-    let event = |Deed { action, object, detail }| {
+    let event = |Deed { action, object, detail, .. }| {
         // The trail is nobody's own, and dead letters are not the operator's.
         let is_own = !matches!(action, Action::TrailRead | Action::DeadRead);
         let client = origin.0.user.get().copied().filter(|_| is_own);
@@ -199,9 +212,17 @@ async fn hand_out<G: Gate>(gate: &G, origin: &Origin, deeds: Deeds, now: OffsetD
     };
     match deeds {
         Deeds::Each(deeds) if deeds.is_empty() => Ok(()),
-        Deeds::Each(deeds) => gate.trail().record(deeds.into_iter().map(event).collect()).await,
+        Deeds::Each(deeds) => {
+            let reports: Vec<Answered> = deeds.iter().filter_map(|deed| deed.report).collect();
+            gate.trail().record(deeds.into_iter().map(event).collect()).await?;
+            match origin.0.user.get() {
+                // To HEAD the report itself does not go out.
+                Some(client) if !origin.0.is_head => gate.answered(*client, reports).await,
+                _ => Ok(()),
+            }
+        }
         Deeds::Status(object) => {
-            let deed = Deed { action: Action::StatusRead, object, detail: json!({}) };
+            let deed = Deed { action: Action::StatusRead, object, detail: json!({}), report: None };
             gate.trail().repeated(event(deed)).await
         }
     }

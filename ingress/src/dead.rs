@@ -33,7 +33,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     access::{Access, Gate},
     answer::Problem,
+    letters::Letters,
     providers::Providers,
+    retention::Answered,
     store::{Requeue, Store},
 };
 
@@ -74,6 +76,11 @@ impl Gate for Operators {
 
     fn users(&self) -> &deadpool_postgres::Pool {
         self.store.pool()
+    }
+
+    /// No report is handed out here.
+    async fn answered(&self, _: ClientId, _: Vec<Answered>) -> Result<(), Code> {
+        Ok(())
     }
 }
 
@@ -133,7 +140,7 @@ fn away(error: &dyn std::error::Error) -> Problem {
 }
 
 /// The first dead letter from `sequence` on.
-async fn from_on(operators: &Operators, sequence: u64) -> Result<Option<Letter>, Problem> {
+pub(crate) async fn from_on(operators: &Operators, sequence: u64) -> Result<Option<Letter>, Problem> {
     let stream = dead(operators).await?;
     let get = stream.raw_message_builder().sequence(sequence).next_by_subject(queue::ALL_DEAD).send();
     match get.await {
@@ -186,7 +193,9 @@ pub(crate) async fn requeue(
     let (job, now) = (header.job, clock::now());
     // The record says how often; the deadline is the same whichever number it is.
     let deadline = header.clone().requeued(1, now).deadline;
-    let requeue = operators.store.requeue(job, place, deadline, now, operator).await?.map_err(refused)?;
+    let since = now - operators.access.quota(header.client).keeps_records();
+    let requeue =
+        operators.store.requeue(job, place, deadline, (since, now), operator).await?.map_err(refused)?;
     put_back(operators, &requeue, Some(letter)).await?;
     tracing::info!(%job, operator = operator.actor.id(), letter = sequence, "dead letter requeued");
     Ok((job, requeue.state))
@@ -238,16 +247,30 @@ async fn without_letter(operators: &Operators, requeue: &Requeue) -> Result<(), 
 /// Removes a dead letter for good, bytes and all.
 pub(crate) async fn purge(operators: &Operators, sequence: u64, operator: Who) -> Result<(), Problem> {
     let letter = get(operators, sequence).await?.ok_or(Code::NotFound)?;
-    let place = i64::try_from(sequence).map_err(|_| Code::NotFound)?;
-    if operators.store.requeued_from(place).await?.is_some_and(|requeue| requeue.pending) {
+    if !discard(operators, sequence, (letter.client, letter.job), operator).await? {
         return Err(refused("the letter is on its way into the queue"));
     }
-    // The trail first: an entry for a letter that is still there does no harm.
-    operators.store.purge(place, letter.client, letter.job, clock::now(), operator).await?;
-    remove(operators, sequence).await?;
     let (job, operator) = (letter.job.map(tracing::field::display), operator.actor.id());
     tracing::info!(job, operator, letter = sequence, "dead letter purged");
     Ok(())
+}
+
+/// Removes a dead letter on behalf of `who`, with the job and client that it is about, if that can be told; not one that is
+/// on its way into the queue. Whether it is gone.
+pub(crate) async fn discard(
+    operators: &Operators,
+    sequence: u64,
+    (client, job): (Option<ClientId>, Option<JobId>),
+    who: Who,
+) -> Result<bool, Problem> {
+    let place = i64::try_from(sequence).map_err(|_| Code::NotFound)?;
+    if operators.store.requeued_from(place).await?.is_some_and(|requeue| requeue.pending) {
+        return Ok(false);
+    }
+    // The trail first: an entry for a letter that is still there does no harm.
+    operators.store.purge(place, client, job, clock::now(), who).await?;
+    remove(operators, sequence).await?;
+    Ok(true)
 }
 
 async fn remove(operators: &Operators, sequence: u64) -> Result<(), Problem> {
@@ -260,9 +283,9 @@ async fn remove(operators: &Operators, sequence: u64) -> Result<(), Problem> {
     }
 }
 
-/// Goes on with what was left half-way, until `stop`.
+/// Goes on with what was left half-way, and removes letters past their retention, until `stop`.
 pub(crate) async fn resume(operators: Arc<Operators>, stop: CancellationToken) {
-    let mut round = interval(SWEEP_INTERVAL);
+    let (mut round, mut letters) = (interval(SWEEP_INTERVAL), Letters::default());
     round.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -272,6 +295,9 @@ pub(crate) async fn resume(operators: Arc<Operators>, stop: CancellationToken) {
         let work = resume_all(&operators);
         if timeout(2 * SWEEP_INTERVAL, work).await.is_err() {
             tracing::warn!("dead letters are still on their way into the queue");
+        }
+        if !matches!(timeout(2 * SWEEP_INTERVAL, letters.sweep(&operators)).await, Ok(Ok(()))) {
+            tracing::warn!("dead letters past their retention are left to the next round");
         }
     }
 }

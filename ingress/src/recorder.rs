@@ -2,7 +2,7 @@
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
-use async_nats::jetstream::{AckKind, Message, consumer::pull::Stream};
+use async_nats::jetstream::{AckKind, Message, consumer::pull::Stream, object_store::DeleteErrorKind};
 use dermflow_auth::db::DbError;
 use dermflow_schemas::{
     envelope::{EnvelopeError, Outcome, Progress, ResultHeader},
@@ -223,8 +223,8 @@ pub(crate) async fn clean_up(app: &App, ended: &[Settled]) {
 }
 
 /// Removes a job that ended without a worker's result from the queue, wherever it waits, and stops the worker
-/// that runs it.
-pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
+/// that runs it. Whether it is out of the queue.
+pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) -> bool {
     lanes::cancel(app, id).await;
     let withdraw = async {
         let context = app.publisher.context();
@@ -243,27 +243,30 @@ pub(crate) async fn withdraw(app: &App, id: JobId, stream_seq: Option<i64>) {
         }
         Ok::<(), async_nats::Error>(())
     };
-    briefly(id, "not withdrawn", withdraw).await;
+    briefly(id, "not withdrawn", withdraw).await
 }
 
-/// Removes a claim-checked payload.
-pub(crate) async fn delete_object(app: &App, id: JobId) {
+/// Removes a claim-checked payload. Whether it is gone.
+pub(crate) async fn delete_object(app: &App, id: JobId) -> bool {
     let delete = async {
         let bucket = app.publisher.context().get_object_store(queue::PAYLOADS).await?;
-        bucket.delete(id.to_string()).await?;
-        Ok::<(), async_nats::Error>(())
+        match bucket.delete(id.to_string()).await {
+            Err(error) if error.kind() == DeleteErrorKind::NotFound => Ok(()),
+            done => Ok::<(), async_nats::Error>(done?),
+        }
     };
-    briefly(id, "payload not removed", delete).await;
+    briefly(id, "payload not removed", delete).await
 }
 
 /// Cleaning up is worth one try within [`PUBLISH_DEADLINE`]: a worker looks at the deadline of what is left, and
 /// the streams' limits free it.
-async fn briefly(id: JobId, failed: &str, work: impl Future<Output = Result<(), async_nats::Error>>) {
+async fn briefly(id: JobId, failed: &str, work: impl Future<Output = Result<(), async_nats::Error>>) -> bool {
     match timeout(PUBLISH_DEADLINE, work).await {
-        Ok(Ok(())) => {}
+        Ok(Ok(())) => return true,
         Ok(Err(error)) => tracing::warn!(job = %id, %error, "{failed}"),
         Err(_) => tracing::warn!(job = %id, "{failed}: no answer"),
     }
+    false
 }
 
 /// Takes workers' progress notes into the record until `stop`. They may be lost: results repeat them.

@@ -33,6 +33,7 @@ mod dead;
 pub(crate) mod drain;
 pub(crate) mod reports;
 pub(crate) mod reseal;
+mod retention;
 mod sweeping;
 
 pub(crate) use self::{
@@ -56,19 +57,22 @@ pub(crate) struct Record {
     pub(crate) queued_at: Option<OffsetDateTime>,
     pub(crate) started_at: Option<OffsetDateTime>,
     pub(crate) finished_at: Option<OffsetDateTime>,
+    /// When its report was first handed out, if it is not kept.
+    pub(crate) answered_at: Option<OffsetDateTime>,
     pub(crate) deadline: OffsetDateTime,
     pub(crate) stream_seq: Option<i64>,
     pub(crate) claim_check: bool,
     pub(crate) model_us: Option<i64>,
     pub(crate) failure: Option<Failure>,
-    pub(crate) deleted: bool,
+    /// When its result was removed.
+    pub(crate) deleted_at: Option<OffsetDateTime>,
     pub(crate) ticket: i64,
     pub(crate) batch: Option<Uuid>,
     pub(crate) line: Option<i32>,
     pub(crate) custom_id: Option<String>,
 }
 
-const RECORD: &str = "id, lane, state, images, attempts, accepted_at, queued_at, started_at, finished_at, \
+const RECORD: &str = "id, lane, state, images, attempts, accepted_at, queued_at, started_at, finished_at, answered_at, \
                       deadline, stream_seq, claim_check, model_us, failure, deleted_at, ticket, batch, line, custom_id";
 
 impl TryFrom<&Row> for Record {
@@ -85,12 +89,13 @@ impl TryFrom<&Row> for Record {
             queued_at: row.try_get("queued_at")?,
             started_at: row.try_get("started_at")?,
             finished_at: row.try_get("finished_at")?,
+            answered_at: row.try_get("answered_at")?,
             deadline: row.try_get("deadline")?,
             stream_seq: row.try_get("stream_seq")?,
             claim_check: row.try_get("claim_check")?,
             model_us: row.try_get("model_us")?,
             failure: row.try_get::<_, Option<Json<Failure>>>("failure")?.map(|Json(failure)| failure),
-            deleted: row.try_get::<_, Option<OffsetDateTime>>("deleted_at")?.is_some(),
+            deleted_at: row.try_get("deleted_at")?,
             ticket: row.try_get("ticket")?,
             batch: row.try_get("batch")?,
             line: row.try_get("line")?,
@@ -309,7 +314,7 @@ impl Store {
             let row = transaction.query_opt(&select, &[&job.uuid(), &client.uuid()]).await?;
             let Some(row) = row else { return Ok(None) };
             let record = Record::try_from(&row)?;
-            if record.deleted || record.state == State::Cancelled {
+            if record.deleted_at.is_some() || record.state == State::Cancelled {
                 return Ok(None);
             }
             if let Some(state) = job::step(record.state, Event::Cancelled) {
@@ -318,13 +323,7 @@ impl Store {
                     "UPDATE jobs SET state = $2, finished_at = $3, event = $4, search = NULL WHERE id = $1";
                 transaction.execute(update, &[&job.uuid(), &state.as_str(), &now, &event]).await?;
             } else {
-                transaction.execute("DELETE FROM reports WHERE job = $1", &[&job.uuid()]).await?;
-                transaction
-                    .execute(
-                        "UPDATE jobs SET deleted_at = $2, search = NULL WHERE id = $1",
-                        &[&job.uuid(), &now],
-                    )
-                    .await?;
+                retention::remove_reports(&transaction, &[job.uuid()], now).await?;
             }
             let detail = serde_json::json!({ "state": record.state });
             let event = AuditEvent::new(Action::JobWithdrawn, who, now).detail(detail);
@@ -372,9 +371,10 @@ async fn settle_jobs(
     let started: Vec<OffsetDateTime> = headers.clone().map(|header| header.started_at).collect();
     let finished: Vec<OffsetDateTime> = headers.clone().map(|header| header.finished_at).collect();
     let model: Vec<i64> = headers.map(|header| header.model_us as i64).collect();
+    // A worker's clock may be wrong; how long a report is kept counts from here.
     let update = format!(
         "UPDATE jobs SET state = r.state, failure = r.failure, attempts = r.attempts, started_at = r.started, \
-                         finished_at = r.finished, model_us = r.model, event = r.event \
+                         finished_at = greatest(accepted_at, least(r.finished, now())), model_us = r.model, event = r.event \
          FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::int[], $5::timestamptz[], $6::timestamptz[], \
                      $7::bigint[], $8::bigint[]) \
               AS r (id, state, failure, attempts, started, finished, model, event) \

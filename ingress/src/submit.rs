@@ -16,6 +16,7 @@ use dermflow_schemas::{
     seal::{Content, SealError, Sealed},
 };
 use futures_util::StreamExt;
+use time::OffsetDateTime;
 use tokio::{
     sync::OwnedSemaphorePermit,
     time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
@@ -25,7 +26,7 @@ use crate::{
     answer::Problem,
     app::App,
     commit::{Committed, Entry, prepare, publish_one},
-    rates,
+    rates, retention,
     store::{
         Record,
         claim::{Member, NewJob},
@@ -57,6 +58,8 @@ pub(crate) struct Submitted {
     pub(crate) job: JobId,
     /// It had ended when it was submitted again.
     pub(crate) ended: bool,
+    /// Whoever misses its answer has no key to ask for it again.
+    pub(crate) keyless: bool,
     wake_up: Option<Subscriber>,
 }
 
@@ -75,7 +78,9 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
     rates::images(&app, client, images, patience).await?;
     let now = clock::now();
     let mut header = JobHeader::new(JobId::new(now), client, lane, now, cancel_after);
-    let search = app.index.of(client, &payload.manifest);
+    let (quota, keyless) = (app.access.quota(client), key.is_none());
+    // A report that is not kept is not searched for, either.
+    let search = if quota.keeps_reports() { app.index.of(client, &payload.manifest) } else { Vec::new() };
     let Packed { sealed, bytes, digest } = pack(&app, header.job, payload).await?;
     header.key.clone_from(&sealed.key_id);
     let claim_check = bytes > limits::MAX_INLINE_BYTES;
@@ -91,7 +96,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
         claim_check,
         key,
         digest,
-        quota: app.access.quota(client),
+        quota,
         member,
         search,
     };
@@ -101,10 +106,10 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
     prepare(&app, lane, client, end).await?;
     let entry = Entry { job, header: header.clone(), body, end };
     match patiently(&app, entry, patience).await? {
-        Committed::Queued => Ok(Submitted { job: header.job, ended: false, wake_up }),
+        Committed::Queued => Ok(Submitted { job: header.job, ended: false, keyless, wake_up }),
         Committed::Recorded => {
             check_in(&app, &mut header, &sealed).await?;
-            Ok(Submitted { job: header.job, ended: false, wake_up })
+            Ok(Submitted { job: header.job, ended: false, keyless, wake_up })
         }
         Committed::Known(first) => {
             // Who submits a job again asks how far it is.
@@ -123,7 +128,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             // What happened before anybody listened is in the record.
             let ended =
                 app.store.find(first.id, client).await?.is_none_or(|record| record.state.is_terminal());
-            Ok(Submitted { job: first.id, ended, wake_up })
+            Ok(Submitted { job: first.id, ended, keyless, wake_up })
         }
     }
 }
@@ -238,6 +243,10 @@ pub(crate) fn internal(error: &dyn std::error::Error) -> Problem {
 pub(crate) struct Ended {
     pub(crate) record: Record,
     pub(crate) report: Option<Vec<u8>>,
+    /// The client has no way to ask again.
+    pub(crate) last: bool,
+    /// Until when the report can be asked for.
+    pub(crate) expires: OffsetDateTime,
 }
 
 /// Step 4: waits until the job has ended, `budget` at most; `None` when it goes on.
@@ -251,13 +260,13 @@ pub(crate) async fn wait(
     budget: Duration,
 ) -> Result<Option<Ended>, Problem> {
     if submitted.ended || budget.is_zero() {
-        return ended(app, submitted.job, client).await;
+        return look(app, submitted.job, client, submitted.keyless).await;
     }
     timeout(budget, ended_eventually(app, submitted, client)).await.ok().transpose()
 }
 
 async fn ended_eventually(app: &Arc<App>, submitted: Submitted, client: ClientId) -> Result<Ended, Problem> {
-    let Submitted { job, mut wake_up, .. } = submitted;
+    let Submitted { job, mut wake_up, keyless, .. } = submitted;
     let mut tick = interval_at(Instant::now() + limits::WAITER_POLL, limits::WAITER_POLL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -269,30 +278,36 @@ async fn ended_eventually(app: &Arc<App>, submitted: Submitted, client: ClientId
             // When the database is away the recorder tries again, and so does the next look.
             app.awaited.record(result).await;
         }
-        match ended(app, job, client).await {
+        match look(app, job, client, keyless).await {
             Ok(Some(ended)) => return Ok(ended),
-            Err(problem) if problem.is(Code::NotFound) || problem.is(Code::ReportUnreadable) => {
-                return Err(problem);
-            }
+            Err(problem) if END.iter().any(|code| problem.is(*code)) => return Err(problem),
             Ok(None) | Err(_) => {}
         }
     }
 }
 
+/// What a look at a job ends with that no other will change.
+const END: [Code; 3] = [Code::NotFound, Code::ReportRemoved, Code::ReportUnreadable];
+
 /// The job's end, if it has come: another client's job, and a deleted one, is not found.
 pub(crate) async fn ended(app: &App, job: JobId, client: ClientId) -> Result<Option<Ended>, Problem> {
-    let record = app.store.find(job, client).await?.filter(|record| !record.deleted).ok_or(Code::NotFound)?;
-    if !record.state.is_terminal() {
-        return Ok(None);
-    }
+    look(app, job, client, false).await
+}
+
+/// The same; `last` says whether its client has no way to ask again.
+async fn look(app: &App, job: JobId, client: ClientId, last: bool) -> Result<Option<Ended>, Problem> {
+    let record = app.store.find(job, client).await?.ok_or(Code::NotFound)?;
     let report = match record.state {
+        state if !state.is_terminal() => return Ok(None),
         State::Succeeded => {
-            let sealed = app.store.report(job).await?.ok_or(Code::NotFound)?;
+            let sealed = app.store.report(job).await?.ok_or(Code::ReportRemoved)?;
             Some(open(app, job, &sealed)?)
         }
+        _ if record.deleted_at.is_some() => return Err(Code::NotFound.into()),
         _ => None,
     };
-    Ok(Some(Ended { record, report }))
+    let expires = retention::kept_until(&record, last, app.access.quota(client), clock::now());
+    Ok(Some(Ended { record, report, last, expires }))
 }
 
 /// Opens the report of a job. One that does not open is an error of its own, and everything else goes on.

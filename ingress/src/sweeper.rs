@@ -22,6 +22,7 @@ use crate::{
     lanes,
     lost::{Watch, jobs_in},
     recorder::{clean_up, delete_object, withdraw},
+    retention,
     store::{Leader, Settled},
 };
 
@@ -73,7 +74,7 @@ impl Sweeper {
         self.settle_late(app, now).await?;
         self.settle_lost(app, now).await?;
         remove_purged(app).await?;
-        app.store.erase(now).await
+        retention::sweep(app, now).await
     }
 
     /// Settles jobs past their deadline, but for those whose result waits to be recorded.

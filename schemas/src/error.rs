@@ -110,6 +110,7 @@ catalogue! {
     Forbidden            "forbidden"              403 "forbidden"     Never   "The caller is not permitted to do this."
     ClientCertificateNeeded "client-certificate-needed" 403 "forbidden"  Never   "This is answered on connections with a client certificate only."
     NotFound             "not-found"              404 "not-found"     Never   "There is nothing here for this client."
+    ReportRemoved        "report-removed"         404 "deleted"       NewKey  "The report of this job is not kept any more: send the images again."
     MethodNotAllowed     "method-not-allowed"     405 "not-supported" Never   "This resource does not have this method."
     NotAcceptable        "not-acceptable"         406 "not-supported" Never   "The answer is only available as FHIR R4 JSON."
     BodyTimeout          "body-timeout"           408 "timeout"       Safe    "The request body did not arrive in time."

@@ -346,8 +346,18 @@ pub const RESEAL_BATCH: i64 = 32;
 pub const RESEAL_BYTES: usize = 6 * 1024 * 1024;
 /// After so long without progress `auth keys reseal` gives up: nobody seals anew.
 pub const RESEAL_SILENCE: Duration = Duration::from_mins(1);
-/// How long reports, records and idempotency keys are kept after the job's end.
-pub const RETENTION: Duration = Duration::from_hours(24 * 7);
+/// Days that reports, records and idempotency keys are kept after the job's end, unless staff gave the client another
+/// number. With 0 a report goes with its answer, and all else, or a report that nobody asks for, after a day.
+pub const RETENTION_DAYS: i16 = 7;
+/// The most of these days: results are handed on, this is no archive.
+pub const MAX_RETENTION_DAYS: i16 = 365;
+/// The same of what cannot go with an answer: a batch may run for a day before its results are read ([`BULK_DEADLINE`]).
+pub const MIN_RETENTION_DAYS: i16 = 1;
+/// How long a report that is not kept can be asked for again after its first answer, as nobody knows whether that arrived:
+/// longer than callers wait before they give a connection up (30 s to a minute) and come again.
+pub const ANSWER_GRACE: Duration = Duration::from_mins(2);
+/// Dead letters that the operators' process has in view to remove them in time: as many as fit into their stream at 40 kB.
+pub const MAX_LETTERS: usize = 100_000;
 /// How long workers' notes that attempts began wait for others: most jobs have ended by then, and what is left is one
 /// transaction.
 pub const NOTES_TOGETHER: Duration = Duration::from_millis(100);

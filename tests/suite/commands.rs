@@ -245,7 +245,8 @@ async fn a_quota_goes_back_to_the_default() -> Result<()> {
     lab.auth(&["user", "quota", "demo", "--default"])?;
     assert_eq!(quota()?, usual);
     let own = "SELECT count(*) FROM auth.users WHERE \
-               num_nonnulls(quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images) > 0";
+               num_nonnulls(quota_jobs, quota_bytes, quota_running, weight, quota_requests, quota_images, \
+               retention_days) > 0";
     assert_eq!(lab.count(own).await?, 0, "whatever a later build gives");
     let recorded = "SELECT count(*) FROM auth.audit WHERE action = 'user-changed' \
                     AND detail->'quota' = '{\"jobs\": null, \"weight\": 5}'";

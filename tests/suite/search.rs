@@ -218,7 +218,8 @@ async fn a_report_is_taken_apart_and_removed_as_a_whole() -> Result<()> {
     for gone in
         [path.as_str(), &format!("/fhir/_async/{report}"), parts[0]["fullUrl"].as_str().context("no URL")?]
     {
-        assert_eq!(client.get(gone).await?.code(), "not-found", "{gone}");
+        let gone = client.get(gone).await?;
+        assert_eq!((gone.status, gone.code()), (404, "report-removed"), "{}", gone.text);
     }
     assert_eq!(client.delete(&path).await?.code(), "not-found");
     assert!(matches(&search(client, "patient=Jane-7").await?).is_empty());

@@ -40,6 +40,7 @@ use crate::{
     extract::{Allowed, Body, Delete, Read, Submit},
     language,
     lines::Form,
+    retention::{self, Answered},
     routes::{
         analyze::{Turn, idempotency_key},
         openapi::{Any, Guarded, Own, Queried, Typed},
@@ -470,9 +471,13 @@ impl Reader {
         self.left -= results.len();
         let Some(last) = results.last() else { return Ok(None) };
         self.after = last.event;
+        let given = results.iter().filter(|result| result.sealed.is_some());
+        let given: Vec<Answered> = given.map(|result| Answered { job: result.job, last: false }).collect();
+        retention::answered(&self.app, self.caller.client, &given).await?;
         let mut chunk = Vec::new();
         for result in results {
-            match open(&self.app, result.job, &result.sealed) {
+            let report = result.sealed.as_ref().ok_or(Code::ReportRemoved);
+            match report.and_then(|sealed| open(&self.app, result.job, sealed)) {
                 Ok(report) => write_result(&mut chunk, &result, &report, self.form),
                 Err(code) => write_unreadable(&mut chunk, &result, code, self.form),
             }
@@ -508,7 +513,7 @@ fn write_result(chunk: &mut Vec<u8>, result: &BatchResult, report: &[u8], form: 
     chunk.push(b'\n');
 }
 
-/// A report that cannot be opened, in its place.
+/// A report that was removed, or cannot be opened, in its place.
 fn write_unreadable(chunk: &mut Vec<u8>, result: &BatchResult, code: Code, form: Form) {
     let BatchResult { event, line, custom_id, job, .. } = result;
     let error = answer::error_json(&code.into());

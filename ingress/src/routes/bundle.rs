@@ -72,6 +72,7 @@ pub(crate) async fn post(
     let entries = blocking(move || parse(&bytes)).await??;
     let end = Instant::now() + prefer.budget();
     let language = language::accepted(&headers);
+    let keyless = key.is_none();
     let key = |n| key.as_ref().map(|key| format!("bundle {n} {}", key.as_str()));
     let submissions = entries.into_iter().enumerate().map(|(n, entry)| {
         let memory = memory.split(1);
@@ -107,7 +108,8 @@ pub(crate) async fn post(
     let entries = join_all(answers).await;
     // Who learns that a job goes on has just submitted it.
     let told = jobs.iter().zip(&entries).filter(|(_, entry)| entry["response"]["status"] != "202");
-    let deeds = told.filter_map(|(job, entry)| Some(Deed::ended((*job)?, entry["resource"].is_object())));
+    let deeds = told
+        .filter_map(|(job, entry)| Some(Deed::ended((*job)?, entry["resource"].is_object()).last(keyless)));
     let deeds = Deeds::Each(deeds.collect());
     let bundle = json!({"resourceType": "Bundle", "type": "batch-response", "entry": entries});
     Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))

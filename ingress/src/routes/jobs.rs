@@ -115,6 +115,9 @@ pub(crate) struct Job {
     /// When it ended.
     #[schema(format = DateTime)]
     finished_at: Option<String>,
+    /// When its report was removed, by the client or because it is not kept any longer.
+    #[schema(format = DateTime)]
+    removed_at: Option<String>,
     /// When it is given up.
     #[schema(format = DateTime)]
     deadline: String,
@@ -207,7 +210,7 @@ fn next_page(app: &App, uri: &Uri, last: JobId) -> String {
 
 /// A record as JSON.
 pub(crate) fn shown(public_url: &str, record: &Record, place: Option<Place>) -> Job {
-    let has_report = record.state == JobState::Succeeded && !record.deleted;
+    let has_report = record.state == JobState::Succeeded && record.deleted_at.is_none();
     let error = record.failure.as_ref().map(|failure| {
         let kind = failure.code.kind();
         let image = failure.image.map(|index| index + 1);
@@ -231,6 +234,7 @@ pub(crate) fn shown(public_url: &str, record: &Record, place: Option<Place>) -> 
         queued_at: record.queued_at.map(instant),
         started_at: record.started_at.map(instant),
         finished_at: record.finished_at.map(instant),
+        removed_at: record.deleted_at.map(instant),
         deadline: instant(record.deadline),
         model_ms: record.model_us.map(|us| us as f64 / 1e3),
         error,

@@ -356,7 +356,9 @@ pub(crate) async fn delete(
     JobPath(id): JobPath,
 ) -> Result<Response, Problem> {
     let record = app.store.find(id, client).await?;
-    record.filter(|record| record.state == JobState::Succeeded && !record.deleted).ok_or(Code::NotFound)?;
+    record
+        .filter(|record| record.state == JobState::Succeeded && record.deleted_at.is_none())
+        .ok_or(Code::NotFound)?;
     status::remove(&app, client, who, id).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }

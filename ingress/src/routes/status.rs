@@ -14,7 +14,7 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     id::{ClientId, JobId},
     job::State as JobState,
-    limits::{POLL_INTERVAL, RETENTION},
+    limits::POLL_INTERVAL,
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc2822};
 
@@ -134,7 +134,7 @@ pub(crate) fn accepted(app: &App, job: JobId) -> Response {
 
 /// The report of a job that has ended, or its error.
 pub(super) fn finished_record(ended: Ended) -> Result<(Record, Vec<u8>), Problem> {
-    let Ended { record, report } = ended;
+    let Ended { record, report, .. } = ended;
     let Some(report) = report else { return Err(failed(&record).into()) };
     Ok((record, report))
 }
@@ -157,7 +157,7 @@ pub(crate) fn finished(app: &App, ended: Ended) -> Response {
 
 /// The same in the form that `dress` gives the report.
 pub(crate) fn answered(ended: Ended, dress: impl FnOnce(&Record, Vec<u8>) -> Response) -> Response {
-    let job = ended.record.id;
+    let (job, last, expires) = (ended.record.id, ended.last, ended.expires);
     let (record, report) = match finished_record(ended) {
         Ok(finished) => finished,
         // That the job failed is what is asked for.
@@ -167,10 +167,10 @@ pub(crate) fn answered(ended: Ended, dress: impl FnOnce(&Record, Vec<u8>) -> Res
     let headers = response.headers_mut();
     if let Some(finished_at) = record.finished_at {
         insert(headers, &header::LAST_MODIFIED, &http_date(finished_at));
-        insert(headers, &header::EXPIRES, &http_date(finished_at + RETENTION));
     }
+    insert(headers, &header::EXPIRES, &http_date(expires));
     insert(headers, &SERVER_TIMING, &server_timing(&record));
-    Deeds::Each(vec![Deed::ended(record.id, true)]).of(response)
+    Deeds::Each(vec![Deed::ended(record.id, true).last(last)]).of(response)
 }
 
 /// What a failed job answers.
@@ -214,9 +214,9 @@ fn progress(record: &Record, place: Option<Place>) -> String {
     }
 }
 
-/// Withdrawn, or its result removed: for the client it is not there any more.
+/// Withdrawn: for the client it is not there any more.
 fn gone(record: &Record) -> bool {
-    record.deleted || record.state == JobState::Cancelled
+    record.state == JobState::Cancelled
 }
 
 /// RFC 9110 §5.6.7.

@@ -164,7 +164,7 @@ fn task(record: &Record) -> Value {
         task["groupIdentifier"] =
             json!({"system": "urn:ietf:rfc:3986", "value": format!("urn:uuid:{batch}")});
     }
-    if record.state == JobState::Succeeded && !record.deleted {
+    if record.state == JobState::Succeeded && record.deleted_at.is_none() {
         let reference = format!("DiagnosticReport/{}", record.id);
         task["output"] = json!([{"type": {"text": "report"}, "valueReference": {"reference": reference}}]);
     }

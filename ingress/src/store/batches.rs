@@ -8,7 +8,7 @@ use dermflow_schemas::{
     envelope::Failure,
     id::{ClientId, JobId},
     job::{Event, Lane, State},
-    limits::{RESULTS_CHUNK, RESULTS_CHUNK_BYTES, RETENTION, SWEEP_BATCH},
+    limits::{RESULTS_CHUNK, RESULTS_CHUNK_BYTES, SWEEP_BATCH},
     seal::Sealed,
 };
 use serde_json::Value;
@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use tokio_postgres::{Row, types::Json};
 use uuid::Uuid;
 
-use super::{ENDING, Ending, RECORD, Record, Result, Store, open_states, release};
+use super::{ENDING, Ending, RECORD, Record, Result, Store, open_states, release, retention::remove_reports};
 
 /// A batch as recorded.
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +65,8 @@ pub(crate) struct BatchResult {
     pub(crate) line: i32,
     pub(crate) custom_id: String,
     pub(crate) job: JobId,
-    pub(crate) sealed: Sealed,
+    /// `None` when it has been removed.
+    pub(crate) sealed: Option<Sealed>,
 }
 
 /// What came of a line that has no report.
@@ -223,25 +224,28 @@ impl Store {
         .await
     }
 
-    /// The next reports of a batch after event `after`, in the order in which the jobs ended.
+    /// The next reports of a batch after event `after`, in the order in which the jobs ended, or that they were removed.
     pub(crate) async fn batch_results(&self, batch: Uuid, after: i64) -> Result<Vec<BatchResult>> {
         within(async {
             let connection = self.pool.get().await?;
             let select = "SELECT event, line, custom_id, id, key_id, sealed FROM \
                           (SELECT *, coalesce(sum(octet_length(sealed)) OVER (ORDER BY event \
                           ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before FROM \
-                          (SELECT event, line, custom_id, id, key_id, sealed FROM jobs JOIN reports ON job = id \
-                          WHERE batch = $1 AND event > $2 ORDER BY event LIMIT $3) AS chunk) AS measured \
+                          (SELECT event, line, custom_id, id, key_id, sealed FROM jobs LEFT JOIN reports ON job = id \
+                          WHERE batch = $1 AND event > $2 AND state = 'succeeded' ORDER BY event LIMIT $3) AS chunk) AS measured \
                           WHERE before < $4 ORDER BY event";
             let select = connection.prepare_cached(select).await?;
             let (rows, bytes) = (RESULTS_CHUNK as i64, RESULTS_CHUNK_BYTES as i64);
             let rows = connection.query(&select, &[&batch, &after, &rows, &bytes]).await?;
+            let sealed = |key_id: Option<String>, bytes: Option<Vec<u8>>| {
+                Some(Sealed { key_id: key_id?, bytes: bytes?.into() })
+            };
             let result = |row: &Row| BatchResult {
                 event: row.get(0),
                 line: row.get(1),
                 custom_id: row.get(2),
                 job: row.get::<_, Uuid>(3).into(),
-                sealed: Sealed { key_id: row.get(4), bytes: row.get::<_, Vec<u8>>(5).into() },
+                sealed: sealed(row.get(4), row.get(5)),
             };
             Ok(rows.iter().map(result).collect())
         })
@@ -307,25 +311,13 @@ impl Store {
                           FROM unnest($2::uuid[], $3::bigint[]) AS ended (id, event) \
                           WHERE jobs.id = ended.id AND state = ANY($4)";
             transaction.execute(update, &[&now, &ids, &events, &open_states(Event::Cancelled)]).await?;
-            let erase = "WITH gone AS (UPDATE jobs SET deleted_at = $1, search = NULL WHERE id IN (SELECT id FROM jobs \
-                         WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) \
-                         AND finished_at IS NOT NULL AND deleted_at IS NULL LIMIT $2 FOR UPDATE SKIP LOCKED) \
-                         RETURNING id), erased AS (DELETE FROM reports USING gone WHERE reports.job = gone.id) \
-                         SELECT count(*) FROM gone";
-            let erased: i64 = transaction.query_one(erase, &[&now, &SWEEP_BATCH]).await?.get(0);
+            let ended = "SELECT id FROM jobs WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) \
+                         AND finished_at IS NOT NULL AND deleted_at IS NULL LIMIT $1 FOR UPDATE SKIP LOCKED";
+            let ended = transaction.query(ended, &[&SWEEP_BATCH]).await?;
+            let ended: Vec<Uuid> = ended.iter().map(|row| row.get(0)).collect();
+            let erased = remove_reports(&transaction, &ended, now).await?;
             transaction.commit().await?;
             Ok((rows.iter().map(cancelled).collect(), erased))
-        })
-        .await
-    }
-
-    /// Erases batches past their retention of which no job is left.
-    pub(crate) async fn erase_batches(&self, now: OffsetDateTime) -> Result<()> {
-        within(async {
-            let erase = "DELETE FROM batches WHERE id IN (SELECT id FROM batches b WHERE created_at < $1 \
-                         AND NOT EXISTS (SELECT FROM jobs WHERE batch = b.id) LIMIT $2)";
-            self.pool.get().await?.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH]).await?;
-            Ok(())
         })
         .await
     }

@@ -9,7 +9,7 @@ use dermflow_schemas::{
     error::Code,
     id::{ClientId, JobId},
     job::{self, Event, State},
-    limits::{RETENTION, SWEEP_BATCH},
+    limits::SWEEP_BATCH,
 };
 use serde_json::json;
 use time::OffsetDateTime;
@@ -63,14 +63,14 @@ impl Store {
         .await
     }
 
-    /// Opens a failed job again for its dead letter `letter`, on behalf of `operator`. Repeated, it changes
-    /// nothing and gives the same.
+    /// Opens a failed job again for its dead letter `letter`, on behalf of `operator`, unless it ended before `since`.
+    /// Repeated, it changes nothing and gives the same.
     pub(crate) async fn requeue(
         &self,
         job: JobId,
         letter: i64,
         deadline: OffsetDateTime,
-        now: OffsetDateTime,
+        (since, now): (OffsetDateTime, OffsetDateTime),
         operator: Who,
     ) -> Result<std::result::Result<Requeue, Refused>> {
         within(async {
@@ -81,7 +81,7 @@ impl Store {
                 return Ok(Err("the job's record is no longer kept"));
             };
             let record = Record::try_from(&row)?;
-            if let Err(refused) = may_reopen(&record, row.get("requeue_of"), letter, now) {
+            if let Err(refused) = may_reopen(&record, row.get("requeue_of"), letter, since) {
                 return Ok(Err(refused));
             }
             if let Some(state) = job::step(record.state, Event::Requeued) {
@@ -225,13 +225,13 @@ fn may_reopen(
     record: &Record,
     requeue_of: Option<i64>,
     letter: i64,
-    now: OffsetDateTime,
+    since: OffsetDateTime,
 ) -> Result<(), Refused> {
     match record.state {
-        _ if record.deleted => Err("its client has removed it"),
+        _ if record.deleted_at.is_some() => Err("its client has removed it"),
         State::Cancelled => Err("its client has cancelled it"),
         State::Succeeded => Err("it has succeeded"),
-        State::Failed if record.finished_at.is_none_or(|at| at < now - RETENTION) => {
+        State::Failed if record.finished_at.is_none_or(|at| at < since) => {
             Err("the job's record is no longer kept")
         }
         State::Failed => Ok(()),

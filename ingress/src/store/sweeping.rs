@@ -8,7 +8,7 @@ use dermflow_auth::{
 use dermflow_schemas::{
     error::Code,
     id::JobId,
-    limits::{ACCEPTED_GRACE, RETENTION, SWEEP_BATCH, SWEEP_LEASE},
+    limits::{ACCEPTED_GRACE, SWEEP_BATCH, SWEEP_LEASE},
 };
 use time::OffsetDateTime;
 use tokio_postgres::{Row, types::Json};
@@ -132,22 +132,6 @@ impl Store {
             of_jobs(&event(Action::PayloadLost, code, now), &transaction, &ids).await?;
             transaction.commit().await?;
             Ok(settled)
-        })
-        .await
-    }
-
-    /// Erases what is past its retention.
-    pub(crate) async fn erase(&self, now: OffsetDateTime) -> Result<()> {
-        within(async {
-            let erase = "WITH gone AS (DELETE FROM jobs WHERE id IN \
-                         (SELECT id FROM jobs WHERE finished_at < $1 LIMIT $2) RETURNING client) \
-                         INSERT INTO auth.audit (at, actor_kind, actor, action, outcome, client, detail) \
-                         SELECT $3, 'part', 'sweeper', $4, 'success', client, jsonb_build_object('jobs', count(*)) \
-                         FROM gone GROUP BY client";
-            let action = Action::JobsErased.as_str();
-            let connection = self.pool.get().await?;
-            connection.execute(erase, &[&(now - RETENTION), &SWEEP_BATCH, &now, &action]).await?;
-            Ok(())
         })
         .await
     }
