@@ -68,9 +68,10 @@ impl Case<'_> {
             width: Some(map.width),
             content: inline("image/png", &map.png, title, self.finished_at),
             note: note(format!(
-                "RGB; the frame of image {n} ({} x {} pixels) at {} x {}. The probability of the class by {columns} x \
-                 {rows} places of the image, each by itself, from violet (0 %) to yellow (100 %).",
-                finding.width, finding.height, map.width, map.height
+                "The frame of image {n} as displayed, {} x {} pixels of {} x {}. The probability of the class by \
+                 {columns} x {rows} places of the image, each by itself, in steps of 1 % from violet (0 %) to \
+                 yellow (100 %).",
+                map.width, map.height, finding.width, finding.height
             )),
             ..Media::default()
         };
