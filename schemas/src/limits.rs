@@ -34,9 +34,9 @@ pub const MAX_JSON_VALUES: u32 = 2_000;
 pub const MAX_NAME_BYTES: usize = 128;
 /// Characters of a string that is copied into the report.
 pub const MAX_TEXT_CHARS: usize = 255;
-/// The longer side of a heat map, in pixels: five of each of three images fit into a message of [`MAX_MESSAGE_BYTES`]
-/// in Base64 even when PNG does not make them smaller.
-pub const MAX_HEAT_MAP_SIDE: u32 = 320;
+/// Bytes of a heat map's file: five of each of three images fit into a message of [`MAX_MESSAGE_BYTES`] in Base64. Of 5 x 5
+/// places and 12 megapixels it has 130,000 at most.
+pub const MAX_HEAT_MAP_BYTES: usize = 400_000;
 /// Heat maps of one image.
 pub const MAX_HEAT_MAPS: u32 = 5;
 /// Lesions of a kind that somebody may count on one patient, for a score.
@@ -109,7 +109,7 @@ pub const REPORT_PAGE: usize = 20;
 /// Reports on a page at most: they are opened and held at once.
 pub const MAX_REPORT_PAGE: usize = 50;
 /// A page of reports ends after as many bytes, and the next one goes on from there: with heat maps one report has up to
-/// 6 MB.
+/// 8 MB.
 pub const REPORT_PAGE_BYTES: usize = 8 * 1024 * 1024;
 /// Parameters of a search: FHIR lets them be repeated, and each is a condition of the statement.
 pub const MAX_SEARCH_PARAMETERS: usize = 32;

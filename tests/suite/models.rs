@@ -438,7 +438,10 @@ async fn a_live_report_agrees_with_itself() -> Result<()> {
             assert_eq!(content["size"], file.len());
             let picture = image::load_from_memory(&file)?;
             assert_eq!(picture.color(), image::ColorType::Rgb8);
-            assert_eq!((&map["width"], &map["height"]), (&json!(picture.width()), &json!(picture.height())));
+            let image = resource(report, &format!("image-{n}"))?;
+            for (side, drawn) in [("width", picture.width()), ("height", picture.height())] {
+                assert_eq!((&map[side], &image[side]), (&json!(drawn), &json!(drawn)));
+            }
             let links = report["media"].as_array().context("no media")?;
             let link = links.iter().find(|media| media["link"]["reference"] == reference.as_str());
             let comment = link.context("not linked")?["comment"].as_str().context("no comment")?;

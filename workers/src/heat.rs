@@ -3,10 +3,15 @@
 //! The model's logits are the mean of those of its places (Zhou et al. 2016, class activation mapping), so that softmax of
 //! a place is what the model would say if it saw the same everywhere.
 
-use dermflow_schemas::limits::MAX_HEAT_MAP_SIDE;
-use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
+use std::{io::Write, iter};
 
-use crate::{decode::fit, engine::Activation, model::Model};
+use dermflow_schemas::limits::MAX_HEAT_MAP_BYTES;
+use png::{BitDepth, ColorType, DeflateCompression, Encoder, EncodingError, Filter};
+
+use crate::{engine::Activation, model::Model};
+
+/// From 1 to 9. This one takes twice as long as the first ones, for half of their bytes.
+const COMPRESSION: DeflateCompression = DeflateCompression::Level(6);
 
 /// Viridis (Smith and van der Walt, matplotlib 1.5, CC0) at every eighth from 0 to 1: even steps look even, in grey and
 /// to the colour-blind too.
@@ -33,12 +38,12 @@ pub struct HeatMap {
     pub height: u32,
     /// Places that the model tells apart, columns and rows.
     pub places: [usize; 2],
-    /// RGB.
+    /// A colour of the palette for each per cent, and so an index from 0 to 100 for each pixel.
     pub png: Vec<u8>,
 }
 
-/// Heat maps for `classes` on an image of `width` x `height` pixels as displayed, or smaller in the same ratio. `None`
-/// when the activation does not fit the model.
+/// Heat maps for `classes` on an image of `width` x `height` pixels as displayed, each of that size; or of half of it,
+/// again and again, until it has no more than [`MAX_HEAT_MAP_BYTES`]. `None` when the activation does not fit the model.
 pub fn render(
     model: &Model,
     activation: &Activation,
@@ -46,45 +51,74 @@ pub fn render(
     width: u32,
     height: u32,
 ) -> Option<Vec<HeatMap>> {
-    let (width, height) = fit(width, height, MAX_HEAT_MAP_SIDE);
     let places = activation.width * activation.height;
     let opinions = (0..places).map(|place| {
         let logits: Vec<f32> = activation.logits.iter().skip(place).step_by(places).copied().collect();
         model.opinion(&logits)
     });
     let opinions = opinions.collect::<Option<Vec<_>>>()?;
+    let places = [activation.width, activation.height];
     let map = |class: &usize| {
         let heat = |opinion: &crate::model::Opinion| opinion.skin.unwrap_or(1.0) * opinion.conditions[*class];
         let heat: Vec<f64> = opinions.iter().map(heat).collect();
-        let pixels = paint(&heat, activation.width, activation.height, width, height);
-        let mut png = Vec::new();
-        PngEncoder::new(&mut png).write_image(&pixels, width, height, ExtendedColorType::Rgb8).ok()?;
-        Some(HeatMap { class: *class, width, height, places: [activation.width, activation.height], png })
+        let halves = |(width, height): &(u32, u32)| Some((width.div_ceil(2), height.div_ceil(2)));
+        let mut drawn = iter::successors(Some((width, height)), halves).map(|(width, height)| {
+            let png = draw(&heat, places, width, height).ok()?;
+            Some(HeatMap { class: *class, width, height, places, png })
+        });
+        drawn.find(|map| map.as_ref().is_none_or(|map| map.png.len() <= MAX_HEAT_MAP_BYTES))?
     };
     classes.iter().map(map).collect()
 }
 
-/// Bilinear between the centres of the places; beyond the outer ones as there.
-fn paint(heat: &[f64], columns: usize, rows: usize, width: u32, height: u32) -> Vec<u8> {
-    let palette: Vec<[u8; 3]> = (0..=255).map(|level| colour(f64::from(level) / 255.0)).collect();
+/// A file: bilinear between the centres of the places; beyond the outer ones as there.
+fn draw(
+    heat: &[f64],
+    [columns, rows]: [usize; 2],
+    width: u32,
+    height: u32,
+) -> Result<Vec<u8>, EncodingError> {
     let between = |pixel: u32, pixels: u32, places: usize| {
         let at = (f64::from(pixel) + 0.5) / f64::from(pixels) * places as f64 - 0.5;
         let at = at.clamp(0.0, places as f64 - 1.0);
         (at as usize, (at as usize + 1).min(places - 1), at.fract())
     };
-    let across: Vec<(usize, usize, f64)> = (0..width).map(|x| between(x, width, columns)).collect();
-    let mut pixels = Vec::with_capacity(3 * width as usize * height as usize);
+    let across: Vec<(usize, usize, f32)> = (0..width)
+        .map(|x| {
+            let (left, right, along) = between(x, width, columns);
+            (left, right, along as f32)
+        })
+        .collect();
+    let gaps: Vec<&[(usize, usize, f32)]> = across.chunk_by(|a, b| a.0 == b.0).collect();
+    let mut png = Vec::new();
+    let mut encoder = Encoder::new(&mut png, width, height);
+    encoder.set_color(ColorType::Indexed);
+    encoder.set_depth(BitDepth::Eight);
+    encoder
+        .set_palette((0..=100).flat_map(|percent| colour(f64::from(percent) / 100.0)).collect::<Vec<u8>>());
+    // Most pixels are as the one before.
+    encoder.set_filter(Filter::Sub);
+    encoder.set_deflate_compression(COMPRESSION);
+    let mut writer = encoder.write_header()?;
+    let mut file = writer.stream_writer()?;
+    let mut row = Vec::with_capacity(across.len());
     for y in 0..height {
         let (above, below, down) = between(y, height, rows);
-        let line: Vec<f64> = (0..columns)
+        // In per cent, and half of one more, as what is behind the point is cut off.
+        let line: Vec<f32> = (0..columns)
             .map(|x| heat[above * columns + x] * (1.0 - down) + heat[below * columns + x] * down)
+            .map(|value| (value * 100.0 + 0.5) as f32)
             .collect();
-        for (left, right, along) in &across {
-            let value = line[*left] * (1.0 - along) + line[*right] * along;
-            pixels.extend_from_slice(&palette[(value.clamp(0.0, 1.0) * 255.0).round() as usize]);
+        row.clear();
+        for gap in &gaps {
+            let (from, to) = gap.first().map_or((0.0, 0.0), |(left, right, _)| (line[*left], line[*right]));
+            row.extend(gap.iter().map(|(_, _, along)| (from + (to - from) * along) as u8));
         }
+        file.write_all(&row)?;
     }
-    pixels
+    file.finish()?;
+    writer.finish()?;
+    Ok(png)
 }
 
 /// The colour of a value between 0 and 1.
@@ -121,19 +155,19 @@ mod tests {
     fn a_place_has_the_colour_of_its_probability() {
         let maps = render(&with_domain(&[]), &activation(), &[0, 2], 600, 450).unwrap();
         let [first, third] = &maps[..] else { panic!("two maps") };
-        assert_eq!((first.width, first.height), (320, 240));
+        assert_eq!((first.width, first.height), (600, 450));
         let (hot, cold) = (image::Rgb(VIRIDIS[8]), image::Rgb(VIRIDIS[0]));
         for (map, corner, middle) in [(first, hot, cold), (third, cold, hot)] {
             let picture = decoded(map);
-            assert_eq!(picture.dimensions(), (320, 240));
+            assert_eq!(picture.dimensions(), (600, 450));
             assert_eq!(*picture.get_pixel(0, 0), corner);
-            assert_eq!(*picture.get_pixel(160, 120), middle);
-            assert_eq!(*picture.get_pixel(319, 239), cold, "no skin");
+            assert_eq!(*picture.get_pixel(300, 225), middle);
+            assert_eq!(*picture.get_pixel(599, 449), cold, "no skin");
         }
     }
 
     #[test]
-    fn a_small_image_is_not_made_larger() {
+    fn a_map_has_the_size_of_its_image() {
         let maps = render(&with_domain(&[]), &activation(), &[0], 90, 300).unwrap();
         assert_eq!(decoded(&maps[0]).dimensions(), (90, 300));
         let odd = Activation { logits: vec![0.0; 99], ..activation() };
@@ -150,12 +184,36 @@ mod tests {
         assert!((0..100).all(|level| brightness(level) < brightness(level + 1)));
     }
 
-    /// As many as there may be, and none made smaller by PNG, fit into a message.
+    /// Noise, of which 640,000 pixels have more bytes than there may be.
+    #[test]
+    fn a_file_that_is_too_large_is_one_of_half_the_size() {
+        let mut seed = 1u32;
+        let noise = (0..4 * 800 * 799).map(|_| {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (seed >> 8) as f32 / 3e6
+        });
+        let noise = Activation { width: 800, height: 799, logits: noise.collect() };
+        let map = &render(&with_domain(&[]), &noise, &[0], 800, 799).unwrap()[0];
+        assert_eq!((map.width, map.height), (400, 400));
+        assert!(map.png.len() <= MAX_HEAT_MAP_BYTES);
+        assert_eq!(decoded(map).dimensions(), (400, 400));
+    }
+
+    /// As many as there may be, and 256 KiB for everything else in a report.
     #[test]
     fn the_largest_report_fits_into_a_message() {
         use dermflow_schemas::limits::{MAX_HEAT_MAPS, MAX_IMAGES, MAX_INLINE_BYTES};
-        let raw = 3 * MAX_HEAT_MAP_SIDE as usize * (MAX_HEAT_MAP_SIDE as usize + 1);
-        let maps = MAX_IMAGES * MAX_HEAT_MAPS as usize * raw * 4 / 3;
-        assert!(maps + 1024 * 1024 < MAX_INLINE_BYTES, "{maps}");
+        let maps = MAX_IMAGES * MAX_HEAT_MAPS as usize * MAX_HEAT_MAP_BYTES.div_ceil(3) * 4;
+        assert!(maps + 256 * 1024 < MAX_INLINE_BYTES, "{maps}");
+    }
+
+    /// Of a photograph of 12 megapixels, too, when the places are as different as can be.
+    #[test]
+    fn a_photograph_has_a_map_of_its_size() {
+        let logit = |n: usize| if n / 25 == n % 25 % 2 { 20.0 } else { 0.0 };
+        let different = Activation { logits: (0..100).map(logit).collect(), ..activation() };
+        let map = &render(&with_domain(&[]), &different, &[0], 4_000, 3_000).unwrap()[0];
+        assert_eq!((map.width, map.height), (4_000, 3_000));
+        assert!(map.png.len() < MAX_HEAT_MAP_BYTES / 2, "{}", map.png.len());
     }
 }
