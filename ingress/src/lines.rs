@@ -12,7 +12,7 @@ use crate::{
     device::sites,
     element::{Element, Faults, Node},
     json::Json,
-    parameters::{self, heat_map},
+    parameters::{self, heat_map, model},
     snomed::is_concept_id,
 };
 
@@ -22,7 +22,7 @@ pub(crate) enum Form {
     /// `application/fhir+ndjson`: a line is what `$analyze` takes, its `id` the caller's name for it.
     Fhir,
     /// `application/x-ndjson`:
-    /// `{"custom_id", "images": [{"data", "title", "body_site"}], "subject", "identifier", "heat_map"}`.
+    /// `{"custom_id", "images": [{"data", "title", "body_site"}], "subject", "identifier", "heat_map", "model"}`.
     Plain,
 }
 
@@ -89,7 +89,8 @@ fn custom_id(form: Form, name: &str, node: &Node<'_, '_>, faults: &mut Faults) -
 }
 
 fn plain(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
-    let root = node.object(&["custom_id", "images", "subject", "identifier", "heat_map"], faults)?;
+    let names = ["custom_id", "images", "subject", "identifier", "heat_map", "model"];
+    let root = node.object(&names, faults)?;
     let items = root.required("images", faults)?.items(faults);
     if !(1..=MAX_IMAGES).contains(&items.len()) {
         faults.add(Code::ImageCount, "images", Some(format!("found {}", items.len())));
@@ -106,6 +107,7 @@ fn plain(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
     let identifier = root.text("identifier", faults).map(named);
     let mut manifest = Manifest::new(entries, subject, identifier);
     manifest.heat_maps = root.get("heat_map").and_then(|node| heat_map(&node, faults)).unwrap_or(0);
+    manifest.model = root.get("model").and_then(|node| model(&node, faults));
     Some(Payload { manifest, images: files })
 }
 
@@ -158,7 +160,7 @@ mod tests {
     #[test]
     fn both_forms_say_the_same() {
         let image = json!({"data": png(), "title": "One", "body_site": "66643007"});
-        let plain = json!({"custom_id": "a/ü 1.png", "images": [image], "subject": "P-1", "identifier": "O-1", "heat_map": "top-5"});
+        let plain = json!({"custom_id": "a/ü 1.png", "images": [image], "subject": "P-1", "identifier": "O-1", "heat_map": "top-5", "model": "derm7"});
         let plain = parse(Form::Plain, plain.to_string().as_bytes());
         assert_eq!(plain.custom_id.as_deref(), Some("a/ü 1.png"));
         let content = json!({"name": "content", "valueAttachment": {"data": png(), "title": "One"}});
@@ -168,7 +170,8 @@ mod tests {
             {"name": "image", "part": [content, site]},
             {"name": "subject", "valueReference": subject},
             {"name": "identifier", "valueIdentifier": {"value": "O-1"}},
-            {"name": "heatMap", "valueCode": "top-5"}]});
+            {"name": "heatMap", "valueCode": "top-5"},
+            {"name": "model", "valueString": "derm7"}]});
         let fhir = parse(Form::Fhir, fhir.to_string().as_bytes());
         assert_eq!(fhir.custom_id.as_deref(), Some("a-1"));
         let fhir = fhir.payload.unwrap();
@@ -178,8 +181,7 @@ mod tests {
 
     #[test]
     fn the_faults_of_a_line_are_named() {
-        let line =
-            json!({"images": [{"data": "!"}, {"data": png(), "body_site": "1"}], "heat_map": 5, "vendor": 1});
+        let line = json!({"images": [{"data": "!"}, {"data": png(), "body_site": "1"}], "heat_map": 5, "model": "a b", "vendor": 1});
         let found = faults(Form::Plain, &line);
         let expected = [
             ("element-unknown", "vendor"),
@@ -187,6 +189,7 @@ mod tests {
             ("element-missing", "custom_id"),
             ("image-not-base64", "images[0].data"),
             ("value-invalid", "images[1].body_site"),
+            ("value-invalid", "model"),
         ];
         assert_eq!(found, expected.map(|(code, field)| (code, field.to_owned())));
         let error = parse(Form::Plain, b"7").payload.unwrap_err();

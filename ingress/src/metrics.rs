@@ -27,7 +27,9 @@ pub(crate) struct Metrics {
     pub(crate) jobs_ended: IntCounterVec,
     /// From acceptance to the start of the last attempt, by lane.
     pub(crate) queue_seconds: HistogramVec,
-    /// In the model, by lane.
+    /// Jobs that a worker ended, by model, version and state: of a canary and of what it is to replace.
+    pub(crate) model_jobs: IntCounterVec,
+    /// In the model, by lane, model and version.
     pub(crate) model_seconds: HistogramVec,
     /// Results of jobs that had ended: second ones, and those that a waiting caller had recorded already.
     pub(crate) late_results: IntCounterVec,
@@ -83,7 +85,16 @@ impl Metrics {
                 "From acceptance to the last attempt.",
                 &["lane"],
             )?,
-            model_seconds: seconds("dermflow_job_model_seconds", "Time in the model.", &["lane"])?,
+            model_jobs: counter(
+                "dermflow_model_jobs_total",
+                "Jobs that a worker ended.",
+                &["model", "version", "state"],
+            )?,
+            model_seconds: seconds(
+                "dermflow_job_model_seconds",
+                "Time in the model.",
+                &["lane", "model", "version"],
+            )?,
             late_results: counter(
                 "dermflow_late_results_total",
                 "Results of jobs that had ended already.",

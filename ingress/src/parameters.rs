@@ -10,6 +10,7 @@ use dermflow_schemas::{
     fhir::{CodeableConcept, Coding, Identifier, Reference, SNOMED},
     image::{self, ImageBytes, ImageFault},
     limits::{MAX_HEAT_MAPS, MAX_IMAGES},
+    model::{ModelRef, NoModelName},
 };
 
 use crate::{
@@ -46,13 +47,10 @@ fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
         return None;
     }
     let (mut entries, mut files, mut images) = (Vec::new(), Vec::new(), 0);
-    let (mut subject, mut identifier, mut heat_maps) = (None, None, None);
+    let (mut subject, mut identifier, mut heat_maps, mut wanted) = (None, None, None, None);
     for item in root.required("parameter", faults)?.items(faults) {
-        let Some(parameter) =
-            item.element(&["name", "part", "valueReference", "valueIdentifier", "valueCode"], faults)
-        else {
-            continue;
-        };
+        let names = ["name", "part", "valueReference", "valueIdentifier", "valueCode", "valueString"];
+        let Some(parameter) = item.element(&names, faults) else { continue };
         let Some(name) = parameter.required("name", faults).and_then(|name| name.string(faults)) else {
             continue;
         };
@@ -70,6 +68,7 @@ fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
             "subject" => once(&mut subject, &parameter, "valueReference", reference, faults),
             "identifier" => once(&mut identifier, &parameter, "valueIdentifier", business_identifier, faults),
             "heatMap" => once(&mut heat_maps, &parameter, "valueCode", heat_map, faults),
+            "model" => once(&mut wanted, &parameter, "valueString", model, faults),
             _ => faults.add(Code::ParameterUnknown, format!("{}.name", item.path), None),
         }
     }
@@ -78,6 +77,7 @@ fn parameters(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
     }
     let mut manifest = Manifest::new(entries, subject, identifier);
     manifest.heat_maps = heat_maps.unwrap_or(0);
+    manifest.model = wanted;
     Some(Payload { manifest, images: files })
 }
 
@@ -108,6 +108,14 @@ pub(crate) fn heat_map(node: &Node<'_, '_>, faults: &mut Faults) -> Option<u32> 
             None
         }
     }
+}
+
+/// Which model is wanted.
+pub(crate) fn model(node: &Node<'_, '_>, faults: &mut Faults) -> Option<ModelRef> {
+    let parsed = node.string(faults)?.parse();
+    parsed
+        .map_err(|rule: NoModelName| faults.add(Code::ValueInvalid, &node.path, Some(rule.to_string())))
+        .ok()
 }
 
 fn analysed_image(parameter: &Element<'_, '_>, faults: &mut Faults) -> Option<(ImageEntry, ImageBytes)> {
@@ -306,6 +314,20 @@ mod tests {
         }
         request["parameter"].as_array_mut().unwrap().pop();
         assert_eq!(parse(request.to_string().as_bytes()).unwrap().manifest.heat_maps, 0);
+    }
+
+    #[test]
+    fn a_model_is_asked_for_by_name_and_version() {
+        let mut request = request();
+        assert_eq!(parse(request.to_string().as_bytes()).unwrap().manifest.model, None);
+        for text in ["derm7", "derm7@2026.11.1"] {
+            request["parameter"][3] = json!({"name": "model", "valueString": text});
+            let wanted = parse(request.to_string().as_bytes()).unwrap().manifest.model;
+            assert_eq!(wanted.map(|wanted| wanted.to_string()).as_deref(), Some(text));
+        }
+        request["parameter"][3]["valueString"] = json!("derm7@");
+        let place = "Parameters.parameter[3].valueString".to_owned();
+        assert_eq!(faults(&request), [("value-invalid", place)]);
     }
 
     #[test]

@@ -204,12 +204,16 @@ async fn record(app: &App, results: &[Received]) -> Result<(), DbError> {
 }
 
 fn observe(app: &App, winner: &Settled, header: &ResultHeader) {
-    let lane = [winner.lane.as_str()];
-    app.metrics.jobs_ended.with_label_values(&[winner.lane.as_str(), winner.state.as_str()]).inc();
+    let (lane, state) = (winner.lane.as_str(), winner.state.as_str());
+    app.metrics.jobs_ended.with_label_values(&[lane, state]).inc();
+    // Workers of older builds do not say, and an attempt that did not come to a model has none.
+    let (model, version) = header.model.split_once('@').unwrap_or((&header.model, ""));
+    app.metrics.model_jobs.with_label_values(&[model, version, state]).inc();
     let queued = (header.started_at - winner.accepted_at).as_seconds_f64().max(0.0);
-    app.metrics.queue_seconds.with_label_values(&lane).observe(queued);
+    app.metrics.queue_seconds.with_label_values(&[lane]).observe(queued);
     if header.outcome == Outcome::Succeeded {
-        app.metrics.model_seconds.with_label_values(&lane).observe(header.model_us as f64 / 1e6);
+        let seconds = app.metrics.model_seconds.with_label_values(&[lane, model, version]);
+        seconds.observe(header.model_us as f64 / 1e6);
     }
 }
 

@@ -12,7 +12,9 @@ use dermflow_schemas::{
     error::{Code, Retry},
     id::{ClientId, JobId},
     job::{Lane, State},
-    limits, queue,
+    limits,
+    model::ModelRef,
+    queue,
     seal::{Content, SealError, Sealed},
 };
 use futures_util::StreamExt;
@@ -76,6 +78,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
         submission;
     let images = payload.images.len();
     rates::images(&app, client, images, patience).await?;
+    served(&app, client, key.as_deref(), payload.manifest.model.as_ref()).await?;
     let now = clock::now();
     let mut header = JobHeader::new(JobId::new(now), client, lane, now, cancel_after);
     let (quota, keyless) = (app.access.quota(client), key.is_none());
@@ -130,6 +133,27 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
                 app.store.find(first.id, client).await?.is_none_or(|record| record.state.is_terminal());
             Ok(Submitted { job: first.id, ended, keyless, wake_up })
         }
+    }
+}
+
+/// Refuses a model that no worker has, unless the request may be the repeat of one from when one had it. Where no worker
+/// answers at all, as those of older builds do not, the job is let in.
+async fn served(
+    app: &App,
+    client: ClientId,
+    key: Option<&str>,
+    model: Option<&ModelRef>,
+) -> Result<(), Problem> {
+    let Some(model) = model else { return Ok(()) };
+    let answered = |subject| queue::answered(&app.nats, subject);
+    if answered(queue::model_subject(model)).await != Some(false)
+        || answered(queue::ANY_MODEL.to_owned()).await != Some(true)
+    {
+        return Ok(());
+    }
+    match key {
+        Some(key) if app.store.has_key(client, key).await? => Ok(()),
+        _ => Err(Code::ModelUnknown.into()),
     }
 }
 

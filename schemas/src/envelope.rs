@@ -16,6 +16,7 @@ use crate::{
     id::{ClientId, JobId},
     image::{Format, ImageBytes},
     job::Lane,
+    model::ModelRef,
     seal::Sealed,
 };
 
@@ -181,13 +182,16 @@ pub struct Manifest {
     /// What the report is written in.
     #[serde(default, skip_serializing_if = "is_default")]
     pub language: Language,
+    /// The model; by the weights of the worker's models when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelRef>,
 }
 
 impl Manifest {
-    /// A manifest of the current version, for a report in English without heat maps.
+    /// A manifest of the current version, for a report in English without heat maps, by whichever model.
     pub fn new(images: Vec<ImageEntry>, subject: Option<Reference>, identifier: Option<Identifier>) -> Self {
         let (heat_maps, language) = (0, Language::default());
-        Self { v: VERSION, images, subject, identifier, heat_maps, language }
+        Self { v: VERSION, images, subject, identifier, heat_maps, language, model: None }
     }
 }
 
@@ -271,6 +275,9 @@ pub struct ResultHeader {
     /// put back last says nothing about it.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub requeues: u32,
+    /// Which version of which model it was; empty when the attempt did not come to one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub model: String,
 }
 
 impl ResultHeader {
@@ -283,8 +290,9 @@ impl ResultHeader {
         finished_at: OffsetDateTime,
     ) -> Self {
         let outcome = Outcome::Failed(failure);
-        let key = String::new();
-        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us: 0, key, requeues: 0 }
+        let (key, model) = (String::new(), String::new());
+        let (model_us, requeues) = (0, 0);
+        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us, key, requeues, model }
     }
 
     /// A result with a report.
@@ -296,14 +304,20 @@ impl ResultHeader {
         model_us: u64,
         key: String,
     ) -> Self {
-        let outcome = Outcome::Succeeded;
-        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us, key, requeues: 0 }
+        let (outcome, requeues, model) = (Outcome::Succeeded, 0, String::new());
+        Self { v: VERSION, job, outcome, attempts, started_at, finished_at, model_us, key, requeues, model }
     }
 
     /// The same result, of a job that had been put back into the queue this often.
     #[must_use]
     pub fn after_requeues(self, requeues: u32) -> Self {
         Self { requeues, ..self }
+    }
+
+    /// The same result, of an attempt with this model.
+    #[must_use]
+    pub fn of_model(self, model: Option<&ModelRef>) -> Self {
+        Self { model: model.map(ModelRef::to_string).unwrap_or_default(), ..self }
     }
 
     /// The message: header and the sealed report, if there is one.
@@ -437,7 +451,7 @@ mod tests {
         assert_ne!(again.message_id(5), again.clone().requeued(2, at(600)).message_id(5));
         let (read, _) = JobHeader::decode(&again.encode(b"x")).unwrap();
         assert_eq!(read, again);
-        let result = failed_header().after_requeues(1);
+        let result = failed_header().after_requeues(1).of_model("derm7@2".parse().ok().as_ref());
         assert_eq!(ResultHeader::decode(&result.encode(&[])).unwrap().0, result);
     }
 
@@ -464,9 +478,10 @@ mod tests {
     fn what_a_manifest_says_beyond_the_first_build_is_optional() {
         let plain = payload();
         let text = String::from_utf8_lossy(&plain.encode()).into_owned();
-        assert!(!text.contains("heat_maps") && !text.contains("language"), "{text}");
+        assert!(["heat_maps", "language", "model"].iter().all(|name| !text.contains(name)), "{text}");
         let mut asking = payload();
         (asking.manifest.heat_maps, asking.manifest.language) = (5, Language::German);
+        asking.manifest.model = "derm7@2".parse().ok();
         assert_eq!(Payload::decode(asking.encode()).unwrap(), asking);
         let newer =
             String::from_utf8_lossy(&asking.encode()).replace("\"de\"", "\"tlh\",\"more\":{\"x\":[]}");

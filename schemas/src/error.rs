@@ -84,6 +84,7 @@ catalogue! {
     ElementMissing       "element-missing"        422 "required"      Never   "A required element is missing."
     ElementRepeated      "element-repeated"       422 "invariant"     Never   "An element is given more often than allowed."
     ValueInvalid         "value-invalid"          422 "value"         Never   "An element has a value that is not allowed."
+    ModelUnknown         "model-unknown"          422 "not-found"     Never   "No worker has the model that was asked for."
     ParameterUnknown     "parameter-unknown"      422 "not-supported" Never   "The operation has no parameter of this name."
     ExtensionModifier    "modifier-extension"     422 "extension"     Never   "A modifierExtension may change the meaning of the request and is not understood."
     ImageCount           "image-count"            422 "business-rule" Never   "A request has one to three images."

@@ -432,6 +432,19 @@ pub const OBJECT_PUT_DEADLINE: Duration = Duration::from_secs(4);
 pub const OBJECT_DEADLINE: Duration = Duration::from_secs(10);
 /// Bytes of one sealed payload: [`MAX_IMAGES`] full images and room for the manifest.
 pub const MAX_PAYLOAD_BYTES: usize = MAX_IMAGES * MAX_IMAGE_BYTES + 1024 * 1024;
+/// Characters of a model's name, and of its version: both are labels of metrics.
+pub const MAX_MODEL_CHARS: usize = 64;
+/// Models of one worker: each executor has a session of each.
+pub const MAX_MODELS: usize = 8;
+/// The largest weight of a model: one job in a million is the smallest share.
+pub const MAX_MODEL_WEIGHT: u32 = 1_000_000;
+/// How long to wait for word whether a worker has a model. None is there at once when the broker says so.
+pub const MODEL_QUESTION: Duration = Duration::from_millis(500);
+/// A worker hands on a job for another's model until that one takes it, after a quarter of the time since it was
+/// accepted, and up to [`PULL_EXPIRES`] more; but at least this.
+pub const MODEL_PAUSE: Duration = Duration::from_millis(50);
+/// And at most this: a job that waits for hours is handed on a few times a minute.
+pub const MODEL_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// Executor threads of one worker process.
 pub const MAX_EXECUTORS: usize = 256;
 /// The shortest time the broker may wait for a sign of life: progress acks go out every third of it, and must

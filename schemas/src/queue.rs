@@ -16,7 +16,7 @@
 use std::{collections::HashMap, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use async_nats::{
-    Client, ConnectOptions, HeaderMap,
+    Client, ConnectOptions, HeaderMap, RequestErrorKind,
     connection::State,
     jetstream::{
         self, Context,
@@ -44,6 +44,7 @@ use crate::{
     id::{ClientId, JobId},
     job::Lane,
     limits,
+    model::ModelRef,
     process::read_secret,
 };
 
@@ -148,6 +149,22 @@ pub fn cancel_subject(job: JobId) -> String {
 
 /// All cancellations.
 pub const ALL_CANCELS: &str = "cancel.*";
+
+/// The subject on which workers that have a model say so; not stored. A dot would begin another token.
+pub fn model_subject(model: &ModelRef) -> String {
+    format!("models.{}", model.to_string().replace('.', "~"))
+}
+
+/// The subject on which every worker says that it is there.
+pub const ANY_MODEL: &str = "models";
+
+/// Whether anybody answers on `subject`; `None` when that cannot be told in time.
+pub async fn answered(client: &Client, subject: String) -> Option<bool> {
+    match timeout(limits::MODEL_QUESTION, client.request(subject, Bytes::new())).await.ok()? {
+        Ok(_) => Some(true),
+        Err(error) => (error.kind() == RequestErrorKind::NoResponders).then_some(false),
+    }
+}
 
 /// What the replicas of ingress have counted of each client lately, for each other.
 pub const COUNTS: &str = "counts";

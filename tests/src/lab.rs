@@ -70,6 +70,12 @@ impl Worker {
         Self::new(Model::Folder(folder.into()), false)
     }
 
+    /// Several models, as `--model` takes them; simulated ones may be among them.
+    pub fn models(offers: &[String]) -> Self {
+        let worker = Self { allow_simulated: true, ..Self::derm7() };
+        offers.iter().fold(worker, |worker, offer| worker.arg("--model", offer))
+    }
+
     /// A real model of another kind.
     pub fn tiny() -> Self {
         Self::model(&repo().join("tests/models/tiny"))
@@ -281,9 +287,9 @@ impl Lab {
         let member = cluster.member(0);
         let (sync_interval, plain) = (setup.sync_interval.into(), setup.plain_broker);
         let nats = Settings { sync_interval, plain, member, ..Settings::default() };
-        let model = repo().join("workers/models/derm7");
+        let models = vec![repo().join("workers/models/derm7").display().to_string()];
         let (nats_server, postgres_bin) = (servers.nats_server.clone(), servers.postgres_bin.clone());
-        let options = Options { servers, programs: programs()?, model, nats: nats.clone() };
+        let options = Options { servers, programs: programs()?, models, nats: nats.clone() };
         let dir = std::env::temp_dir().join(format!("dermflow-lab-{}", uuid::Uuid::new_v4().simple()));
         let mut stack = Stack::prepare(State::open(&dir)?, options)?;
         if setup.database_tls {

@@ -11,6 +11,7 @@ pub mod directory;
 pub mod fhir;
 pub mod form;
 pub mod lab;
+pub mod model;
 pub mod pebble;
 mod secrets;
 pub mod wait;

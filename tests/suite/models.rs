@@ -25,7 +25,7 @@ use dermflow_tests::{
 use dermflow_workers::{
     analyse::analyse,
     decode::Picture,
-    engine::{self, Engine, Question},
+    engine::{self, Engine, Question, Runtime},
     model::Model,
     report::{self, Case},
 };
@@ -149,7 +149,7 @@ async fn a_worker_that_cannot_work_says_why() -> Result<()> {
 async fn derm7() -> Result<(Model, Box<dyn Engine>)> {
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Model::load(&repo().join("workers/models/derm7"), false)?;
-    let engine = engine::factory(&model, &servers.onnxruntime)?()?;
+    let engine = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?()?;
     Ok((model, engine))
 }
 

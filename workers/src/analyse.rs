@@ -159,16 +159,17 @@ pub fn analyse(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{decode::tests::jpeg, engine::factory, model::tests::simulated};
+    use crate::{
+        decode::tests::jpeg,
+        engine::{Runtime, factory},
+        model::tests::simulated,
+    };
     use dermflow_schemas::{
         envelope::{ImageEntry, Manifest},
         image::Format,
         limits::{DECODE_DEADLINE, MAX_ATTEMPTS},
     };
-    use std::{
-        path::Path,
-        sync::atomic::{AtomicUsize, Ordering},
-    };
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn payload(files: &[Vec<u8>]) -> Payload {
         let entry = |file: &Vec<u8>| ImageEntry {
@@ -184,7 +185,7 @@ mod tests {
     }
 
     fn analysed(model: &Model, files: &[Vec<u8>], attempt: u32) -> Result<Analysis, AnalysisError> {
-        let mut engine = factory(model, Path::new("unused")).unwrap()().unwrap();
+        let mut engine = factory(model, &Runtime::new("unused")).unwrap()().unwrap();
         analyse(&mut *engine, model, &payload(files), attempt, DECODE_DEADLINE, &|| false)
     }
 

@@ -18,9 +18,10 @@ use dermflow_schemas::{
     fhir::Resource,
     id::JobId,
     limits::{
-        BACKOFF, BROKER_PAUSE, MAX_ATTEMPTS, MAX_PAYLOAD_BYTES, OBJECT_DEADLINE, PUBLISH_DEADLINE,
-        RESULT_PATIENCE,
+        BACKOFF, BROKER_PAUSE, MAX_ATTEMPTS, MAX_PAYLOAD_BYTES, MODEL_PAUSE, MODEL_PAUSE_MAX,
+        OBJECT_DEADLINE, PUBLISH_DEADLINE, PULL_EXPIRES, RESULT_PATIENCE,
     },
+    model::ModelRef,
     queue::{self, Publisher},
     random,
     seal::{Content, Keyring, Sealed},
@@ -36,6 +37,7 @@ use crate::{
     cancel::{Cancels, Held},
     executor::{ExecutorError, Executors, Turn},
     model::Model,
+    models::Models,
     quarantine::Quarantine,
     report::{self, Case},
     timing::Timing,
@@ -49,8 +51,8 @@ pub struct Attempts {
     pub client: async_nats::Client,
     /// Opens payloads, seals reports.
     pub keys: Keyring,
-    /// What the executors run.
-    pub model: Arc<Model>,
+    /// What the executors run, by number.
+    pub models: Arc<Models>,
     /// The executors.
     pub executors: Executors,
     /// How long things may take.
@@ -73,6 +75,8 @@ enum Verdict {
     Withdrawn,
     /// It was never begun, as a job that may take the process down has come before it.
     StepAside,
+    /// It was never begun, as its model is another worker's.
+    HandOn,
 }
 
 /// A job with what its message says about it.
@@ -83,6 +87,8 @@ struct Delivery {
     attempt: u32,
     began: OffsetDateTime,
     held: Held,
+    /// Which model it is for, once that is known.
+    model: Option<ModelRef>,
 }
 
 impl Attempts {
@@ -117,7 +123,7 @@ impl Attempts {
         let redelivered = u32::try_from(delivered - 1).unwrap_or(0);
         let attempt = header.attempt.saturating_add(redelivered);
         let held = self.cancels.hold(header.job);
-        let mut delivery = Delivery { header, tail, attempt, began: clock::now(), held };
+        let mut delivery = Delivery { header, tail, attempt, began: clock::now(), held, model: None };
         let mut verdict = self.judge(&mut delivery, turn).await;
         if delivery.held.is_withdrawn() {
             verdict = Verdict::Withdrawn;
@@ -126,6 +132,11 @@ impl Attempts {
             Verdict::GiveBack => return Some(AckKind::Nak(None)),
             Verdict::Withdrawn => ("withdrawn", true),
             Verdict::StepAside => ("aside", self.queue_again(&delivery, attempt, Duration::ZERO).await),
+            Verdict::HandOn => {
+                let age = clock::now() - delivery.header.accepted_at;
+                let pause = pause_between_workers(age, random::fraction());
+                ("handed on", self.queue_again(&delivery, attempt, pause).await)
+            }
             Verdict::Result(header, report) => {
                 let outcome = if report.is_empty() { "failed" } else { "report" };
                 (outcome, self.publish_result(&delivery, &header, &report).await)
@@ -138,7 +149,8 @@ impl Attempts {
         };
         let (job, lane) = (delivery.header.job, delivery.header.lane.as_str());
         let ms = clock::elapsed_ms(delivery.began, clock::now());
-        tracing::info!(%job, attempt, lane, outcome, published, ms, "attempt");
+        let model = delivery.model.as_ref().map(tracing::field::display);
+        tracing::info!(%job, attempt, lane, model, outcome, published, ms, "attempt");
         published.then_some(AckKind::Ack)
     }
 
@@ -178,14 +190,19 @@ impl Attempts {
                 return Verdict::Again(code);
             }
         };
-        let (model, attempt, files) = (self.model.clone(), delivery.attempt, payload.clone());
+        let wanted = payload.manifest.model.as_ref();
+        let Some((number, model)) = self.models.choose(job, wanted) else {
+            return self.elsewhere(wanted).await;
+        };
+        delivery.model = Some(model.id.clone());
+        let (own, attempt, files) = (model.clone(), delivery.attempt, payload.clone());
         let decoding = self.timing.decoding;
         let withdrawn = delivery.held.token().clone();
         let work = move |engine: &mut dyn crate::engine::Engine| {
-            analyse(engine, &model, &files, attempt, decoding, &|| withdrawn.is_cancelled())
+            analyse(engine, &own, &files, attempt, decoding, &|| withdrawn.is_cancelled())
         };
-        match self.executors.run(slot, self.timing.job, work).await {
-            Ok(Ok(analysis)) => self.report(delivery, &payload, &analysis),
+        match self.executors.run(slot, self.timing.job, number, work).await {
+            Ok(Ok(analysis)) => self.report(delivery, &payload, &analysis, model),
             Ok(Err(AnalysisError::Withdrawn)) => Verdict::Withdrawn,
             Ok(Err(error)) => {
                 tracing::warn!(%job, attempt, %error, "the analysis failed");
@@ -196,6 +213,16 @@ impl Attempts {
                 Verdict::Again(Code::AttemptsExhausted)
             }
         }
+    }
+
+    /// What becomes of a job for a model that is not here: when no worker has it, one may have it again in a moment.
+    async fn elsewhere(&self, wanted: Option<&ModelRef>) -> Verdict {
+        let Some(wanted) = wanted else { return Verdict::Again(Code::ModelUnknown) };
+        if queue::answered(&self.client, queue::model_subject(wanted)).await != Some(false) {
+            return Verdict::HandOn;
+        }
+        tracing::warn!(model = %wanted, "no worker has the model");
+        Verdict::Again(Code::ModelUnknown)
     }
 
     /// Fire and forget: the result repeats what it says.
@@ -231,7 +258,7 @@ impl Attempts {
         if bytes.len() > MAX_PAYLOAD_BYTES { Err("the object is too large".into()) } else { Ok(bytes.into()) }
     }
 
-    fn report(&self, delivery: &Delivery, payload: &Payload, analysis: &Analysis) -> Verdict {
+    fn report(&self, delivery: &Delivery, payload: &Payload, analysis: &Analysis, model: &Model) -> Verdict {
         let (job, finished_at) = (delivery.header.job, clock::now());
         let report = report::build(&Case {
             job,
@@ -239,7 +266,7 @@ impl Attempts {
             finished_at,
             manifest: &payload.manifest,
             findings: &analysis.findings,
-            model: &self.model,
+            model,
         });
         let report = Resource::DiagnosticReport(Box::new(report)).to_json();
         match self.keys.seal(Content::Report(job), report, finished_at) {
@@ -259,7 +286,8 @@ impl Attempts {
     async fn publish_result(&self, delivery: &Delivery, header: &ResultHeader, report: &[u8]) -> bool {
         let JobHeader { job, requeues, .. } = delivery.header;
         let id = delivery.header.message_id(delivery.attempt);
-        let body = header.clone().after_requeues(requeues).encode(report);
+        let header = header.clone().after_requeues(requeues).of_model(delivery.model.as_ref());
+        let body = header.encode(report);
         self.publish(queue::Message::new(queue::result_subject(job), id, body)).await
     }
 
@@ -337,6 +365,14 @@ fn pause_after(attempt: u32, chance: f64) -> Duration {
     base + base.mul_f64(chance.clamp(0.0, 1.0) / 2.0)
 }
 
+/// The pause of a job that is handed on, by its age: the longer it has waited, the longer it may. The broker gives the job
+/// to the oldest request, and requests are made anew in a fixed time: by `chance`, from 0 to 1, it is not always the same
+/// worker's.
+fn pause_between_workers(age: time::Duration, chance: f64) -> Duration {
+    (age.unsigned_abs() / 4).clamp(MODEL_PAUSE, MODEL_PAUSE_MAX)
+        + PULL_EXPIRES.mul_f64(chance.clamp(0.0, 1.0))
+}
+
 /// What it means that an object cannot be had.
 fn no_object(error: &async_nats::Error) -> Code {
     match error.downcast_ref::<GetError>().map(GetError::kind) {
@@ -382,6 +418,7 @@ async fn keep_alive(message: &Message, period: Duration) -> Infallible {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dermflow_schemas::limits::{BULK_DEADLINE, INTERACTIVE_DEADLINE};
 
     #[test]
     fn the_pause_grows_and_is_spread() {
@@ -392,5 +429,18 @@ mod tests {
         }
         assert_eq!(pause_after(0, 0.0), BACKOFF[0]);
         assert_eq!(pause_after(99, 0.0), BACKOFF[3]);
+    }
+
+    /// A job that nobody takes until its deadline is handed on a bounded number of times.
+    #[test]
+    fn a_job_is_handed_on_ever_more_slowly() {
+        for (lane, most) in [(INTERACTIVE_DEADLINE, 60), (BULK_DEADLINE, 9_000)] {
+            let (mut age, mut times) = (Duration::ZERO, 0);
+            while age < lane {
+                age += pause_between_workers(age.try_into().unwrap(), 0.0);
+                times += 1;
+            }
+            assert!(times < most, "{times}");
+        }
     }
 }

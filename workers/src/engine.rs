@@ -1,6 +1,11 @@
 //! What turns a picture into logits: the ONNX Runtime, or a simulation of it.
 
-use std::{path::Path, sync::Arc, thread, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    thread,
+    time::Duration,
+};
 
 use image::RgbImage;
 use ort::{environment::Environment, session::Session, value::TensorRef};
@@ -26,6 +31,9 @@ pub enum EngineError {
     /// The network gives something else than its description says.
     #[error("the model does not fit model.toml: {0}")]
     Misfit(String),
+    /// The network says something else of a known picture than it must.
+    #[error("the model does not say what golden.toml has: {0}")]
+    Golden(String),
 }
 
 impl<R> From<ort::Error<R>> for EngineError {
@@ -91,19 +99,43 @@ pub trait Engine: Send {
 /// Makes an engine, once per executor and again after a panic.
 pub type Factory = Arc<dyn Fn() -> Result<Box<dyn Engine>, EngineError> + Send + Sync>;
 
-/// A factory for `model`. `library` is the file of the ONNX Runtime, by path or by a name that the system's
-/// loader finds; a simulated model needs none.
+/// The ONNX Runtime, of which a process has one; loaded when the first model needs it.
+#[derive(Debug)]
+pub struct Runtime {
+    library: PathBuf,
+    environment: OnceLock<Environment>,
+}
+
+impl Runtime {
+    /// The library in a file, by path or by a name that the system's loader finds.
+    pub fn new(library: impl Into<PathBuf>) -> Self {
+        Self { library: library.into(), environment: OnceLock::new() }
+    }
+
+    fn environment(&self) -> Result<Environment, EngineError> {
+        if let Some(environment) = self.environment.get() {
+            return Ok(environment.clone());
+        }
+        let load = ort::init_from(&self.library).map_err(|error| EngineError::Runtime(error.to_string()))?;
+        let environment = load.with_name("dermflow").with_telemetry(false).build()?;
+        Ok(self.environment.get_or_init(|| environment).clone())
+    }
+}
+
+/// A factory for `model`, whose engines say what its golden file has.
 ///
 /// # Errors
-/// When the model needs the library and it cannot be loaded.
-pub fn factory(model: &Model, library: &Path) -> Result<Factory, EngineError> {
+/// When the model needs the runtime and it cannot be loaded.
+pub fn factory(model: &Model, runtime: &Runtime) -> Result<Factory, EngineError> {
     match model.network.clone() {
         Network::Onnx { file, input, output } => {
-            let environment = runtime(library)?;
-            let classes = model.logits();
+            let (environment, model) = (runtime.environment()?, model.clone());
             Ok(Arc::new(move || {
                 let mut engine = OnnxEngine::new(&environment, &file, input.clone(), output.clone())?;
-                engine.try_out(classes)?;
+                engine.try_out(model.logits())?;
+                if let Some(golden) = &model.golden {
+                    golden.check(&model, &mut engine)?;
+                }
                 Ok(Box::new(engine))
             }))
         }
@@ -112,11 +144,6 @@ pub fn factory(model: &Model, library: &Path) -> Result<Factory, EngineError> {
             Ok(Arc::new(move || Ok(Box::new(SimulatedEngine { simulated: simulated.clone(), classes }))))
         }
     }
-}
-
-fn runtime(library: &Path) -> Result<Environment, EngineError> {
-    let load = ort::init_from(library).map_err(|error| EngineError::Runtime(error.to_string()))?;
-    Ok(load.with_name("dermflow").with_telemetry(false).build()?)
 }
 
 /// The ONNX Runtime on one thread.

@@ -1,4 +1,4 @@
-//! Threads that own an engine each, and the slots that count how many of them are free.
+//! Threads that own an engine of each model, and the slots that count how many of them are free.
 
 use std::{
     any::Any,
@@ -44,7 +44,8 @@ pub struct Slot {
     _permit: OwnedSemaphorePermit,
 }
 
-type Work = Box<dyn FnOnce(&mut dyn Engine) + Send>;
+/// Work for an engine of the model with this number.
+type Work = (usize, Box<dyn FnOnce(&mut dyn Engine) + Send>);
 
 /// A place in the queue for an executor, first come, first served. `None` once an executor has hung, as the process must
 /// end.
@@ -101,13 +102,14 @@ impl Pace {
 }
 
 impl Executors {
-    /// Starts `count` threads, each with an engine and a decoder of its own, and waits until all have one.
+    /// Starts `count` threads, each with a decoder and with an engine of each factory of its own, and waits until all have
+    /// them.
     ///
     /// # Errors
     /// When an engine cannot be made, or a decoder cannot be started.
     pub async fn start(
         count: NonZeroUsize,
-        factory: &Factory,
+        factories: &[Factory],
         decoding: &Decoding,
     ) -> Result<Self, EngineError> {
         // Never full: whoever hands over work holds a slot.
@@ -116,11 +118,11 @@ impl Executors {
         let mut starting = Vec::new();
         for number in 0..count.get() {
             let (ready, started) = oneshot::channel();
-            let (queue, factory, decoding) = (queue.clone(), factory.clone(), decoding.clone());
+            let (queue, factories, decoding) = (queue.clone(), factories.to_vec(), decoding.clone());
             let pace = pace.clone();
             thread::Builder::new()
                 .name(format!("executor-{number}"))
-                .spawn(move || serve(&queue, &factory, &decoding, &pace, ready))
+                .spawn(move || serve(&queue, &factories, &decoding, &pace, ready))
                 .map_err(|error| EngineError::Runtime(error.to_string()))?;
             starting.push(started);
         }
@@ -176,7 +178,7 @@ impl Executors {
         &self.hung
     }
 
-    /// Runs `work` on an executor, for at most `limit`.
+    /// Runs `work` on an executor, with its engine of the factory number `model`, for at most `limit`.
     ///
     /// # Errors
     /// See [`ExecutorError`].
@@ -184,12 +186,16 @@ impl Executors {
         &self,
         slot: Slot,
         limit: Duration,
+        model: usize,
         work: impl FnOnce(&mut dyn Engine) -> T + Send + 'static,
     ) -> Result<T, ExecutorError> {
         let (reply, done) = oneshot::channel();
-        let work: Work = Box::new(move |engine| {
-            let _ = reply.send(work(engine));
-        });
+        let work: Work = (
+            model,
+            Box::new(move |engine| {
+                let _ = reply.send(work(engine));
+            }),
+        );
         self.work.try_send((work, slot)).map_err(|_| ExecutorError::Panicked)?;
         let Ok(reply) = timeout(limit, done).await else {
             self.hung.cancel();
@@ -202,14 +208,15 @@ impl Executors {
 /// The life of an executor thread. An engine that panicked is in an unknown state and is made anew.
 fn serve(
     queue: &Mutex<Receiver<(Work, Slot)>>,
-    factory: &Factory,
+    factories: &[Factory],
     decoding: &Decoding,
     pace: &Pace,
     ready: oneshot::Sender<Result<(), EngineError>>,
 ) {
     let decoder = decoding.enter().map_err(|error| EngineError::Decoder(error.to_string()));
-    let mut engine = match decoder.and_then(|()| factory()) {
-        Ok(engine) => Some(engine),
+    let made = decoder.and_then(|()| factories.iter().map(|make| make().map(Some)).collect());
+    let mut engines: Vec<Option<Box<dyn Engine>>> = match made {
+        Ok(engines) => engines,
         Err(error) => {
             let _ = ready.send(Err(error));
             return;
@@ -218,9 +225,10 @@ fn serve(
     let _ = ready.send(Ok(()));
     loop {
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok((work, slot)) = next else { return };
+        let Ok(((model, work), slot)) = next else { return };
+        let (Some(engine), Some(make)) = (engines.get_mut(model), factories.get(model)) else { continue };
         if engine.is_none() {
-            engine = factory().inspect_err(|error| tracing::error!(%error, "no engine after a panic")).ok();
+            *engine = make().inspect_err(|error| tracing::error!(%error, "no engine after a panic")).ok();
         }
         // Without an engine the work is dropped, and with it the sender of its reply.
         if let Some(own) = engine.as_deref_mut() {
@@ -229,7 +237,7 @@ fn serve(
             let outcome: Result<(), Box<dyn Any + Send>> = catch_unwind(AssertUnwindSafe(|| work(own)));
             pace.end(began, Instant::now());
             if outcome.is_err() {
-                engine = None;
+                *engine = None;
             }
         }
         drop(slot);
@@ -263,7 +271,7 @@ mod tests {
             Ok(Box::new(Silent))
         });
         let executors =
-            Executors::start(NonZeroUsize::new(count).unwrap(), &factory, &Decoding::Here).await.unwrap();
+            Executors::start(NonZeroUsize::new(count).unwrap(), &[factory], &Decoding::Here).await.unwrap();
         (executors, made)
     }
 
@@ -272,10 +280,10 @@ mod tests {
         let (executors, made) = executors(1).await;
         for attempt in 1..=3 {
             let slot = executors.slot().await.unwrap();
-            let lost = executors.run(slot, LIMIT, |_| -> u32 { panic!("as planned") }).await;
+            let lost = executors.run(slot, LIMIT, 0, |_| -> u32 { panic!("as planned") }).await;
             assert_eq!(lost, Err(ExecutorError::Panicked));
             let slot = executors.slot().await.unwrap();
-            assert_eq!(executors.run(slot, LIMIT, |_| 7).await, Ok(7));
+            assert_eq!(executors.run(slot, LIMIT, 0, |_| 7).await, Ok(7));
             assert_eq!(made.load(Ordering::SeqCst), attempt + 1);
         }
     }
@@ -285,10 +293,10 @@ mod tests {
         let (executors, _) = executors(2).await;
         let (release, wait) = std::sync::mpsc::channel::<()>();
         let (first, second) = (executors.slot().await.unwrap(), executors.slot().await.unwrap());
-        let hung = executors.run(first, Duration::from_millis(20), move |_| wait.recv()).await;
+        let hung = executors.run(first, Duration::from_millis(20), 0, move |_| wait.recv()).await;
         assert!(matches!(hung, Err(ExecutorError::Hung)));
         assert!(executors.hung().is_cancelled());
-        assert_eq!(executors.run(second, LIMIT, |_| 7).await, Ok(7), "the others finish their work");
+        assert_eq!(executors.run(second, LIMIT, 0, |_| 7).await, Ok(7), "the others finish their work");
         assert!(executors.slot().await.is_none(), "no new work begins");
         drop(release);
     }
@@ -342,14 +350,42 @@ mod tests {
         let (executors, _) = executors(2).await;
         for round in 0..100 {
             let slot = executors.slot().await.unwrap();
-            assert_eq!(executors.run(slot, LIMIT, move |_| round).await, Ok(round));
+            assert_eq!(executors.run(slot, LIMIT, 0, move |_| round).await, Ok(round));
         }
+    }
+
+    /// What one model does to its engine costs the others nothing.
+    #[tokio::test]
+    async fn each_model_has_an_engine_of_its_own() {
+        let made = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
+        let factories = made.clone().map(|counter| -> Factory {
+            Arc::new(move || {
+                counter.fetch_add(1, Ordering::SeqCst);
+                Ok(Box::new(Silent))
+            })
+        });
+        let one = NonZeroUsize::new(1).unwrap();
+        let executors = Executors::start(one, &factories, &Decoding::Here).await.unwrap();
+        for (model, expected) in [(1, [1, 1]), (0, [1, 2]), (1, [1, 2])] {
+            let slot = executors.slot().await.unwrap();
+            assert_eq!(executors.run(slot, LIMIT, model, |_| 7).await, Ok(7));
+            assert_eq!(made.each_ref().map(|count| count.load(Ordering::SeqCst)), expected);
+            if expected == [1, 1] {
+                let slot = executors.slot().await.unwrap();
+                let lost = executors.run(slot, LIMIT, model, |_| -> u32 { panic!("as planned") }).await;
+                assert_eq!(lost, Err(ExecutorError::Panicked));
+                let slot = executors.slot().await.unwrap();
+                assert_eq!(executors.run(slot, LIMIT, model, |_| 7).await, Ok(7));
+            }
+        }
+        let slot = executors.slot().await.unwrap();
+        assert_eq!(executors.run(slot, LIMIT, 2, |_| 7).await, Err(ExecutorError::Panicked));
     }
 
     #[tokio::test]
     async fn an_engine_that_cannot_be_made_is_an_error_at_start() {
         let factory: Factory = Arc::new(|| Err(EngineError::Misfit("as planned".into())));
-        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &factory, &Decoding::Here).await;
+        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &[factory], &Decoding::Here).await;
         assert!(matches!(failed, Err(EngineError::Misfit(_))));
     }
 }

@@ -10,7 +10,8 @@
 //!
 //! `schedule`, `fair` (whom to ask: pure), `watch` (who has jobs), `pull` (the requests), `cancel` (what was
 //! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread, its engine and `child`, its decoder's
-//! process) → `analyse` → `report`; `quality` is how good an image is, `outline` what a report says of a lesion's place,
+//! process) → `analyse` → `report`; `model` is a model's folder, `golden` what it must say, `models` which one a job is for;
+//! `quality` is how good an image is, `outline` what a report says of a lesion's place,
 //! `heat` what speaks for a class, and `language` how it is said.
 
 pub mod analyse;
@@ -22,9 +23,11 @@ pub mod decode;
 pub mod engine;
 pub mod executor;
 pub mod fair;
+pub mod golden;
 pub mod heat;
 pub mod language;
 pub mod model;
+pub mod models;
 pub mod outline;
 pub mod pull;
 pub mod quality;

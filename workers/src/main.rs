@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context;
 use async_nats::{Client, jetstream::Context as JetStream};
-use clap::Parser;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 use dermflow_schemas::{
     limits::{DEFAULT_JOB_TIMEOUT, MAX_EXECUTORS},
     process,
@@ -23,9 +23,11 @@ use dermflow_workers::{
     cancel::Cancels,
     child::{self, Decoding, OWN_PROGRAM},
     consume::{Consumer, End},
-    engine,
+    engine::{self, Factory, Runtime},
     executor::Executors,
+    golden::{self, Golden},
     model::Model,
+    models::{Models, Offer},
     pull::{Pull, find},
     quarantine::Quarantine,
     schedule::{LINES, Source},
@@ -43,10 +45,17 @@ struct Options {
     nats: NatsOptions,
     #[command(flatten)]
     sealing: SealingOptions,
-    /// The model's folder.
-    #[arg(long, env = "DERMFLOW_MODEL")]
-    model: PathBuf,
-    /// Jobs worked on at once, one thread and one copy of the model each [default: one per core].
+    /// A model's folder, and its part of the jobs that name no model: of two with 95 and 5 the second one gets 5 %. With 0
+    /// only those that name it. Repeated, or with commas between.
+    #[arg(
+        long = "model",
+        env = "DERMFLOW_MODEL",
+        value_name = "FOLDER[=WEIGHT]",
+        value_delimiter = ',',
+        required = true
+    )]
+    models: Vec<Offer>,
+    /// Jobs worked on at once, one thread and one copy of each model each [default: one per core].
     #[arg(long, env = "DERMFLOW_EXECUTORS")]
     executors: Option<NonZeroUsize>,
     /// The ONNX Runtime's library: a path, or a name that the system's loader finds.
@@ -63,6 +72,21 @@ struct Options {
     allow_simulated: bool,
 }
 
+/// Writes what a model says of known pictures into its folder, as golden.toml, which workers hold it against from then on.
+#[derive(Debug, Parser)]
+struct GoldenOptions {
+    /// The model's folder.
+    folder: PathBuf,
+    /// The ONNX Runtime's library.
+    #[arg(long, env = "ORT_DYLIB_PATH", default_value = "libonnxruntime.so")]
+    ort_dylib: PathBuf,
+    /// How far a value may be off, or how much of itself when it is above 1.
+    #[arg(long, default_value_t = golden::TOLERANCE)]
+    tolerance: f64,
+}
+
+const GOLDEN: &str = "golden";
+
 fn main() -> ExitCode {
     process::init();
     log_panics();
@@ -70,18 +94,31 @@ fn main() -> ExitCode {
         // The worker says what became of it.
         return if child::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    work_until_told()
+    let command = Options::command().subcommand(GoldenOptions::command().name(GOLDEN));
+    let arguments = command.subcommand_negates_reqs(true).get_matches();
+    let done = match arguments.subcommand_matches(GOLDEN) {
+        Some(arguments) => write_golden(arguments).map(|()| ExitCode::SUCCESS),
+        None => work_until_told(&arguments),
+    };
+    done.unwrap_or_else(|error| {
+        tracing::error!("{error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn write_golden(arguments: &ArgMatches) -> anyhow::Result<()> {
+    let options = GoldenOptions::from_arg_matches(arguments)?;
+    Golden::write(&options.folder, &Runtime::new(&options.ort_dylib), options.tolerance)
+        .with_context(|| in_folder(&options.folder))
+}
+
+fn in_folder(folder: &Path) -> String {
+    format!("model {}", folder.display())
 }
 
 #[tokio::main]
-async fn work_until_told() -> ExitCode {
-    match Box::pin(run(Options::parse())).await {
-        Ok(code) => code,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+async fn work_until_told(arguments: &ArgMatches) -> anyhow::Result<ExitCode> {
+    Box::pin(run(Options::from_arg_matches(arguments)?)).await
 }
 
 async fn run(options: Options) -> anyhow::Result<ExitCode> {
@@ -107,23 +144,11 @@ async fn run(options: Options) -> anyhow::Result<ExitCode> {
 async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duration)> {
     let count = executors(options)?;
     let keys = Keyring::obtain(&options.sealing).await?;
-    let folder = &options.model;
-    let in_folder = || format!("model {}", folder.display());
-    let model = Arc::new(Model::load(folder, options.allow_simulated).with_context(in_folder)?);
-    let factory = engine::factory(&model, &options.ort_dylib).with_context(|| hint(&options.ort_dylib))?;
+    let (models, factories) = load(options)?;
     let decoding =
         if options.decode_in_process { Decoding::Here } else { Decoding::InChild(OWN_PROGRAM.into()) };
-    let executors = Executors::start(count, &factory, &decoding).await.with_context(in_folder)?;
-    tracing::info!(
-        model = model.name,
-        version = model.version,
-        sha256 = model.digest,
-        executors = count,
-        "loaded"
-    );
-    if model.is_simulated() {
-        tracing::warn!("the model is simulated: its reports mean nothing");
-    }
+    let executors = Executors::start(count, &factories, &decoding).await?;
+    tracing::info!(executors = count, "loaded");
     let broker = || format!("broker {}", options.nats.nats_url);
     let client = options.nats.connect().await.map_err(flat).with_context(broker)?;
     let context = queue::context(client.clone());
@@ -135,17 +160,36 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
     tokio::spawn(async move { followed.follow().await });
     let cancels = Cancels::default();
     cancels.listen(&client).await.map_err(flat)?;
+    models.answer(&client).await.map_err(flat)?;
     let attempts = Attempts {
         publisher: Publisher::new(context),
         client: client.clone(),
         keys,
-        model,
+        models: Arc::new(models),
         executors: executors.clone(),
         timing,
         cancels,
         quarantine: Quarantine::default(),
     };
     Ok((Consumer::new(pulls, watch, executors, count, attempts), client, timing.grace))
+}
+
+/// The models, and what makes an engine of each. Each has made one, so that what is wrong with it is told with its folder.
+fn load(options: &Options) -> anyhow::Result<(Models, Vec<Factory>)> {
+    let runtime = Runtime::new(&options.ort_dylib);
+    let (mut models, mut factories) = (Vec::new(), Vec::new());
+    for Offer { folder, weight } in &options.models {
+        let model = Model::load(folder, options.allow_simulated).with_context(|| in_folder(folder))?;
+        let make = engine::factory(&model, &runtime).with_context(|| hint(&options.ort_dylib))?;
+        make().with_context(|| in_folder(folder))?;
+        tracing::info!(model = %model.id, sha256 = model.digest, weight, "loaded");
+        if model.is_simulated() {
+            tracing::warn!("the model is simulated: its reports mean nothing");
+        }
+        models.push((Arc::new(model), *weight));
+        factories.push(make);
+    }
+    Ok((Models::new(models).context("--model")?, factories))
 }
 
 fn executors(options: &Options) -> anyhow::Result<NonZeroUsize> {

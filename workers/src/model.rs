@@ -1,9 +1,9 @@
-//! A model as a folder: `model.toml`, which says what the network means, and `model.onnx`.
+//! A model as a folder: `model.toml`, which says what the network means, `model.onnx` and `golden.toml`.
 //!
 //! Whatever is wrong with the folder is one clear error when it is loaded, not a surprise in a report.
 //!
 //! ```toml
-//! name = "derm7"                  # with `version`, names the model in every report
+//! name = "derm7"                  # with `version`, names the model in requests and reports: letters, digits and . _ + -
 //! version = "2026.02"
 //! title = "What it tells apart"
 //! licence = "SPDX expression of the weights"
@@ -46,33 +46,22 @@
 //! high = 0.8
 //! ```
 //!
+//! `golden.toml` beside it holds what the network says of pictures that everybody can draw ([`Golden`]); a network that says
+//! something else is not served.
+//!
 //! A folder with `[simulated]` in place of `[input]`, `[output]` and `model.onnx` describes no model at all
 //! ([`Simulated`]); it loads only where that is allowed.
+
+mod check;
 
 use std::{collections::BTreeMap, fs, io, path::Path, sync::Arc};
 
 use aws_lc_rs::digest::{SHA256, digest};
-use dermflow_schemas::{fhir::Language, image::hex};
-use serde::Deserialize;
+use dermflow_schemas::{fhir::Language, image::hex, model::ModelRef};
+use serde::{Deserialize, de::DeserializeOwned};
 
-use crate::language::within;
-
-/// The largest input side, in pixels: more is a typing error.
-const MAX_INPUT_SIDE: u32 = 4_096;
-/// What the ids of other resources in a report begin with.
-const RESERVED: [&str; 8] =
-    ["device", "image", "heatmap", "quality", "domain", "modality", "classification", "extent"];
-
-/// The codes of the other observations in a report.
-const BUILT_IN: [&str; 5] = [
-    "image-quality",
-    "dermatological-domain",
-    "image-modality",
-    "condition-distribution",
-    "lesion-area-fraction",
-];
-/// Characters of a code: ids in a report are made of codes, and have 64 at most.
-const MAX_CODE_CHARS: usize = 40;
+use self::check::check;
+use crate::{golden::Golden, language::within};
 
 /// What is wrong with a model folder.
 #[derive(Debug, thiserror::Error)]
@@ -80,12 +69,15 @@ pub enum ModelError {
     /// A file cannot be read.
     #[error("{0}: {1}")]
     File(String, io::Error),
-    /// `model.toml` is not TOML of the expected form.
-    #[error("model.toml: {0}")]
-    Toml(#[from] toml::de::Error),
+    /// A file is not TOML of the expected form.
+    #[error("{0}: {1}")]
+    Toml(&'static str, toml::de::Error),
     /// `model.toml` contradicts itself.
     #[error("model.toml: {0}")]
     Description(String),
+    /// `golden.toml` is of another network, or of other pictures.
+    #[error("golden.toml: {0}: once the network is the right one, `worker golden FOLDER` writes the file")]
+    Golden(String),
     /// The folder describes the simulated engine, and that was not asked for.
     #[error("model.toml describes a simulated model, which needs --allow-simulated")]
     SimulatedRefused,
@@ -288,11 +280,14 @@ pub enum Network {
 }
 
 /// A loaded model folder.
+#[derive(Clone)]
 pub struct Model {
     /// With `version`, the model's name in reports.
     pub name: String,
     /// Its version.
     pub version: String,
+    /// Both, as requests name them.
+    pub id: ModelRef,
     /// What it tells apart.
     pub title: String,
     /// The licence of the weights.
@@ -312,6 +307,8 @@ pub struct Model {
     pub digest: String,
     /// What computes the logits.
     pub network: Network,
+    /// What it must say of known pictures; absent when simulated, or not asked for.
+    pub golden: Option<Golden>,
     /// The logarithm of each logit's prior.
     log_priors: Vec<f64>,
     /// Which logit is of what is no skin.
@@ -331,19 +328,23 @@ impl Model {
     /// Reads a model folder; `allow_simulated` lets one without a network pass.
     ///
     /// # Errors
-    /// See [`ModelError`]. Whether the network fits the description shows only when an engine runs it.
+    /// See [`ModelError`]. Whether the network fits the description, and says what it must, shows only when an engine
+    /// runs it.
     pub fn load(folder: &Path, allow_simulated: bool) -> Result<Self, ModelError> {
-        let read = |name: &str| {
-            let path = folder.join(name);
-            fs::read(&path).map_err(|error| ModelError::File(path.display().to_string(), error))
-        };
-        let text = String::from_utf8(read("model.toml")?)
-            .map_err(|_| ModelError::Description("not UTF-8".to_owned()))?;
-        let document: Document = toml::from_str(&text)?;
+        let model = Self::without_golden(folder, allow_simulated)?;
+        let golden = (!model.is_simulated()).then(|| Golden::load(folder, &model.digest)).transpose()?;
+        Ok(Self { golden, ..model })
+    }
+
+    /// The same, whatever the network says.
+    pub(crate) fn without_golden(folder: &Path, allow_simulated: bool) -> Result<Self, ModelError> {
+        let (document, text): (Document, String) = read_toml(folder, "model.toml")?;
         check(&document).map_err(ModelError::Description)?;
+        let id = ModelRef::exact(&document.name, &document.version)
+            .map_err(|rule| ModelError::Description(format!("name and version: {rule}")))?;
         let (digest, network) = match (document.input, document.output, document.simulated) {
             (Some(input), Some(output), None) => {
-                let file = read("model.onnx")?;
+                let file = read(&folder.join("model.onnx"))?;
                 (sha256(&file), Network::Onnx { file: file.into(), input, output })
             }
             (None, None, Some(_)) if !allow_simulated => return Err(ModelError::SimulatedRefused),
@@ -363,6 +364,7 @@ impl Model {
         Ok(Self {
             name: document.name,
             version: document.version,
+            id,
             title: document.title,
             licence: document.licence,
             classes,
@@ -372,6 +374,7 @@ impl Model {
             metrics: document.metric,
             digest,
             network,
+            golden: None,
             log_priors,
             not_skin,
         })
@@ -422,6 +425,20 @@ impl Model {
     }
 }
 
+fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
+    fs::read(path).map_err(|error| ModelError::File(path.display().to_string(), error))
+}
+
+/// A file of the folder, and its text.
+pub(crate) fn read_toml<T: DeserializeOwned>(
+    folder: &Path,
+    name: &'static str,
+) -> Result<(T, String), ModelError> {
+    let text = String::from_utf8(read(&folder.join(name))?)
+        .map_err(|_| ModelError::Description(format!("{name} is not UTF-8")))?;
+    Ok((toml::from_str(&text).map_err(|error| ModelError::Toml(name, error))?, text))
+}
+
 fn softmax(logits: &[f64]) -> Vec<f64> {
     let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = logits.iter().map(|logit| (logit - largest).exp()).collect();
@@ -431,133 +448,6 @@ fn softmax(logits: &[f64]) -> Vec<f64> {
 
 fn sha256(bytes: &[u8]) -> String {
     hex(digest(&SHA256, bytes).as_ref())
-}
-
-fn check(document: &Document) -> Result<(), String> {
-    for (field, value) in [
-        ("name", &document.name),
-        ("version", &document.version),
-        ("title", &document.title),
-        ("licence", &document.licence),
-    ] {
-        if value.trim().is_empty() {
-            return Err(format!("{field} is empty"));
-        }
-    }
-    if let Some(input) = &document.input {
-        check_input(input)?;
-    }
-    if document.modality.is_some() && document.output.as_ref().is_none_or(|output| output.modality.is_none())
-    {
-        return Err("[modality] is about an output that is not there".to_owned());
-    }
-    check_classes(&document.class)?;
-    check_indicators(document)?;
-    check_codes("metric", document.metric.iter().map(|metric| (&metric.code, &metric.display)))?;
-    let ordered = |m: &&Metric| 0.0 <= m.low && m.low <= m.value && m.value <= m.high && m.high <= 1.0;
-    match document.metric.iter().find(|metric| !ordered(metric)) {
-        Some(metric) => Err(format!("metric {}: not 0 <= low <= value <= high <= 1", metric.code)),
-        None => Ok(()),
-    }
-}
-
-/// What is said of classes must be of those that are there.
-fn check_indicators(document: &Document) -> Result<(), String> {
-    let codes = || document.class.iter().map(|class| class.code.as_str());
-    let no_skin = document.domain.as_ref().map(|domain| domain.class.as_str());
-    if let Some(class) = no_skin.filter(|class| codes().all(|code| code != *class)) {
-        return Err(format!("domain: there is no class {class:?}"));
-    }
-    if no_skin.is_some() && document.class.len() < 3 {
-        return Err("at least two classes are needed beside that of the domain".to_owned());
-    }
-    let indicators = &document.indicator;
-    check_codes("indicator", indicators.iter().map(|indicator| (&indicator.id, &indicator.display)))?;
-    check_codes("indicator", indicators.iter().map(|indicator| (&indicator.code, &indicator.display)))?;
-    for Indicator { id, code, classes, threshold, .. } in indicators {
-        if BUILT_IN.contains(&code.as_str()) {
-            return Err(format!("indicator {id}: the code {code} is taken"));
-        }
-        if RESERVED.contains(&id.as_str()) {
-            return Err(format!("indicator {id}: the id is taken"));
-        }
-        if classes.is_empty() && no_skin.is_none() {
-            return Err(format!("indicator {id}: without classes a [domain] is needed"));
-        }
-        if classes.is_empty() == threshold.is_some() {
-            return Err(format!("indicator {id}: either classes and a threshold, or neither, must be there"));
-        }
-        let strange = |class: &&String| no_skin == Some(class) || codes().all(|code| code != class.as_str());
-        if let Some(class) = classes.iter().find(strange) {
-            return Err(format!("indicator {id}: there is no condition {class:?}"));
-        }
-        if classes.iter().collect::<std::collections::HashSet<_>>().len() < classes.len() {
-            return Err(format!("indicator {id}: a class occurs twice"));
-        }
-    }
-    let indicated = indicators.iter().filter_map(|i| Some((i.id.as_str(), i.threshold?)));
-    let domain = document.domain.iter().map(|domain| ("domain", domain.threshold));
-    for (what, threshold) in indicated.chain(domain) {
-        if !(threshold > 0.0 && threshold < 1.0) {
-            return Err(format!("the {what} threshold {threshold} is not between 0 and 1"));
-        }
-    }
-    let names = document.class.iter().map(|c| &c.names).chain(indicators.iter().map(|i| &i.names));
-    match names.flat_map(Names::keys).find(|tag| Language::from_tag(tag).is_none()) {
-        Some(tag) => Err(format!("names: there is no language {tag:?}")),
-        None => Ok(()),
-    }
-}
-
-fn check_input(input: &Input) -> Result<(), String> {
-    let side = 1..=MAX_INPUT_SIDE;
-    if !side.contains(&input.width) || !side.contains(&input.height) {
-        return Err(format!("the input's width and height must be between 1 and {MAX_INPUT_SIDE}"));
-    }
-    let usable = |deviation: &f32| deviation.is_finite() && *deviation > 0.0;
-    if !input.mean.iter().all(|mean| mean.is_finite()) || !input.deviation.iter().all(usable) {
-        return Err("the input's mean must be finite and its deviation above zero".to_owned());
-    }
-    Ok(())
-}
-
-fn check_classes(classes: &[Class]) -> Result<(), String> {
-    if classes.len() < 2 {
-        return Err("at least two classes are needed".to_owned());
-    }
-    check_codes("class", classes.iter().map(|class| (&class.code, &class.display)))?;
-    let priors: Vec<f64> = classes.iter().filter_map(|class| class.prior).collect();
-    if !priors.is_empty() && priors.len() != classes.len() {
-        return Err(format!("{} of {} classes have a prior: all or none", priors.len(), classes.len()));
-    }
-    match priors.iter().find(|prior| !(**prior > 0.0 && **prior <= 1.0)) {
-        Some(prior) => Err(format!("the prior {prior} is not above 0 and at most 1")),
-        None => Ok(()),
-    }
-}
-
-/// Codes become FHIR codes, so they are plain and occur once.
-fn check_codes<'a>(
-    kind: &str,
-    entries: impl Iterator<Item = (&'a String, &'a String)>,
-) -> Result<(), String> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    let mut seen = std::collections::HashSet::new();
-    for (code, display) in entries {
-        if code.is_empty() || !code.bytes().all(plain) {
-            return Err(format!("{kind} {code:?}: a code has lower-case letters, digits and hyphens"));
-        }
-        if code.len() > MAX_CODE_CHARS {
-            return Err(format!("{kind} {code}: a code has at most {MAX_CODE_CHARS} characters"));
-        }
-        if display.trim().is_empty() {
-            return Err(format!("{kind} {code}: display is empty"));
-        }
-        if !seen.insert(code) {
-            return Err(format!("{kind} {code} occurs twice"));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -582,6 +472,13 @@ pub(crate) mod tests {
         simulated = { latency_ms = 1 }
     "#;
 
+    /// A `golden.toml` of these bytes.
+    fn golden(onnx: &[u8]) -> String {
+        let pictures =
+            "[[picture]]\nlogits = [1.0, 2.0, 3.0]\nprobabilities = []\n".repeat(crate::golden::PICTURES);
+        format!("sha256 = \"{}\"\ntolerance = 0.01\n{pictures}", sha256(onnx))
+    }
+
     /// Loads a folder with this `model.toml` and, if given, this `model.onnx`.
     pub(crate) fn load(toml: &str, onnx: Option<&[u8]>, allow_simulated: bool) -> Result<Model, ModelError> {
         use std::sync::atomic::{AtomicU32, Ordering};
@@ -593,6 +490,7 @@ pub(crate) mod tests {
         fs::write(folder.join("model.toml"), toml).unwrap();
         if let Some(onnx) = onnx {
             fs::write(folder.join("model.onnx"), onnx).unwrap();
+            fs::write(folder.join("golden.toml"), golden(onnx)).unwrap();
         }
         let model = Model::load(&folder, allow_simulated);
         fs::remove_dir_all(folder).unwrap();
@@ -629,6 +527,7 @@ pub(crate) mod tests {
         refused(&onnx, "model.onnx: No such file");
         refused(&SIMULATED.replace("title =", "titel ="), "unknown field `titel`");
         refused(&SIMULATED.replace("\"Nothing\"", "\" \""), "title is empty");
+        refused(&SIMULATED.replace("version = \"", "version = \"a/"), "name and version: a name, or");
         refused(&SIMULATED.replace("\"Naevus\", prior = 0.5", "\"Naevus\""), "2 of 3 classes");
         refused(&SIMULATED.replace("prior = 0.5", "prior = 0.0"), "the prior 0 ");
         refused(&SIMULATED.replace("0.165", "1.0"), "malignancy threshold 1 is not between");

@@ -41,6 +41,10 @@ struct Args {
     /// on this plus 1001, the registration service on this plus 1002, its health and metrics on this plus 1003.
     #[arg(long, value_name = "P", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1_387..=64_533))]
     port: u16,
+    /// A model's folder, and its part of the jobs that name no model; repeated, as for a worker [default:
+    /// workers/models/derm7 in the repository].
+    #[arg(long = "model", value_name = "FOLDER[=WEIGHT]")]
+    models: Vec<String>,
     /// Erase this state first: keys, users, jobs and reports.
     #[arg(long)]
     reset: bool,
@@ -123,8 +127,11 @@ async fn prepare(args: &Args) -> Result<Option<Stack>> {
     stack::check_disk(&state.path(""))?;
     Ports::around(args.port).check()?;
     let servers = Servers::obtain(repo, &args.given, say).await?;
-    let model = repo.join("workers/models/derm7");
-    let options = Options { servers, programs: stack::programs()?, model, nats: nats::Settings::default() };
+    let mut models = args.models.clone();
+    if models.is_empty() {
+        models.push(repo.join("workers/models/derm7").display().to_string());
+    }
+    let options = Options { servers, programs: stack::programs()?, models, nats: nats::Settings::default() };
     Stack::prepare(state, options).map(Some)
 }
 

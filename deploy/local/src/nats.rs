@@ -31,6 +31,8 @@ pub struct Permissions {
     pub publish: &'static [&'static str],
     /// Subjects it may subscribe to.
     pub subscribe: &'static [&'static str],
+    /// Whether it may answer, once, who has asked on one of these.
+    pub answers: bool,
 }
 
 /// Ingress makes the streams and consumers, submits jobs, stores large payloads, and drains the results. It
@@ -42,6 +44,8 @@ pub const INGRESS: Permissions = Permissions {
         "wake.bulk.*",
         "cancel.*",
         "counts",
+        "models",
+        "models.*",
         "$O.payloads.>",
         "$JS.API.INFO",
         "$JS.API.STREAM.CREATE.JOBS",
@@ -75,6 +79,7 @@ pub const INGRESS: Permissions = Permissions {
         "$JS.ACK.RESULTS.>",
     ],
     subscribe: &["results.*", "progress.*", "counts", "_INBOX_ingress.>"],
+    answers: false,
 };
 
 /// A worker pulls jobs, reads large payloads, and publishes what came of a job. It cannot submit one: a retry
@@ -86,6 +91,7 @@ pub const WORKER: Permissions = Permissions {
         "progress.*",
         "retry.*",
         "dead.>",
+        "models.*",
         "$JS.API.STREAM.INFO.JOBS",
         "$JS.API.CONSUMER.INFO.JOBS.*",
         "$JS.API.CONSUMER.MSG.NEXT.JOBS.*",
@@ -101,7 +107,8 @@ pub const WORKER: Permissions = Permissions {
         "$JS.API.CONSUMER.DELETE.OBJ_payloads.>",
         "$JS.FC.OBJ_payloads.>",
     ],
-    subscribe: &["wake.bulk.*", "cancel.*", "_INBOX_worker.>"],
+    subscribe: &["wake.bulk.*", "cancel.*", "models", "models.*", "_INBOX_worker.>"],
+    answers: true,
 };
 
 /// The operators' API reads and removes dead letters, puts them back into the queue, and counts its callers with
@@ -110,10 +117,12 @@ pub const OPERATOR: Permissions = Permissions {
     user: "operator",
     publish: &["jobs.>", "counts", "$JS.API.STREAM.MSG.GET.DEAD", "$JS.API.STREAM.MSG.DELETE.DEAD"],
     subscribe: &["counts", "_INBOX_operator.>"],
+    answers: false,
 };
 
 /// The user of who runs the broker, who may do everything.
-pub const ADMIN: Permissions = Permissions { user: "admin", publish: &[">"], subscribe: &[">"] };
+pub const ADMIN: Permissions =
+    Permissions { user: "admin", publish: &[">"], subscribe: &[">"], answers: false };
 
 /// Who looks whether connections and stores are encrypted, `auth encryption`: it sees no message and may ask the system
 /// account for nothing but this.
@@ -126,6 +135,7 @@ pub const MONITOR: Permissions = Permissions {
         "$SYS.REQ.SERVER.PING.JSZ",
     ],
     subscribe: &["_INBOX_monitor.>"],
+    answers: false,
 };
 
 /// Every user of the account that has the queue.
@@ -299,11 +309,12 @@ fn configuration(
     let Settings { sync_interval, max_file_store, plain, member, .. } = settings;
     let name = member.as_ref().map_or("dermflow".into(), |member| format!("dermflow-{}", member.number));
     let line = |user: &Permissions| -> Result<String> {
-        let Permissions { user, publish, subscribe } = user;
+        let Permissions { user, publish, subscribe, answers } = user;
+        let answers = if *answers { ", allow_responses: true" } else { "" };
         let file = passwords.iter().find(|(name, _)| name == user);
         let password = read(&file.with_context(|| format!("no password of {user}"))?.1)?;
         Ok(format!(
-            "    {{ user: {user:?}, password: {password:?}, permissions: {{ publish: {publish:?}, subscribe: {subscribe:?} }} }}\n"
+            "    {{ user: {user:?}, password: {password:?}, permissions: {{ publish: {publish:?}, subscribe: {subscribe:?}{answers} }} }}\n"
         ))
     };
     let users = USERS.iter().map(line).collect::<Result<String>>()?;

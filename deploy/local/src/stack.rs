@@ -34,8 +34,8 @@ pub struct Options {
     pub servers: Servers,
     /// The folder with our own programs: `ingress`, `worker`, `auth`.
     pub programs: PathBuf,
-    /// The model's folder.
-    pub model: PathBuf,
+    /// The models, as a worker's `--model` takes them.
+    pub models: Vec<String>,
     /// NATS beyond the ordinary.
     pub nats: nats::Settings,
 }
@@ -300,8 +300,8 @@ impl Stack {
         let broker = self.detours.worker_broker.clone();
         let process = self.with_queue(self.program("worker", number)?, nats::WORKER.user, broker)?;
         let process = process.arg("--ort-dylib").arg(&self.options.servers.onnxruntime);
-        let model = !extra.contains(&"--model");
-        let process = if model { process.arg("--model").arg(&self.options.model) } else { process };
+        let models = if extra.contains(&"--model") { &[] } else { &self.options.models[..] };
+        let process = models.iter().fold(process, |process, model| process.arg("--model").arg(model));
         self.workers.push(process.args(extra));
         Ok(&mut self.workers[number])
     }

@@ -160,6 +160,14 @@ pub(super) fn operations() -> [Value; 1] {
         parameter("subject", "in", 0, 1, "Reference", "The patient, by a reference or an identifier."),
         parameter("identifier", "in", 0, 1, "Identifier", "The caller's own number of the order."),
         parameter("heatMap", "in", 0, 1, "code", "none, top-1 or top-5; left out when the model has none."),
+        parameter(
+            "model",
+            "in",
+            0,
+            1,
+            "string",
+            "A model's name, or name@version; else the operator's weights decide."
+        ),
         parameter("return", "out", 1, 1, "DiagnosticReport", "The report."),
     ]);
     [analyze]

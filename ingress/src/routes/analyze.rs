@@ -14,6 +14,7 @@ use dermflow_schemas::{
     id::{ClientId, IdempotencyKey},
     job::Lane,
     limits::{MAX_BODY_BYTES, MIN_CANCEL_AFTER},
+    model::ModelRef,
 };
 use prometheus::IntGauge;
 
@@ -68,7 +69,7 @@ pub(crate) async fn post(
     if !accepts_fhir(&headers) {
         return Err(Code::NotAcceptable.into());
     }
-    let caller = Caller { client, who, headers };
+    let caller = Caller { client, who, headers, model: None };
     analysed(app, caller, body, parameters::parse, finished).await
 }
 
@@ -78,13 +79,15 @@ pub(super) struct Caller {
     pub(super) client: ClientId,
     pub(super) who: Who,
     pub(super) headers: HeaderMap,
+    /// The model, when the body has no place for it.
+    pub(super) model: Option<ModelRef>,
 }
 
 /// Takes a request in, waits for as long as its caller prefers, and answers: with what `finished` makes of the job's
 /// end, or with where to poll.
 pub(super) async fn analysed(
     app: Arc<App>,
-    Caller { client, who, headers }: Caller,
+    Caller { client, who, headers, model }: Caller,
     body: Body,
     parse: fn(&[u8]) -> Result<Payload, ApiError>,
     finished: fn(&App, Ended) -> Response,
@@ -99,6 +102,7 @@ pub(super) async fn analysed(
     let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
     let mut payload = blocking(move || parse(&bytes)).await??;
     payload.manifest.language = language::accepted(&headers);
+    payload.manifest.model = model.or(payload.manifest.model);
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
     let patience = Duration::ZERO;

@@ -60,7 +60,7 @@ const FHIR_NDJSON: &str = "application/fhir+ndjson";
 #[utoipa::path(post, path = "/batches", operation_id = "createBatch", tag = "batches",
     params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
         description = "The same key is the same batch.")),
-    request_body(description = "A line an analysis.",
+    request_body(description = "A line an analysis: `custom_id`, `images`; `subject`, `identifier`, `heat_map`, `model`.",
         content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "A line an input line, while the upload goes on; the first says which batch it is, the \
@@ -86,7 +86,7 @@ pub(crate) async fn create(
 /// More lines for a batch, or the same ones again after a cut.
 #[utoipa::path(post, path = "/batches/{id}", operation_id = "resumeBatch", tag = "batches",
     params(("id" = Uuid, Path, description = "The batch.")),
-    request_body(description = "A line an analysis.",
+    request_body(description = "A line an analysis: `custom_id`, `images`; `subject`, `identifier`, `heat_map`, `model`.",
         content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "As to the first upload.", body = String, content_type = "application/x-ndjson",

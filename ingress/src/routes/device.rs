@@ -14,6 +14,7 @@ use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
     limits::MAX_BODY_BYTES,
+    model::ModelRef,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -81,7 +82,7 @@ pub(super) fn is_open(path: &str) -> bool {
 
 /// One to three images of a case in, 200 with what was found, as soon as it is; who asks for FHIR gets the report itself.
 #[utoipa::path(post, path = "/diagnosis-support", operation_id = "diagnose", tag = "device",
-    params(
+    params(Chosen,
         ("Prefer" = Option<String>, Header, description = "`respond-async`, `wait=` seconds up to 60, or both (RFC 7240)."),
         ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
             description = "The same key with the same request is the same job."),
@@ -97,11 +98,13 @@ pub(super) fn is_open(path: &str) -> bool {
 async fn diagnose(
     State(app): State<Arc<App>>,
     Allowed { client, who, .. }: Allowed<Submit>,
+    chosen: Result<Query<Chosen>, QueryRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
+    let Query(Chosen { model }) = chosen.map_err(|_| Code::QueryInvalid)?;
     let finished = if asks_for_fhir(&headers) { finished } else { diagnosed };
-    let caller = Caller { client, who, headers };
+    let caller = Caller { client, who, headers, model };
     match analysed(app, caller, body, diagnosis::parse, finished).await {
         Err(problem) if problem.is(Code::WaitEnded) => {
             let mut response = problem.into_response();
@@ -112,6 +115,15 @@ async fn diagnose(
         }
         answer => answer,
     }
+}
+
+/// Which model.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct Chosen {
+    /// Its name, or name@version; left out, the operator's weights decide.
+    #[param(value_type = Option<String>, pattern = "^[A-Za-z0-9._+-]{1,64}(@[A-Za-z0-9._+-]{1,64})?$")]
+    model: Option<ModelRef>,
 }
 
 /// The end of a job in the device API's form, with where the report is, or which image is at fault.

@@ -228,11 +228,11 @@ fn list(item: Object) -> utoipa::openapi::Array {
 resources! {
     /// FHIR R4, Parameters of `$analyze`.
     Parameters |object| {
-        let name = words("Which one.", ["image", "subject", "identifier", "heatMap"]);
+        let name = words("Which one.", ["image", "subject", "identifier", "heatMap", "model"]);
         let parameter = ObjectBuilder::new().property("name", name).required("name").build();
         object
             .description(Some("FHIR R4 Parameters: `image` once to three times, with the parts `content` and optionally \
-                `bodySite`; optionally `subject`, `identifier` and `heatMap`."))
+                `bodySite`; optionally `subject`, `identifier`, `heatMap` and `model`."))
             .property("parameter", list(parameter))
             .required("parameter")
             .examples([analyze_example()])

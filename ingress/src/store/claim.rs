@@ -98,6 +98,17 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Whether a request of the client has had this key.
+    pub(crate) async fn has_key(&self, client: ClientId, key: &str) -> Result<bool> {
+        within(async {
+            let select = "SELECT EXISTS (SELECT FROM idempotency_keys WHERE client = $1 AND key = $2)";
+            Ok(self.pool.get().await?.query_one(select, &[&client.uuid(), &key]).await?.get(0))
+        })
+        .await
+    }
+}
+
 /// A client's load while a group is recorded.
 #[derive(Debug, Default, Clone, Copy)]
 struct Load {

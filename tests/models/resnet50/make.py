@@ -5,6 +5,7 @@ nothing. For the benchmark.
 
     pip install -r ../tiny/requirements.txt
     python3 make.py FOLDER
+    worker golden FOLDER
 """
 
 import sys

@@ -3,6 +3,7 @@
 
     pip install -r requirements.txt
     python3 make.py
+    worker golden .
 
 The mean of each colour channel goes through a fixed 3 x 3 linear layer: a frame is red, green or blue by its
 strongest channel. The mean and deviation of model.toml are undone inside, so a wrong normalisation shows.

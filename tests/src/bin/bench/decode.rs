@@ -12,7 +12,12 @@ use dermflow_tests::{
     client::sample_bytes,
     lab::{Lab, Setup, Worker},
 };
-use dermflow_workers::{child::Decoding, decode::Picture, engine, model::Model};
+use dermflow_workers::{
+    child::Decoding,
+    decode::Picture,
+    engine::{self, Runtime},
+    model::Model,
+};
 
 use crate::{
     BLOCK, BLOCKS, IMAGES, derm7,
@@ -34,7 +39,7 @@ pub(crate) async fn decode() -> Result<()> {
     }
     let model = Arc::new(Model::load(&derm7(), false)?);
     let servers = Servers::obtain(dermflow_local::stack::repo(), &Given::default(), |_| ()).await?;
-    let make = engine::factory(&model, &servers.onnxruntime)?;
+    let make = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?;
     let payloads: Vec<_> = IMAGES.iter().map(|name| payload(sample_bytes(name))).collect();
     let cores = thread::available_parallelism()?.get();
     let mut ratios = Vec::new();

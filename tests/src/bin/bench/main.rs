@@ -20,7 +20,10 @@ use dermflow_tests::{
     client::{Client, sample, sample_bytes},
     lab::{Lab, Setup, Worker},
 };
-use dermflow_workers::{engine, model::Model};
+use dermflow_workers::{
+    engine::{self, Runtime},
+    model::Model,
+};
 use futures_util::{StreamExt, stream};
 
 use crate::measure::{bare, cpu_seconds, maximum, median, minimum, model_millis, payload, peak_rss_mb};
@@ -117,7 +120,7 @@ async fn sustained(model: &Path) -> Result<()> {
     let lab = Lab::start(Setup { workers: vec![Worker::model(model); cores], ..Setup::default() }).await?;
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Arc::new(Model::load(model, false)?);
-    let make = engine::factory(&model, &servers.onnxruntime)?;
+    let make = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?;
     let payloads: Vec<Payload> = IMAGES.iter().map(|name| payload(sample_bytes(name))).collect();
     let one = bare(&model, &make, 1, &payloads, BLOCK)?;
     let all = bare(&model, &make, cores, &payloads, BLOCK)?;

@@ -25,7 +25,7 @@ use dermflow_tests::{client::Client, lab::Lab, wait::eventually};
 use dermflow_workers::{
     analyse::analyse,
     child::Decoding,
-    engine::{self, Factory},
+    engine::{self, Factory, Runtime},
     model::Model,
 };
 use futures_util::{StreamExt, stream};
@@ -89,7 +89,7 @@ pub(crate) async fn bare_rate(model: &Path, files: &[Vec<u8>]) -> Result<f64> {
     let cores = thread::available_parallelism()?.get();
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Arc::new(Model::load(model, false)?);
-    let make = engine::factory(&model, &servers.onnxruntime)?;
+    let make = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?;
     let payloads: Vec<Payload> = files.iter().cloned().map(payload).collect();
     let one = bare(&model, &make, 1, &payloads, BLOCK)?;
     let all = bare(&model, &make, cores, &payloads, BLOCK)?;

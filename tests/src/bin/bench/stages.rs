@@ -13,7 +13,7 @@ use dermflow_workers::{
     analyse::{analyse, ranked},
     child::Decoding,
     decode::Picture,
-    engine::{self, Question},
+    engine::{self, Question, Runtime},
     heat,
     model::Model,
     outline::Outline,
@@ -41,7 +41,7 @@ const STAGES: [&str; 6] = [
 pub(crate) async fn stages() -> Result<()> {
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Model::load(&derm7(), false)?;
-    let mut engine = engine::factory(&model, &servers.onnxruntime)?()?;
+    let mut engine = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?()?;
     Decoding::InChild(programs()?.join("worker")).enter()?;
     let sample = sample_bytes("ham10000-mel.jpg");
     let mut large = Cursor::new(Vec::new());
