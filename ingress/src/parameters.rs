@@ -173,6 +173,7 @@ fn image_code(fault: ImageFault) -> Code {
         ImageFault::Header => Code::ImageHeader,
         ImageFault::TooSmall(..) => Code::ImageTooSmall,
         ImageFault::TooLarge(..) => Code::ImageTooLarge,
+        ImageFault::KindTooLarge(..) => Code::ImageKindTooLarge,
     }
 }
 

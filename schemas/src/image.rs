@@ -7,7 +7,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use image::ImageFormat;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS};
+use crate::limits::{MAX_COSTLY_PIXELS, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS};
 
 /// An image file's bytes. `Debug` prints their length and the start of their SHA-256, never the bytes.
 #[derive(Clone, PartialEq, Eq)]
@@ -99,6 +99,8 @@ pub struct Header {
     pub width: u32,
     /// Rows, in pixels, as stored.
     pub height: u32,
+    /// A progressive JPEG, or a PNG of 16 bits a sample: see [`MAX_COSTLY_PIXELS`].
+    pub is_costly: bool,
 }
 
 /// What is wrong with an image, as far as its Base64 and its header tell.
@@ -113,8 +115,10 @@ pub enum ImageFault {
     /// Neither JPEG nor PNG.
     #[error("neither the magic number of JPEG nor of PNG")]
     Format,
-    /// The magic number is right, the header behind it cannot be read.
-    #[error("the header gives no size")]
+    /// The magic number is right, the header behind it cannot be read; or it is of a JPEG that nothing here decodes.
+    #[error(
+        "no header of a PNG, or of a baseline or progressive JPEG with Huffman codes and 8 bits a sample"
+    )]
     Header,
     /// A side is below [`MIN_SIDE_PIXELS`].
     #[error("{0} x {1} pixels, at least {MIN_SIDE_PIXELS} a side")]
@@ -122,6 +126,12 @@ pub enum ImageFault {
     /// A side is above [`MAX_SIDE_PIXELS`] or the area above [`MAX_PIXELS`].
     #[error("{0} x {1} pixels, at most {MAX_SIDE_PIXELS} a side and {MAX_PIXELS} in all")]
     TooLarge(u32, u32),
+    /// The area is above [`MAX_COSTLY_PIXELS`], of a kind that takes its decoder too much memory then.
+    #[error(
+        "{0} x {1} pixels, at most {MAX_COSTLY_PIXELS} of a progressive JPEG or a PNG of 16 bits a sample, \
+         {MAX_PIXELS} of a baseline JPEG or a PNG of 8 bits"
+    )]
+    KindTooLarge(u32, u32),
 }
 
 /// Decodes strict Base64 (RFC 4648 §4), refusing what would be too large before it is allocated.
@@ -159,11 +169,7 @@ fn first_fault(text: &str) -> usize {
 /// An [`ImageFault`] other than those of Base64.
 pub fn check(image: &ImageBytes) -> Result<Header, ImageFault> {
     let format = Format::sniff(&image.0).ok_or(ImageFault::Format)?;
-    let size = match format {
-        Format::Jpeg => jpeg_size(&image.0),
-        Format::Png => png_size(&image.0),
-    };
-    let (width, height) = size.ok_or(ImageFault::Header)?;
+    let Header { width, height, is_costly, .. } = header(&image.0, format).ok_or(ImageFault::Header)?;
     if width < MIN_SIDE_PIXELS || height < MIN_SIDE_PIXELS {
         return Err(ImageFault::TooSmall(width, height));
     }
@@ -171,20 +177,32 @@ pub fn check(image: &ImageBytes) -> Result<Header, ImageFault> {
     if width > MAX_SIDE_PIXELS || height > MAX_SIDE_PIXELS || area > MAX_PIXELS {
         return Err(ImageFault::TooLarge(width, height));
     }
-    Ok(Header { format, width, height })
+    if is_costly && area > MAX_COSTLY_PIXELS {
+        return Err(ImageFault::KindTooLarge(width, height));
+    }
+    Ok(Header { format, width, height, is_costly })
 }
 
-/// Columns and rows of a PNG (third edition, 11.2.1): `IHDR` comes first. Nothing behind it is looked at, such as a colour
-/// profile that a decoder would unpack on its way.
-fn png_size(file: &[u8]) -> Option<(u32, u32)> {
+/// What the header of a file says; `None` when it cannot be read.
+pub fn header(file: &[u8], format: Format) -> Option<Header> {
+    let (width, height, is_costly) = match format {
+        Format::Jpeg => jpeg_frame(file)?,
+        Format::Png => png_header(file)?,
+    };
+    Some(Header { format, width, height, is_costly })
+}
+
+/// Columns and rows of a PNG (third edition, 11.2.1), and whether a sample has 16 bits: `IHDR` comes first. Nothing behind
+/// it is looked at, such as a colour profile that a decoder would unpack on its way.
+fn png_header(file: &[u8]) -> Option<(u32, u32, bool)> {
     let number = |at: usize| Some(u32::from_be_bytes(file.get(at..at + 4)?.try_into().ok()?));
     let is_header = number(8)? == 13 && file.get(12..16)? == b"IHDR" && file.len() >= 33;
-    if is_header { Some((number(16)?, number(20)?)) } else { None }
+    if is_header { Some((number(16)?, number(20)?, *file.get(24)? == 16)) } else { None }
 }
 
-/// Columns and rows of a JPEG (T.81, B.2.2): from the frame header of a Huffman-coded image of 8 bits, which the decoder
-/// takes, behind any number of other segments.
-fn jpeg_size(file: &[u8]) -> Option<(u32, u32)> {
+/// Columns and rows of a JPEG (T.81, B.2.2), and whether it is progressive: from the frame header of a Huffman-coded image
+/// of 8 bits, which the decoder takes, behind any number of other segments.
+fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, bool)> {
     let number = |at: usize| Some(u16::from_be_bytes(file.get(at..at + 2)?.try_into().ok()?));
     let mut at = 2;
     loop {
@@ -196,9 +214,10 @@ fn jpeg_size(file: &[u8]) -> Option<(u32, u32)> {
         match *file.get(at + 1)? {
             // Any number of these may stand before a marker.
             0xff => at += 1,
-            0xc0..=0xc2 => {
+            kind @ 0xc0..=0xc2 => {
                 let is_frame = number(at + 2)? >= 8 && *file.get(at + 4)? == 8;
-                return if is_frame { Some((number(at + 7)?.into(), number(at + 5)?.into())) } else { None };
+                let size = (number(at + 7)?.into(), number(at + 5)?.into(), kind == 0xc2);
+                return is_frame.then_some(size);
             }
             // The end, or the image's data, before its frame. Other frames decoders pass over, like anything else.
             0xd9..=0xda => return None,
@@ -255,7 +274,8 @@ mod tests {
 
     #[test]
     fn sizes_are_read_from_the_header_and_held_against_the_limits() {
-        assert_eq!(check(&png(80, 81)), Ok(Header { format: Format::Png, width: 80, height: 81 }));
+        let header = Header { format: Format::Png, width: 80, height: 81, is_costly: false };
+        assert_eq!(check(&png(80, 81)), Ok(header));
         assert_eq!(check(&png(79, 100)), Err(ImageFault::TooSmall(79, 100)));
         assert_eq!(check(&png(12_001, 80)), Err(ImageFault::TooLarge(12_001, 80)));
         assert_eq!(check(&png(6_400, 6_400)), Err(ImageFault::TooLarge(6_400, 6_400)));
@@ -274,6 +294,24 @@ mod tests {
         assert_eq!(check(&bomb.into()), Err(ImageFault::TooLarge(30_000, 30_000)));
     }
 
+    #[test]
+    fn what_takes_more_memory_may_have_fewer_pixels() {
+        let mut jpeg = Cursor::new(Vec::new());
+        image::GrayImage::new(4_000, 4_001).write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();
+        let (jpeg, mut png) = (jpeg.into_inner(), png(4_000, 4_001).0);
+        assert!(check(&jpeg.clone().into()).is_ok() && check(&png.clone().into()).is_ok());
+        let mut progressive = jpeg;
+        let frame = progressive.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        progressive[frame + 1] = 0xc2;
+        png[24] = 16;
+        for mut costly in [progressive, png] {
+            let rows = if costly[0] == 0xff { frame + 6 } else { 23 };
+            assert_eq!(check(&costly.clone().into()), Err(ImageFault::KindTooLarge(4_000, 4_001)));
+            costly[rows] -= 1;
+            assert!(check(&costly.into()).is_ok_and(|header| header.is_costly));
+        }
+    }
+
     /// However much stands before the size, and whatever it unpacks to.
     #[test]
     fn what_stands_before_the_size_is_passed_over() {
@@ -282,13 +320,15 @@ mod tests {
         let jpeg = file.into_inner();
         let profile = [&[0xff, 0xff, 0xe2, 0xff, 0xff][..], &vec![7; 65_533]].concat();
         let long = [&jpeg[..2], &profile.repeat(150), &jpeg[2..]].concat();
-        assert_eq!(check(&long.into()), Ok(Header { format: Format::Jpeg, width: 90, height: 80 }));
-        let arithmetic = jpeg.iter().scan(0, |last, byte| {
-            let frame = *last == 0xff && *byte == 0xc0;
-            *last = *byte;
-            Some(if frame { 0xc9 } else { *byte })
-        });
-        assert_eq!(check(&arithmetic.collect::<Vec<u8>>().into()), Err(ImageFault::Header));
+        let header = Header { format: Format::Jpeg, width: 90, height: 80, is_costly: false };
+        assert_eq!(check(&long.into()), Ok(header));
+        let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        // Lossless, differential, arithmetic: nothing that is decoded.
+        for kind in (0xc3..=0xcf).filter(|kind| ![0xc4, 0xc8, 0xcc].contains(kind)) {
+            let mut odd = jpeg.clone();
+            odd[frame + 1] = kind;
+            assert_eq!(check(&odd.into()), Err(ImageFault::Header), "{kind:x}");
+        }
         for length in 0..jpeg.len() {
             let _ = check(&jpeg[..length].to_vec().into());
             let _ = check(&png(80, 80).0[..length.min(40)].to_vec().into());

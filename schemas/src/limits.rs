@@ -14,11 +14,13 @@ pub const MIN_SIDE_PIXELS: u32 = 80;
 pub const MAX_SIDE_PIXELS: u32 = 12_000;
 /// The largest area, in pixels: decoded to RGB it takes 120 MB in a worker.
 pub const MAX_PIXELS: u64 = 40_000_000;
-/// Memory that one decoder may allocate: [`MAX_PIXELS`] as 16-bit RGBA is refused, as 8-bit RGBA it fits.
-pub const MAX_DECODE_BYTES: u64 = 192 * 1024 * 1024;
-/// Address space of a decoder's process. Beside its program, a progressive JPEG of [`MAX_PIXELS`] takes six bytes a pixel
-/// for its coefficients and three for the pixels: 360 MB.
-pub const DECODER_ADDRESS_SPACE: u64 = 448 * 1024 * 1024;
+/// The same of what takes its decoder more than four bytes a pixel, with which it has 200 MB: a progressive JPEG, eight for
+/// four coefficients and three for the pixel, and a PNG of 16 bits a sample, eight.
+pub const MAX_COSTLY_PIXELS: u64 = 16_000_000;
+/// What a decoder may put pixels into: [`MAX_PIXELS`] of 8-bit RGBA.
+pub const MAX_DECODE_BYTES: u64 = 4 * MAX_PIXELS;
+/// Address space of a decoder's process: the most that an image takes, 176 MB, its file twice, and 20 MB for its program.
+pub const DECODER_ADDRESS_SPACE: u64 = 224 * 1024 * 1024;
 /// All images of an attempt in it, and in the one that takes its place: three times what three of 40 megapixels take. A
 /// third of the job timeout at most, so that a decoder which hangs is ended before its executor counts as hung.
 pub const DECODE_DEADLINE: Duration = Duration::from_secs(10);

@@ -10,6 +10,8 @@ use dermflow_tests::{
     wait::eventually,
 };
 
+use crate::images::memory_bomb;
+
 const WITHIN: Duration = Duration::from_mins(1);
 
 fn lab(executors: &str) -> Setup {
@@ -100,20 +102,6 @@ async fn a_decoder_that_hangs_costs_an_attempt() -> Result<()> {
     assert_eq!(lab.client().analyze(&sample("isic2017-nv.jpg"), &[]).await?.status, 200);
     assert_eq!(self::worker(&lab)?, worker);
     lab.stop().await
-}
-
-/// A progressive JPEG of four components and 40 megapixels: 320 MB of coefficients and 120 MB of pixels, which a small
-/// decoder could just have, and nine megabytes of comments, which it has twice.
-fn memory_bomb() -> Vec<u8> {
-    let quantisers = [&[0xff, 0xdb, 0, 67, 0][..], &[1; 64]].concat();
-    let frame =
-        [&[0xff, 0xc2, 0, 20, 8][..], &5_000u16.to_be_bytes(), &8_000u16.to_be_bytes(), &[4]].concat();
-    let components: Vec<u8> = (1..=4).flat_map(|id| [id, 0x22, 0]).collect();
-    let codes = [&[0xff, 0xc4, 0, 20, 0, 1][..], &[0; 15], &[0]].concat();
-    let scan = [0xff, 0xda, 0, 14, 4, 1, 0, 2, 0, 3, 0, 4, 0, 0, 0, 0];
-    let comments = [&[0xff, 0xfe, 0xff, 0xff][..], &vec![0; 65_533]].concat().repeat(140);
-    let end = [0xff, 0xd9];
-    [&[0xff, 0xd8][..], &comments, &quantisers, &frame, &components, &codes, &scan, &[0; 16], &end].concat()
 }
 
 // An image that takes more memory than a decoder has is refused, each time, once its second attempt has failed as well; the

@@ -90,7 +90,11 @@ async fn the_database_is_reached_over_tls_or_a_private_socket() -> Result<()> {
 
 /// What `auth encryption` finds: whether its exit code is 0, the protection of each link and store, and the percentage.
 fn findings(lab: &Lab) -> Result<(bool, BTreeMap<String, String>, f64)> {
-    let output = lab.auth_command()?.args(["encryption", "--json"]).output()?;
+    findings_with(lab, &[])
+}
+
+fn findings_with(lab: &Lab, further: &[&str]) -> Result<(bool, BTreeMap<String, String>, f64)> {
+    let output = lab.auth_command()?.args(["encryption", "--json"]).args(further).output()?;
     let text = String::from_utf8(output.stdout)?;
     let failed = || format!("{text}{}", String::from_utf8_lossy(&output.stderr));
     let (mut found, mut percent) = (BTreeMap::new(), None);
@@ -137,6 +141,33 @@ async fn the_running_system_shows_that_all_of_it_is_encrypted() -> Result<()> {
     assert!(of("clear-on-purpose").contains(&"audit trail"));
     let text = lab.auth(&["encryption"])?;
     assert!(text.lines().last().is_some_and(|last| last.ends_with(", 100 %")), "{text}");
+    lab.stop().await
+}
+
+// Where the broker has no user `monitor`, or one that may not ask, nothing is known of it, and that is what the share says;
+// what else there is, is told all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_nobody_may_ask_counts_as_not_encrypted() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (_, all, _) = findings(&lab)?;
+    let password = lab.broker_password("ingress")?.display().to_string();
+    for user in ["nobody", "ingress"] {
+        let options = ["--nats-user", user, "--nats-password-file", &password];
+        let (succeeded, found, percent) = findings_with(&lab, &options)?;
+        assert!(!succeeded && percent < 99.0, "{user}: {percent} %");
+        let unknown: Vec<_> =
+            found.iter().filter(|(_, how)| *how == "unknown").map(|(name, _)| name.as_str()).collect();
+        assert_eq!(
+            unknown,
+            ["all links of the broker", "jobs, payloads and results at the broker"],
+            "{user}"
+        );
+        let others = all.iter().filter(|(name, _)| !name.contains("the broker"));
+        assert!(
+            others.count() > 5
+                && all.iter().all(|(name, how)| name.contains("broker") || found[name] == *how)
+        );
+    }
     lab.stop().await
 }
 

@@ -17,6 +17,8 @@ use image::{DynamicImage, ImageEncoder, ImageFormat, RgbImage, codecs::jpeg::Jpe
 const REFUSED_WITHIN: Duration = Duration::from_millis(if cfg!(debug_assertions) { 2_500 } else { 250 });
 /// 40 megapixels.
 const LARGEST: (u32, u32) = (8_000, 5_000);
+/// 16 megapixels.
+const COSTLY: (u16, u16) = (4_000, 4_000);
 /// Resident memory of an executor's decoder, and of a worker with one executor, in kB.
 const MEMORY_KB: u64 = 200_000;
 
@@ -67,9 +69,11 @@ fn zeros(count: usize) -> Vec<u8> {
     bytes
 }
 
-/// The colour types of a PNG, with its bits a pixel.
+/// The colour types of a PNG: its number, bits a sample and a pixel.
 const BLACK_OR_WHITE: (u8, u8, u32) = (0, 1, 1);
+const GREY_AND_ALPHA: (u8, u8, u32) = (4, 8, 16);
 const RGBA: (u8, u8, u32) = (6, 8, 32);
+const RGBA_16: (u8, u8, u32) = (6, 16, 64);
 
 /// A PNG of one colour: its pixels compress 158 times.
 fn flat_png(width: u32, height: u32, (colour, depth, bits): (u8, u8, u32)) -> Vec<u8> {
@@ -93,8 +97,7 @@ fn chunk(name: [u8; 4], data: &[u8]) -> Vec<u8> {
 }
 
 /// A PNG with further chunks behind its header.
-fn png_with(chunks: &[Vec<u8>]) -> Vec<u8> {
-    let png = png();
+fn png_with(png: &[u8], chunks: &[Vec<u8>]) -> Vec<u8> {
     [&png[..33], &chunks.concat(), &png[33..]].concat()
 }
 
@@ -131,6 +134,35 @@ fn progressive(scans: usize) -> Vec<u8> {
     ]
     .concat();
     [&[0xff, 0xd8][..], &quantisers, &frame, &dc, &ac, &first, &again.repeat(scans), &[0xff, 0xd9]].concat()
+}
+
+/// A progressive JPEG of one colour, in as many components at the full size, with `comments` of 64 kB each: its decoder keeps
+/// two bytes of every component for every pixel.
+fn progressive_of((width, height): (u16, u16), components: u8, comments: usize) -> Vec<u8> {
+    let comments = [&[0xff, 0xfe, 0xff, 0xff][..], &vec![0; 65_533]].concat().repeat(comments);
+    let quantisers = [&[0xff, 0xdb, 0, 67, 0][..], &[1; 64]].concat();
+    let size = [height.to_be_bytes(), width.to_be_bytes()].concat();
+    let frame = [&[0xff, 0xc2, 0, 8 + 3 * components, 8][..], &size, &[components]].concat();
+    let kinds: Vec<u8> = (1..=components).flat_map(|id| [id, 0x11, 0]).collect();
+    let codes = [&[0xff, 0xc4, 0, 20, 0, 1][..], &[0; 15], &[0]].concat();
+    let scanned: Vec<u8> = (1..=components).flat_map(|id| [id, 0]).collect();
+    let scan = [&[0xff, 0xda, 0, 6 + 2 * components, components][..], &scanned, &[0, 0, 0]].concat();
+    // Of each block of each component: no difference; a bit.
+    let blocks = usize::from(width).div_ceil(8) * usize::from(height).div_ceil(8);
+    let data = vec![0; (blocks * usize::from(components)).div_ceil(8)];
+    [&[0xff, 0xd8][..], &comments, &quantisers, &frame, &kinds, &codes, &scan, &data, &[0xff, 0xd9]].concat()
+}
+
+/// JPEGs that nothing here decodes: lossless, differential, arithmetic-coded, and of 12 bits a sample.
+fn odd_jpegs() -> impl Iterator<Item = Vec<u8>> {
+    let file = jpeg();
+    let frame = file.windows(2).position(|pair| pair == [0xff, 0xc0]).expect("a frame");
+    let kinds = [0xc3, 0xc5, 0xc6, 0xc7, 0xc9, 0xca, 0xcb, 0xcd, 0xce, 0xcf].map(|kind| (frame + 1, kind));
+    kinds.into_iter().chain([(frame + 4, 12)]).map(move |(at, byte)| {
+        let mut file = file.clone();
+        file[at] = byte;
+        file
+    })
 }
 
 /// Four components, as printers have them.
@@ -173,9 +205,14 @@ fn turned(orientation: u8) -> Vec<u8> {
     file
 }
 
-/// A colour profile that unpacks to 100 MB.
-fn profile_bomb() -> Vec<u8> {
-    png_with(&[chunk(*b"iCCP", &[b"profile\0\0", &zeros(100_000_000)[..]].concat())])
+/// A PNG with a colour profile that unpacks to 100 MB.
+fn profile_bomb(png: &[u8]) -> Vec<u8> {
+    png_with(png, &[chunk(*b"iCCP", &[b"profile\0\0", &zeros(100_000_000)[..]].concat())])
+}
+
+/// 160 MB of pixels, and that.
+pub(crate) fn memory_bomb() -> Vec<u8> {
+    profile_bomb(&flat_png(LARGEST.0, LARGEST.1, RGBA))
 }
 
 /// An APNG that promises a million frames of the largest size.
@@ -183,7 +220,7 @@ fn frame_bomb() -> Vec<u8> {
     let control = chunk(*b"acTL", &[1_000_000u32.to_be_bytes(), 0u32.to_be_bytes()].concat());
     let frame: Vec<u8> =
         [0u32, 160, 120, 0, 0].into_iter().flat_map(u32::to_be_bytes).chain([0; 6]).collect();
-    let png = png_with(&[control]);
+    let png = png_with(&png(), &[control]);
     let end = png.len() - 12;
     let mut frames = png[..end].to_vec();
     for number in 0..2_000u32 {
@@ -231,6 +268,21 @@ async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
         ("1 x 1", flat_png(1, 1, RGBA), &[(422, "image-too-small")]),
         ("the largest size in one bit", flat_png(LARGEST.0, LARGEST.1, BLACK_OR_WHITE), &[(200, "")]),
         ("the largest size with alpha", flat_png(LARGEST.0, LARGEST.1, RGBA), &[(200, "")]),
+        ("the largest size in grey with alpha", flat_png(LARGEST.0, LARGEST.1, GREY_AND_ALPHA), &[(200, "")]),
+        ("the largest size in 16 bits with alpha", flat_png(4_000, 4_000, RGBA_16), &[(200, "")]),
+        ("a row more", flat_png(4_000, 4_001, RGBA_16), &[(422, "image-kind-too-large")]),
+        ("the largest progressive one", progressive_of(COSTLY, 3, 0), &[(200, "")]),
+        ("in four colours, with 9 MB of comments", progressive_of(COSTLY, 4, 140), &[(200, "")]),
+        (
+            "progressive, of the size that a baseline JPEG may have",
+            progressive_of((8_000, 5_000), 1, 0),
+            &[(422, "image-kind-too-large")],
+        ),
+        (
+            "a height that comes behind the pixels",
+            progressive_of((4_000, 0), 1, 0),
+            &[(422, "image-too-small")],
+        ),
         ("GIF of 5,000 frames", gif, &[(422, "image-format")]),
         ("APNG of a million frames", frame_bomb(), &[(200, ""), (422, "image-undecodable")]),
         ("SVG", svg, &[(422, "image-format")]),
@@ -248,7 +300,7 @@ async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
             jpeg_with(0xe1, b"Exif\0\0II*\0\x08\0\0\0", 159),
             &[(200, ""), (422, "image-undecodable")],
         ),
-        ("a profile of 100 MB in 600 kB", profile_bomb(), &[(200, ""), (422, "image-undecodable")]),
+        ("a profile of 100 MB in 600 kB", profile_bomb(&png()), &[(200, ""), (422, "image-undecodable")]),
         ("CMYK", cmyk(), &[(200, "")]),
         ("16 bits", sixteen_bits(), &[(200, "")]),
         ("NUL", vec![0; 1_000], &[(422, "image-format")]),
@@ -263,6 +315,7 @@ async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
             &[(422, "image-undecodable")],
         ),
     ];
+    cases.extend(odd_jpegs().map(|file| ("a JPEG of another kind", file, &[(422, "image-header")][..])));
     cases.extend((1..=8).map(|orientation| ("turned by EXIF", turned(orientation), &[(200, "")][..])));
     for file in [sample_bytes("ham10000-mel.jpg"), png()] {
         for sixteenth in 1..16 {

@@ -3,14 +3,16 @@
 use std::{io::Cursor, time::Instant};
 
 use dermflow_schemas::{
-    image::Format,
-    limits::{DECODE_DEADLINE, MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
+    image::{Format, header},
+    limits::{DECODE_DEADLINE, MAX_COSTLY_PIXELS, MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
 };
 use fast_image_resize::{
     FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
     images::{Image, ImageRef},
 };
-use image::{DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, metadata::Orientation};
+use image::{
+    ColorType, DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, metadata::Orientation,
+};
 
 use crate::{child, resize};
 
@@ -23,9 +25,9 @@ pub enum DecodeError {
     /// A JPEG without its end; decoders would fill in grey.
     #[error("the file is cut short")]
     CutShort,
-    /// More than [`MAX_PIXELS`].
-    #[error("the image has more than {MAX_PIXELS} pixels")]
-    TooLarge,
+    /// More than so many pixels, [`MAX_PIXELS`] or [`MAX_COSTLY_PIXELS`].
+    #[error("the image has more than {0} pixels")]
+    TooLarge(u64),
     /// One of these, as the decoder's process says it.
     #[error("{0}")]
     Told(String),
@@ -55,7 +57,7 @@ impl std::fmt::Debug for Picture {
 
 impl Picture {
     /// Decodes a file, in a process of its own on a thread that has one (see [`Decoding`](crate::child::Decoding)). An
-    /// alpha channel is dropped, 16-bit values are cut to 8.
+    /// alpha channel is dropped, 16-bit values are rounded to 8.
     ///
     /// # Errors
     /// See [`DecodeError`].
@@ -84,13 +86,20 @@ impl Picture {
         reader.limits(limits.clone());
         let mut decoder = reader.into_decoder()?;
         let (width, height) = decoder.dimensions();
-        if u64::from(width) * u64::from(height) > MAX_PIXELS {
-            return Err(DecodeError::TooLarge);
+        let is_costly = header(file, format).is_none_or(|header| header.is_costly);
+        let most = if is_costly { MAX_COSTLY_PIXELS } else { MAX_PIXELS };
+        if u64::from(width) * u64::from(height) > most {
+            return Err(DecodeError::TooLarge(most));
         }
         limits.reserve(decoder.total_bytes())?;
         decoder.set_limits(limits)?;
-        let orientation = decoder.orientation()?;
-        Ok(Self::new(without_alpha(DynamicImage::from_decoder(decoder)?), orientation))
+        let (orientation, color) = (decoder.orientation()?, decoder.color_type());
+        let (pixels, decoded) = (width as usize * height as usize, decoder.total_bytes() as usize);
+        let mut bytes = vec![0; decoded.max(3 * pixels)];
+        decoder.read_image(&mut bytes[..decoded])?;
+        to_rgb(&mut bytes, pixels, color);
+        let pixels = RgbImage::from_raw(width, height, bytes).expect("three bytes a pixel are left");
+        Ok(Self::new(pixels, orientation))
     }
 
     pub(crate) fn new(pixels: RgbImage, orientation: Orientation) -> Self {
@@ -151,17 +160,27 @@ fn fit(width: u32, height: u32, side: u32) -> (u32, u32) {
     (scaled(width), scaled(height))
 }
 
-/// 8-bit RGB. RGBA becomes it in place: of [`MAX_PIXELS`], both would take 280 MB.
-fn without_alpha(image: DynamicImage) -> RgbImage {
-    let DynamicImage::ImageRgba8(image) = image else { return image.into_rgb8() };
-    let (width, height) = image.dimensions();
-    let mut bytes = image.into_raw();
-    let pixels = bytes.len() / 4;
-    for pixel in 0..pixels {
-        bytes.copy_within(4 * pixel..4 * pixel + 3, 3 * pixel);
+/// What a JPEG or a PNG decodes to becomes 8-bit RGB in place: of [`MAX_PIXELS`], both would take up to 280 MB. There is
+/// room for either.
+fn to_rgb(bytes: &mut Vec<u8>, pixels: usize, color: ColorType) {
+    let (channels, wide) = (usize::from(color.channel_count()), usize::from(color.bytes_per_pixel()));
+    let sample = |bytes: &[u8], at: usize| {
+        let sixteen = || u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
+        if wide == channels { bytes[at] } else { ((u32::from(sixteen()) + 128) / 257) as u8 }
+    };
+    let mut convert = |pixel: usize| {
+        // Grey is the one channel, or the first of two.
+        let of = |channel: usize| pixel * wide + if channels < 3 { 0 } else { channel * (wide / channels) };
+        let rgb = [0, 1, 2].map(|channel| sample(bytes, of(channel)));
+        bytes[3 * pixel..3 * pixel + 3].copy_from_slice(&rgb);
+    };
+    // In the order in which nothing is written before it was read.
+    match wide {
+        ..3 => (0..pixels).rev().for_each(&mut convert),
+        3 => {}
+        _ => (0..pixels).for_each(&mut convert),
     }
     bytes.truncate(3 * pixels);
-    RgbImage::from_raw(width, height, bytes).expect("three bytes a pixel are left")
 }
 
 fn shrink(pixels: &RgbImage, width: u32, height: u32) -> RgbImage {
@@ -215,11 +234,31 @@ pub(crate) mod tests {
         file
     }
 
+    /// As the decoder's own library turns one into the other, in two buffers.
     #[test]
-    fn rgba_becomes_rgb_in_place() {
-        let image = image::RgbaImage::from_fn(7, 5, |x, y| image::Rgba([x as u8, y as u8, 9, 128]));
-        let expected = DynamicImage::ImageRgba8(image.clone()).into_rgb8();
-        assert_eq!(without_alpha(DynamicImage::ImageRgba8(image)), expected);
+    fn every_kind_becomes_rgb_in_place() {
+        let deep = image::ImageBuffer::from_fn(7, 5, |x, y| {
+            image::Rgba([x as u16 * 9_001, y as u16 * 13_007, 65_535 - x as u16, 128])
+        });
+        let deep = DynamicImage::ImageRgba16(deep);
+        use ColorType::{L8, L16, La8, La16, Rgb8, Rgb16, Rgba8, Rgba16};
+        for color in [L8, La8, Rgb8, Rgba8, L16, La16, Rgb16, Rgba16] {
+            let image = match color {
+                L8 => deep.to_luma8().into(),
+                La8 => deep.to_luma_alpha8().into(),
+                Rgb8 => deep.to_rgb8().into(),
+                Rgba8 => deep.to_rgba8().into(),
+                L16 => deep.to_luma16().into(),
+                La16 => deep.to_luma_alpha16().into(),
+                Rgb16 => deep.to_rgb16().into(),
+                _ => deep.clone(),
+            };
+            assert_eq!(image.color(), color);
+            let mut bytes = image.as_bytes().to_vec();
+            bytes.resize(bytes.len().max(3 * 7 * 5), 0);
+            to_rgb(&mut bytes, 7 * 5, color);
+            assert_eq!(bytes, image.into_rgb8().into_raw(), "{color:?}");
+        }
     }
 
     #[test]
@@ -244,7 +283,15 @@ pub(crate) mod tests {
             Picture::decode(&gray(12_001, 80), Format::Png),
             Err(DecodeError::Image(ImageError::Limits(_)))
         ));
-        assert!(matches!(Picture::decode(&gray(8_000, 5_001), Format::Png), Err(DecodeError::TooLarge)));
+        let too_large = |file: &[u8], format| match Picture::decode(file, format) {
+            Err(DecodeError::TooLarge(most)) => most,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(too_large(&gray(8_000, 5_001), Format::Png), MAX_PIXELS);
+        let deep = DynamicImage::new_luma16(4_000, 4_001);
+        let mut file = Cursor::new(Vec::new());
+        deep.write_to(&mut file, image::ImageFormat::Png).unwrap();
+        assert_eq!(too_large(&file.into_inner(), Format::Png), MAX_COSTLY_PIXELS);
         assert!(Picture::decode(&png(96, 80), Format::Jpeg).is_err());
     }
 

@@ -19,7 +19,19 @@ use super::{Finding, Protection, store};
 const CONNZ: &str = "CONNZ of every server";
 const STORED: &str = "the files in the folder that JSZ names";
 
-pub(super) async fn look(options: &NatsOptions) -> Result<Vec<Finding>> {
+const QUESTIONS: &str = "VARZ, CONNZ, ROUTEZ, JSZ";
+
+/// What there is to see; where nobody may ask, as in a cluster that has no user `monitor`, that nothing is known.
+pub(super) async fn look(options: &NatsOptions) -> Vec<Finding> {
+    ask(options).await.unwrap_or_else(|error| {
+        let seen = format!("{error:#}");
+        let link = Finding::link("all links of the broker", Protection::Unknown, seen.clone(), QUESTIONS);
+        let stored = "jobs, payloads and results at the broker";
+        vec![link, Finding::store(stored, Protection::Unknown, seen, QUESTIONS)]
+    })
+}
+
+async fn ask(options: &NatsOptions) -> Result<Vec<Finding>> {
     let monitor = Monitor::connect(options).await.map_err(|e| anyhow!(e)).context("the broker")?;
     let mut answers = Vec::new();
     for question in [Question::Server, Question::Connections, Question::Routes, Question::Store] {
@@ -50,12 +62,7 @@ fn silent(answers: &[Vec<Value>]) -> Vec<Finding> {
     let silent = answered.into_values().filter(|&(_, number)| number != all);
     let finding = |(name, number)| {
         let seen = format!("{number} answers to {all} questions");
-        Finding::link(
-            format!("all of the broker {name}"),
-            Protection::Unknown,
-            seen,
-            "VARZ, CONNZ, ROUTEZ, JSZ",
-        )
+        Finding::link(format!("all of the broker {name}"), Protection::Unknown, seen, QUESTIONS)
     };
     silent.map(finding).collect()
 }

@@ -2,7 +2,10 @@
 
 use dermflow_schemas::{
     fhir::CANONICAL,
-    limits::{MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS},
+    limits::{
+        MAX_BODY_BYTES, MAX_COSTLY_PIXELS, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, MAX_SIDE_PIXELS,
+        MIN_SIDE_PIXELS,
+    },
 };
 use serde_json::{Value, json};
 
@@ -23,6 +26,7 @@ pub(crate) fn information() -> Value {
             "minimumSidePixels": MIN_SIDE_PIXELS,
             "maximumSidePixels": MAX_SIDE_PIXELS,
             "maximumPixels": MAX_PIXELS,
+            "maximumPixelsProgressiveOr16Bit": MAX_COSTLY_PIXELS,
             "contentTypes": ["image/jpeg", "image/png"],
         },
     })
