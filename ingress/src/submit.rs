@@ -283,15 +283,13 @@ async fn ended_eventually(app: &Arc<App>, submitted: Submitted, client: ClientId
 
 /// The job's end, if it has come: another client's job, and a deleted one, is not found.
 pub(crate) async fn ended(app: &App, job: JobId, client: ClientId) -> Result<Option<Ended>, Problem> {
-    let record = app.store.find(job, client).await?.filter(|record| !record.deleted).ok_or(Code::NotFound)?;
+    let found = app.store.find_with_report(job, client).await?;
+    let (record, sealed) = found.filter(|(record, _)| !record.deleted).ok_or(Code::NotFound)?;
     if !record.state.is_terminal() {
         return Ok(None);
     }
     let report = match record.state {
-        State::Succeeded => {
-            let sealed = app.store.report(job).await?.ok_or(Code::NotFound)?;
-            Some(open(app, job, &sealed)?)
-        }
+        State::Succeeded => Some(open(app, job, &sealed.ok_or(Code::NotFound)?)?),
         _ => None,
     };
     Ok(Some(Ended { record, report }))
