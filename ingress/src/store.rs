@@ -252,21 +252,25 @@ impl Store {
             let insert = "INSERT INTO reports (job, key_id, sealed) \
                       SELECT * FROM unnest($1::uuid[], $2::text[], $3::bytea[]) ON CONFLICT DO NOTHING";
             let insert = transaction.prepare_cached(insert).await?;
-            transaction.execute(&insert, &[&ids, &keys, &sealed]).await?;
             // What they are searched by goes where it ends with them.
             let index = "WITH moved AS (UPDATE jobs SET search = NULL WHERE id = ANY($1) AND search IS NOT NULL \
                      RETURNING client, id, old.search AS tokens) \
                      INSERT INTO report_tokens (client, job, token) \
                      SELECT client, id, unnest(tokens) FROM moved ON CONFLICT DO NOTHING";
             let index = transaction.prepare_cached(index).await?;
-            transaction.execute(&index, &[&ids]).await?;
             let count = "INSERT INTO usage (client, day, jobs, images) \
                      SELECT client, (accepted_at AT TIME ZONE 'UTC')::date AS day, count(*), sum(images) \
                      FROM jobs WHERE id = ANY($1) GROUP BY client, day ORDER BY client, day \
                      ON CONFLICT (client, day) DO UPDATE \
                      SET jobs = usage.jobs + excluded.jobs, images = usage.images + excluded.images";
             let count = transaction.prepare_cached(count).await?;
-            transaction.execute(&count, &[&ids]).await?;
+            // In one round trip.
+            let (report, id): (&[&(dyn ToSql + Sync)], &[&(dyn ToSql + Sync)]) = (&[&ids, &keys, &sealed], &[&ids]);
+            tokio::try_join!(
+                transaction.execute(&insert, report),
+                transaction.execute(&index, id),
+                transaction.execute(&count, id)
+            )?;
             transaction.commit().await?;
             Ok(winners)
         })
@@ -285,14 +289,24 @@ impl Store {
         .await
     }
 
-    /// The sealed report of a job.
-    pub(crate) async fn report(&self, job: JobId) -> Result<Option<Sealed>> {
+    /// [`Self::find`], and the sealed report if there is one.
+    pub(crate) async fn find_with_report(
+        &self,
+        job: JobId,
+        client: ClientId,
+    ) -> Result<Option<(Record, Option<Sealed>)>> {
         within(async {
             let connection = self.pool.get().await?;
-            let select =
-                connection.prepare_cached("SELECT key_id, sealed FROM reports WHERE job = $1").await?;
-            let row = connection.query_opt(&select, &[&job.uuid()]).await?;
-            Ok(row.map(|row| Sealed { key_id: row.get(0), bytes: row.get::<_, Vec<u8>>(1).into() }))
+            let select = format!(
+                "SELECT {RECORD}, key_id, sealed FROM jobs LEFT JOIN reports ON job = id \
+                 WHERE id = $1 AND client = $2"
+            );
+            let select = connection.prepare_cached(&select).await?;
+            let Some(row) = connection.query_opt(&select, &[&job.uuid(), &client.uuid()]).await? else {
+                return Ok(None);
+            };
+            let sealed = |key_id| Sealed { key_id, bytes: row.get::<_, Vec<u8>>("sealed").into() };
+            Ok(Some((Record::try_from(&row)?, row.get::<_, Option<String>>("key_id").map(sealed))))
         })
         .await
     }

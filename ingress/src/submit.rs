@@ -320,13 +320,10 @@ pub(crate) async fn ended(app: &App, job: JobId, client: ClientId) -> Result<Opt
 
 /// The same; `last` says whether its client has no way to ask again.
 async fn look(app: &App, job: JobId, client: ClientId, last: bool) -> Result<Option<Ended>, Problem> {
-    let record = app.store.find(job, client).await?.ok_or(Code::NotFound)?;
+    let (record, sealed) = app.store.find_with_report(job, client).await?.ok_or(Code::NotFound)?;
     let report = match record.state {
         state if !state.is_terminal() => return Ok(None),
-        State::Succeeded => {
-            let sealed = app.store.report(job).await?.ok_or(Code::ReportRemoved)?;
-            Some(open(app, job, &sealed)?)
-        }
+        State::Succeeded => Some(open(app, job, &sealed.ok_or(Code::ReportRemoved)?)?),
         _ if record.deleted_at.is_some() => return Err(Code::NotFound.into()),
         _ => None,
     };

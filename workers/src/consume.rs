@@ -90,7 +90,7 @@ impl Consumer {
                 () = stop.cancelled() => {}
                 () = hung.cancelled() => {}
                 slot = self.executors.slot(), if self.slot.is_none() => self.slot = slot,
-                () = self.executors.soon_free(ASK_AHEAD), if !self.may_ask() => {}
+                () = self.executors.soon_free(ASK_AHEAD), if !self.executors.is_soon_free(ASK_AHEAD) => {}
                 Some(ended) = self.running.join_next() => self.ended(ended),
                 news = self.watch.next() => self.learn(news),
                 answer = next(&mut self.pulls) => self.heard(answer).await,
@@ -126,7 +126,8 @@ impl Consumer {
     }
 
     fn may_ask(&self) -> bool {
-        self.slot.is_some() || self.executors.is_soon_free(ASK_AHEAD)
+        let ahead = || self.executors.is_soon_free(ASK_AHEAD) && !self.attempts.quarantine.is_taken();
+        self.slot.is_some() || ahead()
     }
 
     async fn ask_source(&mut self, source: Source, patience: Patience) {

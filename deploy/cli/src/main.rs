@@ -16,7 +16,7 @@ use dermflow_cli::{
     inputs::Inputs,
     jobs::{self, BatchCommand, JobsCommand},
     progress::{self, Counters},
-    submit::{self, Options, Summary},
+    submit::{self, Acceptance, Options, Summary},
 };
 use dermflow_schemas::process::shutdown_requested;
 use uuid::Uuid;
@@ -116,6 +116,9 @@ struct SubmitOptions {
     /// Parallel uploads.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     concurrency: u8,
+    /// Files that one upload has sent and the server has not answered yet: with 1, each waits for the one before it.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    in_flight: u16,
     /// Add to this batch instead of a new one; without files: only fetch its results.
     #[arg(long, value_name = "ID")]
     batch: Option<Uuid>,
@@ -172,6 +175,7 @@ async fn submit(api: &Api, options: SubmitOptions, json: bool) -> Result<u8, Fai
         inputs,
         out: options.out,
         concurrency: options.concurrency.into(),
+        in_flight: options.in_flight.into(),
         subject: options.subject,
         batch: options.batch,
         wait,
@@ -205,12 +209,17 @@ fn report(summary: &Summary, quiet: bool, json: bool, wait: bool) -> Result<(), 
         writeln!(stdout(), "{batch}").map_err(failed)?;
     }
     if !quiet {
-        let Summary { files, accepted, succeeded, failed, refused, seconds, out, .. } = summary;
+        let Summary { files, accepted, succeeded, failed, refused, seconds, out, acceptance, .. } = summary;
         let out = out.display();
         eprintln!(
             "{files} files: {accepted} accepted, {succeeded} with a report, {failed} failed, {refused} refused; \
              {seconds:.1} s, {out}"
         );
+        if let Some(Acceptance { seconds, p50_ms, p99_ms, max_ms, .. }) = acceptance {
+            eprintln!(
+                "accepted in {seconds:.1} s; a file p50 {p50_ms:.0}, p99 {p99_ms:.0}, max {max_ms:.0} ms"
+            );
+        }
     }
     Ok(())
 }

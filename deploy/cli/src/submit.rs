@@ -1,8 +1,12 @@
 //! `dermflow submit`: many images as one batch, and their results in one file.
 //!
-//! [`submit`] is the whole of it without a terminal, so that benchmarks can use it as their load.
+//! [`submit`] is the whole of it without a terminal.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use futures_util::future::try_join_all;
 use serde::Serialize;
@@ -30,6 +34,8 @@ pub struct Options {
     pub out: PathBuf,
     /// Parallel uploads.
     pub concurrency: usize,
+    /// Files that one upload has sent and the server has not answered yet.
+    pub in_flight: usize,
     /// The patient's identifier, for all images.
     pub subject: Option<String>,
     /// The batch to add to or to follow, instead of a new one.
@@ -61,8 +67,42 @@ pub struct Summary {
     pub bytes: u64,
     /// Seconds that this run took.
     pub seconds: f64,
+    /// How soon files were accepted; absent when this run sent none.
+    pub acceptance: Option<Acceptance>,
     /// The result file.
     pub out: PathBuf,
+}
+
+/// How soon the files that this run sent were accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Acceptance {
+    /// How many.
+    pub files: usize,
+    /// Seconds from the beginning of the run to the last of them.
+    pub seconds: f64,
+    /// Milliseconds from the first byte of a file on its way to the answer: the middle one.
+    pub p50_ms: f64,
+    /// 99 of 100 were not slower.
+    pub p99_ms: f64,
+    /// The slowest one.
+    pub max_ms: f64,
+}
+
+impl Acceptance {
+    fn of(begin: Instant, accepted: &[(Duration, Instant)]) -> Option<Self> {
+        let last = accepted.iter().map(|(_, at)| *at).max()?;
+        let mut ms: Vec<f64> = accepted.iter().map(|(took, _)| took.as_secs_f64() * 1e3).collect();
+        ms.sort_by(f64::total_cmp);
+        let percentile =
+            |percent: usize| ms.get(((ms.len() * percent).div_ceil(100)).saturating_sub(1)).copied();
+        Some(Self {
+            files: ms.len(),
+            seconds: (last - begin).as_secs_f64(),
+            p50_ms: percentile(50)?,
+            p99_ms: percentile(99)?,
+            max_ms: percentile(100)?,
+        })
+    }
 }
 
 impl Summary {
@@ -80,7 +120,7 @@ impl Summary {
 /// be reached, does not let us in, or cannot give what it should.
 pub async fn submit(api: &Api, options: Options, counters: Arc<Counters>) -> Result<Summary, Failure> {
     let begin = Instant::now();
-    let Options { inputs, out, concurrency, subject, batch, wait, patience } = options;
+    let Options { inputs, out, concurrency, in_flight, subject, batch, wait, patience } = options;
     let follows = inputs.items.is_empty();
     if follows && batch.is_none() {
         return Err(Failure::Usage("there are no images to submit".into()));
@@ -95,6 +135,8 @@ pub async fn submit(api: &Api, options: Options, counters: Arc<Counters>) -> Res
         patience: &patience,
         inputs: Arc::new(inputs),
         subject: subject.map(Arc::from),
+        in_flight,
+        accepted: std::sync::Mutex::default(),
         opening: Mutex::default(),
     };
     // What is all done already needs no server, and a batch that is only followed is not ours to close.
@@ -121,6 +163,8 @@ pub async fn submit(api: &Api, options: Options, counters: Arc<Counters>) -> Res
         failure = keep_synced(work.files()) => Err(failure),
     };
     let synced = sync(work.files()).await;
+    let accepted = uploader.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+    let acceptance = Acceptance::of(begin, &accepted);
     outcome.and(synced)?;
     Ok(Summary {
         batch: work.batch(),
@@ -132,6 +176,7 @@ pub async fn submit(api: &Api, options: Options, counters: Arc<Counters>) -> Res
         retries: counters.retries.get(),
         bytes: counters.bytes.get(),
         seconds: begin.elapsed().as_secs_f64(),
+        acceptance,
         out,
     })
 }
@@ -150,4 +195,19 @@ async fn sync(files: [AppendFile; 2]) -> Result<(), Failure> {
     let synced = spawn_blocking(move || files.iter().try_for_each(AppendFile::sync)).await;
     let failed = |error: String| Failure::Unfinished(format!("cannot write the results: {error}"));
     synced.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slowest_in_a_hundred_is_beyond_the_99th() {
+        let begin = Instant::now();
+        assert_eq!(Acceptance::of(begin, &[]), None);
+        let ms = Duration::from_millis;
+        let accepted: Vec<_> = (1..=200).map(|n| (ms(n), begin + ms(10 * n))).collect();
+        let figures = Acceptance { files: 200, seconds: 2.0, p50_ms: 100.0, p99_ms: 198.0, max_ms: 200.0 };
+        assert_eq!(Acceptance::of(begin, &accepted), Some(figures));
+    }
 }

@@ -15,7 +15,7 @@ use reqwest::{Body, Method, Response, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{
-    sync::{Mutex as AsyncMutex, MutexGuard as AsyncGuard, mpsc},
+    sync::{Mutex as AsyncMutex, MutexGuard as AsyncGuard, Semaphore, mpsc},
     task::spawn_blocking,
     time::{Instant, timeout},
 };
@@ -50,6 +50,10 @@ pub(crate) struct Uploader<'a> {
     pub(crate) patience: &'a Patience,
     pub(crate) inputs: Arc<Inputs>,
     pub(crate) subject: Option<Arc<str>>,
+    /// Files that one upload has sent and the server has not answered yet.
+    pub(crate) in_flight: usize,
+    /// How long the server took to accept each file that this run sent, and when it had.
+    pub(crate) accepted: Mutex<Vec<(Duration, Instant)>>,
     /// Held by the connection that has the batch made.
     pub(crate) opening: AsyncMutex<()>,
 }
@@ -72,7 +76,7 @@ impl Uploader<'_> {
     pub(crate) async fn run(&self) -> Result<(), Failure> {
         let mut step = 0;
         while let Some(first) = self.work.take(None).await {
-            let flight = Flight::new(self.work, first);
+            let flight = Flight::new(self.work, first, self.in_flight);
             let outcome = self.upload(first, &flight).await;
             if flight.answered() {
                 step = 0;
@@ -202,6 +206,7 @@ impl Uploader<'_> {
                 }
             }
             next = None;
+            flight.room().await;
             if number < UPLOAD_LINES && begin.elapsed() < UPLOAD_FOR {
                 next = self.work.take(Some(Instant::now() + IDLE)).await;
             }
@@ -238,7 +243,12 @@ impl Uploader<'_> {
                 }
                 Answer { line: Some(number), job, error, .. } => {
                     self.patience.alive();
-                    if let Some(item) = flight.answer(number) {
+                    if let Some((item, sent)) = flight.answer(number) {
+                        if error.is_none() {
+                            let now = Instant::now();
+                            let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+                            accepted.push((now - sent, now));
+                        }
                         self.settle(item, job, error)?;
                     }
                 }
@@ -302,14 +312,16 @@ fn body(receiver: mpsc::Receiver<Piece>) -> Body {
 struct Flight<'a> {
     work: &'a Work,
     held: Mutex<Held>,
+    /// One for each file that may be sent before another answer.
+    room: Semaphore,
 }
 
 #[derive(Debug)]
 struct Held {
     /// Taken from the queue and not sent yet.
     preparing: Option<usize>,
-    /// By line, sent and not answered yet.
-    sent: HashMap<u64, usize>,
+    /// By line, sent and not answered yet, and since when.
+    sent: HashMap<u64, (usize, Instant)>,
     /// All that ever were in this upload.
     seen: HashSet<usize>,
     answered: bool,
@@ -317,7 +329,7 @@ struct Held {
 }
 
 impl<'a> Flight<'a> {
-    fn new(work: &'a Work, first: usize) -> Self {
+    fn new(work: &'a Work, first: usize, in_flight: usize) -> Self {
         let held = Held {
             preparing: Some(first),
             sent: HashMap::new(),
@@ -325,7 +337,7 @@ impl<'a> Flight<'a> {
             answered: false,
             moved: Instant::now(),
         };
-        Self { work, held: Mutex::new(held) }
+        Self { work, held: Mutex::new(held), room: Semaphore::new(in_flight.saturating_sub(1)) }
     }
 
     /// Takes charge of a file; false when it was in this upload before, and is given back at once.
@@ -343,18 +355,29 @@ impl<'a> Flight<'a> {
     fn sent(&self, number: u64, item: usize) {
         let mut held = self.held();
         held.preparing = None;
-        held.sent.insert(number, item);
+        held.sent.insert(number, (item, Instant::now()));
+    }
+
+    /// Waits until another file may be sent.
+    async fn room(&self) {
+        if let Ok(room) = self.room.acquire().await {
+            room.forget();
+        }
     }
 
     fn dropped(&self, item: usize) {
         let mut held = self.held();
         held.preparing = held.preparing.filter(|known| *known != item);
+        self.room.add_permits(1);
     }
 
-    fn answer(&self, number: u64) -> Option<usize> {
+    /// The file of a line that is answered, and when it was sent.
+    fn answer(&self, number: u64) -> Option<(usize, Instant)> {
         let mut held = self.held();
         held.answered = true;
-        held.sent.remove(&number)
+        let sent = held.sent.remove(&number)?;
+        self.room.add_permits(1);
+        Some(sent)
     }
 
     fn answered(&self) -> bool {
@@ -377,6 +400,7 @@ impl<'a> Flight<'a> {
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
         let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.work.give_back(held.preparing.take().into_iter().chain(held.sent.drain().map(|(_, item)| item)));
+        self.work
+            .give_back(held.preparing.take().into_iter().chain(held.sent.drain().map(|(_, (item, _))| item)));
     }
 }

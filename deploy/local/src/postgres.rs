@@ -39,6 +39,8 @@ const SETTINGS: &[&str] = &[
     "max_connections=100",
     "fsync=on",
     "synchronous_commit=on",
+    // A young table soon outgrows the plans that were made while it was empty.
+    "autovacuum_naptime=5s",
     "password_encryption=scram-sha-256",
     // A failing statement may hold what no log may.
     "log_min_error_statement=panic",

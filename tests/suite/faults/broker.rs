@@ -1,8 +1,13 @@
 //! A broker that is killed, frozen or full.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    path::Path,
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use dermflow_schemas::queue;
 use dermflow_tests::{
     checker::{Ledger, order},
@@ -11,6 +16,10 @@ use dermflow_tests::{
     wait::eventually,
 };
 use futures_util::future::join_all;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+};
 
 use super::{SETTLE, jobs};
 
@@ -119,6 +128,117 @@ async fn r11_a_full_queue_refuses_and_recovers() -> Result<()> {
     assert_eq!(held, accepted.len() as u64);
     lab.start_worker(Worker::simulated(1)).await?;
     ledger.submit_all(&client, n..n + room as usize, 8).await?;
+    ledger.check(&lab, &[], SETTLE).await?;
+    lab.stop().await
+}
+
+/// What the broker's disk takes beyond what is on it.
+const DISK_ROOM: u64 = 6 * 1024 * 1024;
+
+/// A disk of its own for the broker, in memory: a user may mount one in namespaces of its own.
+struct Disk {
+    /// Holds the namespaces.
+    holder: Child,
+}
+
+impl Disk {
+    /// Moves what `store` holds there, with [`DISK_ROOM`] besides. `None` where nobody may have such namespaces.
+    async fn of(store: &Path) -> Result<Option<Self>> {
+        let held: u64 = walk(store)?;
+        let script = format!(
+            r#"mkdir "$1.disk" && mount -t tmpfs -o size={} tmpfs "$1.disk" && cp -a "$1/." "$1.disk/" &&
+               mount --bind "$1.disk" "$1" && echo ready && read -r end"#,
+            held + DISK_ROOM
+        );
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", &script, "sh"]).arg(store);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        let mut holder = command.spawn()?;
+        let mut lines = BufReader::new(holder.stdout.take().context("no output")?).lines();
+        Ok((lines.next_line().await?.as_deref() == Some("ready")).then_some(Self { holder }))
+    }
+
+    fn id(&self) -> Result<u32> {
+        self.holder.id().context("the disk is gone")
+    }
+
+    /// Makes it ten times as large.
+    async fn grow(&self, store: &Path) -> Result<()> {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--target={}", self.id()?));
+        command.args(["--user", "--mount", "--preserve-credentials", "mount", "-o"]);
+        command.arg(format!("remount,size={}", 10 * (walk(store)? + DISK_ROOM))).arg(store);
+        ensure!(command.status().await?.success(), "the disk cannot be made larger");
+        Ok(())
+    }
+}
+
+/// Bytes of a folder's files, each in whole pages.
+fn walk(folder: &Path) -> Result<u64> {
+    const PAGE: u64 = 4096;
+    let mut bytes = PAGE;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        bytes += if entry.file_type()?.is_dir() {
+            walk(&entry.path())?
+        } else {
+            entry.metadata()?.len().next_multiple_of(PAGE)
+        };
+    }
+    Ok(bytes)
+}
+
+// R11: the broker's disk is full. nats-server 2.15 then answers no publication to the stream that it could not write,
+// until it is started again with room on its disk. Ingress and workers stay: what is submitted meanwhile gets 503
+// with Retry-After, what is known can be read, and nothing that was acknowledged is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn r11_a_full_disk_refuses_and_recovers() -> Result<()> {
+    let mut lab = Lab::start(Setup { ack_wait: 3, ..Setup::without_workers() }).await?;
+    let (client, ledger) = (lab.client().clone(), Ledger::default());
+    let first = ledger.submit(&client, 0).await?;
+    let store = lab.storage()[0].clone();
+    lab.stop_nats().await?;
+    let disk = Disk::of(&store).await?;
+    if let Some(disk) = &disk {
+        lab.node(0).process.see_files_of(disk.id()?);
+    }
+    lab.restart_nats().await?;
+    if disk.is_none() {
+        println!("this machine gives no namespaces: files that cannot grow stand for a full disk");
+        lab.node(0).process.limit_files(1024 * 1024)?;
+    }
+    let (mut n, mut accepted) = (1, vec![first]);
+    // One by one: what is refused first is refused for want of room.
+    while let Some(job) = ledger.attempt(&client, n).await? {
+        accepted.push(job);
+        n += 1;
+        ensure!(n < 1_000, "the disk takes more than it can hold");
+    }
+    ensure!(accepted.len() > 10, "only {} fit", accepted.len());
+    ensure!(lab.logs()?.contains("write error"), "the broker's disk was not full");
+    for _ in 0..3 {
+        let refused = client.analyze(&order(n), &[("idempotency-key", &format!("order-{n}"))]).await?;
+        assert_eq!((refused.status, refused.code()), (503, "queue-unavailable"), "{}", refused.text);
+        ensure!(!refused.header("retry-after").is_empty(), "no Retry-After");
+    }
+    assert_eq!(client.get(&format!("/fhir/_async/{}", accepted[0])).await?.status, 202);
+    // Results have no room either.
+    lab.start_worker(Worker::simulated(1)).await?;
+    ensure!(ledger.attempt(&client, n).await?.is_none(), "accepted without room");
+    if let Some(disk) = &disk {
+        disk.grow(&store).await?;
+    }
+    lab.kill_nats().await?;
+    lab.restart_nats().await?;
+    let back = Instant::now();
+    ledger.submit(&client, n).await?;
+    ensure!(back.elapsed() <= BACK_WITHIN, "accepted {:?} after the broker was back", back.elapsed());
+    ledger.submit_all(&client, n + 1..n + jobs(), 8).await?;
+    println!(
+        "{} accepted before the disk was full, slowest refusal {:?}",
+        accepted.len(),
+        ledger.slowest_refusal()
+    );
     ledger.check(&lab, &[], SETTLE).await?;
     lab.stop().await
 }

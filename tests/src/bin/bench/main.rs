@@ -50,6 +50,7 @@ const USAGE: &str = "usage: bench COMMAND
   degradation [ROW] [--long]  what goes wrong, case by case
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
+  upload --parallel [--short] the same during 1 GB (256 MB) in eight uploads at once
   logins                      what 200 logins at once cost others, and what an unknown name costs
   stages                      what a worker's time for an image goes into
   tokens                      what checking a token costs, and what is not told of another client's job
@@ -100,6 +101,8 @@ async fn run(args: &[&str]) -> Result<()> {
         ["scale", "elastic"] => scale::elastic(4, 16).await,
         ["upload"] => upload::memory(2_000_000_000).await,
         ["upload", "--short"] => upload::memory(256_000_000).await,
+        ["upload", "--parallel"] => upload::parallel(1_000_000_000).await,
+        ["upload", "--parallel", "--short"] => upload::parallel(256_000_000).await,
         ["logins"] => Box::pin(logins::logins()).await,
         ["stages"] => stages::stages().await,
         ["tokens"] => tokens::tokens().await,

@@ -1,6 +1,10 @@
-//! Memory of ingress while a large batch is uploaded, and the upload that other benchmarks fill the queue with.
+//! Memory of ingress while large batches are uploaded, one or several at once, and the upload that other benchmarks fill
+//! the queue with.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -8,7 +12,7 @@ use dermflow_tests::{
     client::Client,
     lab::{Lab, Setup},
 };
-use futures_util::stream;
+use futures_util::{future::try_join_all, stream};
 use reqwest::{Body, Method};
 use serde_json::Value;
 
@@ -20,16 +24,32 @@ use crate::{
 /// The longest upload.
 const WITHIN: Duration = Duration::from_mins(20);
 
-/// Uploads `lines` lines with `image` each to a new batch, made while they are sent; reads the answer meanwhile.
-/// Returns the jobs of the lines that were accepted, which must be all.
+/// Uploads at once: half of them to one batch, the others to one each.
+const PARALLEL: usize = 8;
+
+/// What came of an upload.
+pub(crate) struct Uploaded {
+    /// Where to send more.
+    batch: String,
+    /// Of all lines.
+    pub(crate) jobs: Vec<String>,
+}
+
+/// Uploads `lines` lines with `image` each to a new batch.
 pub(crate) async fn upload(client: &Client, image: &[u8], lines: usize) -> Result<Vec<String>> {
-    let image = STANDARD.encode(image);
+    Ok(upload_to(client, "/batches", "line", image, lines).await?.jobs)
+}
+
+/// Uploads `lines` lines with `image` each, made while they are sent, and named after `name`; reads the answer
+/// meanwhile. All must be accepted.
+async fn upload_to(client: &Client, path: &str, name: &str, image: &[u8], lines: usize) -> Result<Uploaded> {
+    let (image, name) = (STANDARD.encode(image), name.to_owned());
     let line = move |n| {
-        let line = format!("{{\"custom_id\":\"{n}\",\"images\":[{{\"data\":\"{image}\"}}]}}\n");
+        let line = format!("{{\"custom_id\":\"{name}-{n}\",\"images\":[{{\"data\":\"{image}\"}}]}}\n");
         Ok::<_, std::convert::Infallible>(line)
     };
     let body = Body::wrap_stream(stream::iter((0..lines).map(line)));
-    let request = client.request(Method::POST, "/batches").header("content-type", "application/x-ndjson");
+    let request = client.request(Method::POST, path).header("content-type", "application/x-ndjson");
     let mut response = request.timeout(WITHIN).body(body).send().await?.error_for_status()?;
     let (mut jobs, mut rest, mut last) = (Vec::new(), Vec::new(), Value::Null);
     while let Some(chunk) = response.chunk().await? {
@@ -41,7 +61,33 @@ pub(crate) async fn upload(client: &Client, image: &[u8], lines: usize) -> Resul
         }
     }
     ensure!(last["complete"] == true && jobs.len() == lines, "{} of {lines} accepted; {last}", jobs.len());
-    Ok(jobs)
+    let batch = format!("/batches/{}", last["batch"].as_str().context("no batch")?);
+    Ok(Uploaded { batch, jobs })
+}
+
+/// [`PARALLEL`] uploads at once, of `bytes` together, while nobody works: the bounds of ingress hold for their sum.
+pub(crate) async fn parallel(bytes: usize) -> Result<()> {
+    let image = photographs(1)?.remove(0);
+    let lines = bytes / (image.len() * 4 / 3) / PARALLEL;
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (_, pid) =
+        lab.pids().into_iter().find(|(name, _)| name.starts_with("ingress")).context("no ingress")?;
+    let shared = upload_to(lab.client(), "/batches", "first", &image, 16).await?;
+    forget_peak(pid)?;
+    let (before, begun) = (rss_mb(pid)?, Instant::now());
+    let paths = (0..PARALLEL).map(|n| if n % 2 == 0 { shared.batch.as_str() } else { "/batches" });
+    let names: Vec<String> = (0..PARALLEL).map(|n| format!("upload-{n}")).collect();
+    let uploads = paths.zip(&names).map(|(path, name)| upload_to(lab.client(), path, name, &image, lines));
+    let uploaded = try_join_all(uploads).await?;
+    let (seconds, peak) = (begun.elapsed().as_secs_f64(), peak_rss_mb(pid)? as f64);
+    let jobs: HashSet<&String> = uploaded.iter().flat_map(|uploaded| &uploaded.jobs).collect();
+    let recorded = lab.count("SELECT count(*) FROM ingress.jobs WHERE state = 'queued'").await?;
+    println!("{PARALLEL} uploads of {lines} lines: {:.0} lines/s", jobs.len() as f64 / seconds);
+    println!("RSS of ingress: {before:.0} MB before, {peak:.0} MB at the peak");
+    verdict("peak RSS, MB", peak, peak <= 512.0, "at most 512");
+    let lost = (PARALLEL * lines + shared.jobs.len()) as i64 - recorded;
+    verdict("jobs that are not queued", lost as f64, lost == 0 && jobs.len() == PARALLEL * lines, "0");
+    lab.stop().await
 }
 
 /// One upload of `bytes` while nobody works.
