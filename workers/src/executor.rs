@@ -226,9 +226,9 @@ fn serve(
     loop {
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(((model, work), slot)) = next else { return };
-        let (Some(engine), Some(make)) = (engines.get_mut(model), factories.get(model)) else { continue };
+        let (Some(engine), Some(factory)) = (engines.get_mut(model), factories.get(model)) else { continue };
         if engine.is_none() {
-            *engine = make().inspect_err(|error| tracing::error!(%error, "no engine after a panic")).ok();
+            *engine = factory().inspect_err(|error| tracing::error!(%error, "no engine after a panic")).ok();
         }
         // Without an engine the work is dropped, and with it the sender of its reply.
         if let Some(own) = engine.as_deref_mut() {
