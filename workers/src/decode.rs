@@ -154,7 +154,7 @@ impl Picture {
 }
 
 /// `width` and `height` in the same ratio, the longer one `side` at most.
-fn fit(width: u32, height: u32, side: u32) -> (u32, u32) {
+pub(crate) fn fit(width: u32, height: u32, side: u32) -> (u32, u32) {
     let scale = f64::from(side) / f64::from(width.max(height));
     let scaled = |length: u32| ((f64::from(length) * scale.min(1.0)).round() as u32).max(1);
     (scaled(width), scaled(height))
