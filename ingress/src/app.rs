@@ -74,8 +74,8 @@ impl Gate for App {
         &self.rates
     }
 
-    fn users(&self) -> &Pool {
-        self.store.pool()
+    fn store(&self) -> &Store {
+        &self.store
     }
 }
 
