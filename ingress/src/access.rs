@@ -32,7 +32,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{providers::Providers, retention::Answered};
+use crate::{providers::Providers, retention::Answered, store::Store};
 
 /// What a process needs to know who may call it.
 pub(crate) trait Gate: Send + Sync + 'static {
@@ -46,8 +46,8 @@ pub(crate) trait Gate: Send + Sync + 'static {
     fn trail(&self) -> &Trail;
     /// How often clients may call.
     fn rates(&self) -> &Rates;
-    /// Where the users are.
-    fn users(&self) -> &Pool;
+    /// Where the users are, and what they have.
+    fn store(&self) -> &Store;
 
     /// Notes that reports go out to `client`, before they do.
     fn answered(
@@ -188,7 +188,7 @@ pub(crate) async fn run<G: Gate>(gate: Arc<G>, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = look.tick() => gate.access().refresh(gate.users()).await,
+            _ = look.tick() => gate.access().refresh(gate.store().pool()).await,
             _ = keys.tick() => {
                 if let Err(error) = gate.tokens().reload() {
                     tracing::warn!(%error, "the signing keys stay as they were");

@@ -91,8 +91,8 @@ impl Gate for App {
         &self.rates
     }
 
-    fn users(&self) -> &Pool {
-        self.store.pool()
+    fn store(&self) -> &Store {
+        &self.store
     }
 
     async fn answered(&self, client: ClientId, reports: Vec<Answered>) -> Result<(), Code> {

@@ -31,7 +31,7 @@ use dermflow_auth::{
 };
 use dermflow_http::{
     dress::REQUEST_ID,
-    serve::{Certificate, Peer},
+    serve::{Certificate, Peer, Shows},
 };
 use dermflow_schemas::{
     clock,
@@ -42,7 +42,9 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::{access::Gate, answer::Problem, retention::Answered, routes::is_login};
+use crate::{
+    access::Gate, answer::Problem, retention::Answered, routes::is_login, store::connections::asking,
+};
 
 /// Where a request comes from, and who is behind it as soon as that is known.
 #[derive(Debug, Clone, Default)]
@@ -51,7 +53,9 @@ pub(crate) struct Origin(Arc<Known>);
 #[derive(Debug, Default)]
 struct Known {
     source: Option<IpAddr>,
-    certificate: Option<Fingerprint>,
+    shows: Option<Shows>,
+    /// The route needs a certificate.
+    certified: OnceLock<()>,
     request: Option<Uuid>,
     is_head: bool,
     user: OnceLock<ClientId>,
@@ -63,19 +67,34 @@ impl Origin {
         let source = request.extensions().get::<Peer>().map(|peer| peer.0);
         // A caller's own id may be any word; only what is certainly no more than an id is kept.
         let id = request.headers().get(&REQUEST_ID).and_then(|id| id.to_str().ok()?.parse().ok());
-        let certificate = request.extensions().get().map(|Certificate(fingerprint)| *fingerprint);
+        let shows = request.extensions().get().cloned();
         let is_head = request.method() == Method::HEAD;
-        Self(Arc::new(Known { source, certificate, request: id, is_head, ..Known::default() }))
+        Self(Arc::new(Known { source, shows, request: id, is_head, ..Known::default() }))
     }
 
-    /// The certificate of the caller's connection.
+    /// The certificate of the caller's connection, while it is good.
     pub(crate) fn certificate(&self) -> Option<Fingerprint> {
-        self.0.certificate
+        self.0.shows.as_ref().and_then(Shows::certificate).map(|Certificate(fingerprint)| fingerprint)
+    }
+
+    /// The route is open to who shows a certificate only.
+    pub(crate) fn needs_certificate(&self) {
+        let _ = self.0.certified.set(());
+    }
+
+    /// Whether the route needs a certificate that the connection does not show any more.
+    pub(crate) fn lacks_certificate(&self) -> bool {
+        self.0.certified.get().is_some() && self.certificate().is_none()
     }
 
     /// The caller has proved to be this user.
     pub(crate) fn is(&self, user: ClientId) {
         let _ = self.0.user.set(user);
+    }
+
+    /// Who the caller is, as far as it has proved that.
+    pub(crate) fn user(&self) -> Option<ClientId> {
+        self.0.user.get().copied()
     }
 
     /// The caller says that it is the owner of this account.
@@ -87,7 +106,7 @@ impl Origin {
 
     /// Who calls, as the trail has it.
     pub(crate) fn who(&self) -> Who {
-        let actor = self.0.user.get().map_or(Actor::Unknown, |user| Actor::User(*user));
+        let actor = self.user().map_or(Actor::Unknown, Actor::User);
         Who { actor, source: self.0.source, request: self.0.request }
     }
 }
@@ -167,7 +186,7 @@ pub(crate) async fn audited<G: Gate>(
     let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
     let signs_in = is_login(route) || route.starts_with("/oauth/");
     let object = named(request.uri().path());
-    let mut response = next.run(request).await;
+    let mut response = asking(origin.clone(), next.run(request)).await;
     let now = clock::now();
     if let Some(deeds) = response.extensions_mut().remove() {
         return match hand_out(gate.as_ref(), &origin, deeds, now).await {

@@ -24,6 +24,8 @@ use tokio_util::sync::CancellationToken;
 pub(crate) struct Bodies {
     /// A permit a KiB.
     kib: Arc<Semaphore>,
+    /// How many there are.
+    all: usize,
     arriving: Mutex<Arriving>,
 }
 
@@ -36,12 +38,17 @@ struct Arriving {
 
 impl Bodies {
     pub(crate) fn new(kib: usize) -> Arc<Self> {
-        Arc::new(Self { kib: Arc::new(Semaphore::new(kib)), arriving: Mutex::default() })
+        Arc::new(Self { kib: Arc::new(Semaphore::new(kib)), all: kib, arriving: Mutex::default() })
     }
 
     /// A permit a KiB, for who can wait for them.
     pub(crate) fn kib(&self) -> Arc<Semaphore> {
         self.kib.clone()
+    }
+
+    /// What is held of the memory, in bytes.
+    pub(crate) fn held(&self) -> usize {
+        (self.all - self.kib.available_permits()) * 1024
     }
 
     /// A body that begins to arrive, and holds nothing yet.

@@ -74,8 +74,8 @@ impl Gate for Operators {
         &self.rates
     }
 
-    fn users(&self) -> &deadpool_postgres::Pool {
-        self.store.pool()
+    fn store(&self) -> &Store {
+        &self.store
     }
 
     /// No report is handed out here.

@@ -8,7 +8,6 @@ use axum::{
     http::{HeaderMap, header, request::Parts},
 };
 use bytes::{Bytes, BytesMut};
-use deadpool_postgres::Pool;
 use dermflow_auth::{
     audit::{Action, Event, Object, Who},
     scope::Permission,
@@ -19,7 +18,7 @@ use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
     id::{ClientId, JobId},
-    limits::{BODY_TIMEOUT, DATABASE_QUEUE},
+    limits::BODY_TIMEOUT,
 };
 use futures_util::StreamExt;
 use serde_json::json;
@@ -33,6 +32,7 @@ use crate::{
     audited::Origin,
     providers::{Proof, Trouble},
     rates,
+    store::connections::has_room,
 };
 
 /// What a handler's callers must be permitted.
@@ -74,10 +74,11 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, gate: &Arc<G>) -> Result<Self, Problem> {
-        has_room(gate.users())?;
+        gate.store().connections().has_room()?;
         let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
         let caller = bearer(&parts.headers, gate.as_ref(), &origin).await?;
         rates::charge_request(gate.as_ref(), caller.client, parts)?;
+        gate.store().connections().has_room_for(caller.client)?;
         if !caller.may(P::PERMISSION) {
             return Err(Code::Forbidden.into());
         }
@@ -85,15 +86,42 @@ impl<G: Gate, P: Needs> FromRequestParts<Arc<G>> for Allowed<P> {
     }
 }
 
-/// New requests are not let in while too many wait for a connection of this pool: who waits already is answered first.
-///
-/// # Errors
-/// [`Code::Overloaded`].
-fn has_room(pool: &Pool) -> Result<(), Code> {
-    if pool.status().waiting < DATABASE_QUEUE { Ok(()) } else { Err(Code::Overloaded) }
+/// What a caller was let in with, for what goes on for longer than its token, account or certificate may be good.
+#[derive(Debug)]
+pub(crate) struct Pass {
+    /// Its token, which is not printed.
+    headers: HeaderMap,
+    origin: Origin,
 }
 
-/// The same for signing in. It is the record that is out of reach: that a sign-in found no place would have to be recorded.
+impl<S: Send + Sync> FromRequestParts<S> for Pass {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        let origin = parts.extensions.get::<Origin>().cloned().unwrap_or_default();
+        let token = parts.headers.get(header::AUTHORIZATION).cloned().map(|mut value| {
+            value.set_sensitive(true);
+            (header::AUTHORIZATION, value)
+        });
+        Ok(Self { headers: token.into_iter().collect(), origin })
+    }
+}
+
+impl Pass {
+    /// Whether the caller would be let in now.
+    ///
+    /// # Errors
+    /// What a new request would be told.
+    pub(crate) async fn check<G: Gate>(&self, gate: &G) -> Result<(), Problem> {
+        if self.origin.lacks_certificate() {
+            return Err(Code::ClientCertificateNeeded.into());
+        }
+        bearer(&self.headers, gate, &self.origin).await.map(drop)
+    }
+}
+
+/// Whether there is room for who signs in. It is the record that is out of reach: that a sign-in found no place would have
+/// to be recorded.
 ///
 /// # Errors
 /// [`Code::DatabaseUnavailable`].
@@ -185,7 +213,7 @@ async fn note<G: Gate>(
     let event = Event::new(Action::Login, origin.who(), now).client(Some(caller.client));
     let event = event.object(Some(Object::account(caller.client)));
     gate.trail().repeated(event.detail(json!({ "issuer": proof.identity.issuer }))).await?;
-    Ok(users::used(gate.users(), caller.client, None, now).await?)
+    Ok(users::used(gate.store().pool(), caller.client, None, now).await?)
 }
 
 /// Who holds a token of ours that is over may know it (RFC 6750 §3.1).

@@ -29,6 +29,7 @@ pub(crate) mod acme;
 mod audit;
 pub(crate) mod batches;
 pub(crate) mod claim;
+pub(crate) mod connections;
 mod dead;
 pub(crate) mod drain;
 pub(crate) mod reports;
@@ -36,6 +37,7 @@ pub(crate) mod reseal;
 mod retention;
 mod sweeping;
 
+use self::connections::Connections;
 pub(crate) use self::{
     dead::Requeue,
     sweeping::{Gaps, Leader, Open},
@@ -128,7 +130,7 @@ pub(crate) struct Settled {
 /// The record. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
-    pool: Pool,
+    pool: Connections,
 }
 
 type Result<T, E = DbError> = std::result::Result<T, E>;
@@ -139,15 +141,19 @@ fn open_states(event: Event) -> Vec<&'static str> {
 
 impl Store {
     pub(crate) fn new(pool: Pool) -> Self {
-        Self { pool }
+        Self { pool: Connections::new(pool) }
     }
 
     pub(crate) fn pool(&self) -> &Pool {
+        self.pool.pool()
+    }
+
+    pub(crate) fn connections(&self) -> &Connections {
         &self.pool
     }
 
     pub(crate) async fn migrate(&self) -> Result<()> {
-        db::migrate(&self.pool, &migrations::migrations::runner()).await
+        db::migrate(self.pool(), &migrations::migrations::runner()).await
     }
 
     pub(crate) async fn ping(&self) -> Result<()> {

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashSet,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -14,7 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use dermflow_auth::{audit::Who, token::Caller};
+use dermflow_auth::audit::Who;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code, Retry},
@@ -22,8 +23,8 @@ use dermflow_schemas::{
     id::{ClientId, JobId},
     job::Lane,
     limits::{
-        LINGER_BYTES, LINGER_TIMEOUT, MAX_BATCH_LINES, MAX_BODY_BYTES, UPLOAD_BYTES, UPLOAD_LINES,
-        UPLOAD_PATIENCE, UPLOAD_SILENCE,
+        ACCESS_INTERVAL, LINGER_BYTES, LINGER_TIMEOUT, MAX_BATCH_LINES, MAX_BODY_BYTES, UPLOAD_BYTES,
+        UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SILENCE,
     },
 };
 use futures_util::{StreamExt, stream};
@@ -31,15 +32,15 @@ use serde_json::{Value, json};
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
     task::JoinSet,
-    time::timeout,
+    time::{Interval, MissedTickBehavior, interval, timeout},
 };
 use uuid::Uuid;
 
 use crate::{
-    access::Verdict,
     answer::{Problem, error_json},
     app::{App, Place},
     audited::refused_part,
+    extract::Pass,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::claim::Member,
@@ -52,8 +53,8 @@ pub(crate) const NDJSON: &str = "application/x-ndjson";
 /// Who uploads what.
 #[derive(Debug)]
 pub(crate) struct Upload {
-    /// Whose token it came with: it may be revoked before the end.
-    pub(crate) caller: Arc<Caller>,
+    /// What it came with may end before it does.
+    pub(crate) pass: Pass,
     pub(crate) client: ClientId,
     /// The client, and by which way it came.
     pub(crate) who: Who,
@@ -109,6 +110,8 @@ struct Uploading {
     counts: Counts,
     in_hand: usize,
     running: JoinSet<Answered>,
+    /// Why the caller may not go on.
+    shut_out: Option<Problem>,
 }
 
 async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<Bytes>) {
@@ -121,8 +124,18 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         counts: Counts::default(),
         in_hand: 0,
         running: JoinSet::new(),
+        shut_out: None,
     };
     uploading.run(lines).await;
+}
+
+/// What happens to an upload.
+enum Event {
+    /// The server is told to stop.
+    Draining,
+    /// It is time to look whether the caller may go on.
+    Look,
+    Answered(Option<Answered>),
 }
 
 /// The upload cannot go on: nobody reads the answers, or the sender is gone.
@@ -146,38 +159,76 @@ impl Uploading {
         }
         let Counts { lines: count, accepted, refused } = self.counts;
         tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
-        let last = json!({"batch": batch, "lines": count, "accepted": accepted, "refused": refused,
-                          "complete": complete});
+        let mut last = json!({"batch": batch, "lines": count, "accepted": accepted, "refused": refused,
+                              "complete": complete});
+        if let Some(problem) = &self.shut_out {
+            last["error"] = problem.to_json();
+        }
         if self.write(&last).await.is_ok() && !complete {
             // A connection that is closed with a body still arriving is reset, and the last lines with it.
             let _ = timeout(LINGER_TIMEOUT, discard(lines)).await;
         }
     }
 
-    /// Reads to the end; `false` when the server cannot go on.
+    /// Reads to the end; `false` when the server cannot go on, or the caller may not.
     async fn read(&mut self, lines: &mut Lines) -> Result<bool, Gone> {
-        let draining = self.app.draining.clone();
+        let mut look = interval(ACCESS_INTERVAL);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let room =
-                self.running.is_empty() || (self.in_hand < UPLOAD_BYTES && self.running.len() < UPLOAD_LINES);
-            tokio::select! {
-                biased;
-                () = draining.cancelled() => return Ok(false),
-                Some(answered) = self.running.join_next() => {
-                    if !self.answered(answered.ok()).await? {
+            while !self.has_room() {
+                let event = self.event(&mut look).await;
+                if !self.goes_on(event).await? {
+                    return Ok(false);
+                }
+            }
+            // Kept while other things happen: it has its place in line for memory, and its sender a time to be heard from.
+            let mut next = pin!(lines.next());
+            let next = loop {
+                let event = tokio::select! {
+                    biased;
+                    event = self.event(&mut look) => event,
+                    next = &mut next => break next,
+                };
+                if !self.goes_on(event).await? {
+                    return Ok(false);
+                }
+            };
+            match next {
+                Ok(Next::End) => return Ok(true),
+                Err(Cut) => return Err(Gone),
+                Ok(next) => {
+                    if !self.take(next) {
                         return Ok(false);
                     }
                 }
-                next = lines.next(), if room => match next {
-                    Ok(Next::End) => return Ok(true),
-                    Err(Cut) => return Err(Gone),
-                    Ok(next) => {
-                        if !self.take(next) {
-                            return Ok(false);
-                        }
-                    }
-                },
             }
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.running.is_empty() || (self.in_hand < UPLOAD_BYTES && self.running.len() < UPLOAD_LINES)
+    }
+
+    /// What happens first besides the next line. Cancel safe.
+    async fn event(&mut self, look: &mut Interval) -> Event {
+        let draining = self.app.draining.cancelled();
+        tokio::select! {
+            biased;
+            () = draining => Event::Draining,
+            _ = look.tick() => Event::Look,
+            Some(answered) = self.running.join_next() => Event::Answered(answered.ok()),
+        }
+    }
+
+    /// `false` when this was the end.
+    async fn goes_on(&mut self, event: Event) -> Result<bool, Gone> {
+        match event {
+            Event::Draining => Ok(false),
+            Event::Look => {
+                self.shut_out = self.upload.pass.check(self.app.as_ref()).await.err();
+                Ok(self.shut_out.is_none())
+            }
+            Event::Answered(answered) => self.answered(answered).await,
         }
     }
 
@@ -226,8 +277,7 @@ impl Uploading {
             }
         };
         self.write(&answer).await?;
-        // Who was shut out while uploading is done.
-        Ok(goes_on && self.app.access.judge(&self.upload.caller) == Verdict::Open)
+        Ok(goes_on)
     }
 
     async fn write(&self, line: &Value) -> Result<(), Gone> {

@@ -185,6 +185,13 @@ fn simulated_toml(
     )
 }
 
+/// From then on PostgreSQL logs every change with its parameters: what our programs tell it is looked through as well.
+const LOG_STATEMENTS: [&str; 3] = [
+    "ALTER SYSTEM SET log_statement = 'mod'",
+    "ALTER SYSTEM SET log_parameter_max_length = 1024",
+    "SELECT pg_reload_conf()",
+];
+
 /// What a system consists of.
 #[expect(clippy::struct_excessive_bools, reason = "each is something that a test may want besides")]
 #[derive(Debug, Clone)]
@@ -230,7 +237,7 @@ impl Default for Setup {
             replicas: 1,
             workers: Vec::new(),
             ack_wait: 30,
-            log: "info",
+            log: "debug",
             sync_interval: "always",
             brokers: 1,
             plain_broker: false,
@@ -320,8 +327,11 @@ impl Lab {
             ingress.process.set_env("RUST_LOG", setup.log);
             ingress.process.spawn_ready(READY_WITHIN).await?;
         }
-        let client = register(&stack, "demo").await?;
         let sql = stack.postgres.connect(SUPERUSER).await?;
+        for setting in LOG_STATEMENTS {
+            sql.batch_execute(setting).await?;
+        }
+        let client = register(&stack, "demo").await?;
         let mut lab = Self { stack, client, sql, log: setup.log, cluster, proxies, standby };
         for worker in setup.workers {
             lab.start_worker(worker).await?;
@@ -380,7 +390,15 @@ impl Lab {
     /// # Errors
     /// When the process does not become ready, or the name is taken.
     pub async fn start_operate(&mut self, name: &str) -> Result<Client> {
-        let url = self.stack.add_operate(ports::free()?)?.url();
+        self.start_operate_with(name, &[]).await
+    }
+
+    /// The same with further flags.
+    ///
+    /// # Errors
+    /// When the process does not become ready, or the name is taken.
+    pub async fn start_operate_with(&mut self, name: &str, flags: &[&str]) -> Result<Client> {
+        let url = self.stack.add_operate(ports::free()?, flags)?.url();
         self.restart_operate().await?;
         Ok(self.register_operator(name).await?.at(&url))
     }

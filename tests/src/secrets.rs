@@ -21,8 +21,10 @@ use url::form_urlencoded;
 const SHORTEST: usize = 10;
 /// A piece of an image in Base64, which no other one has, and where it begins.
 const PIECE: std::ops::Range<usize> = 200..260;
-/// How JPEG, PNG and JWT begin in Base64, and how the first line of every private key in PEM ends.
-const LOOKS: [&str; 5] = ["/9j/4", "iVBORw0KGgo", "eyJhbGci", "eyJ0eXAi", "PRIVATE KEY-----"];
+/// How JPEG, PNG and JWT begin in Base64, how JPEG and PNG begin as PostgreSQL prints bytes, and how the first line of every
+/// private key in PEM ends.
+const LOOKS: [&str; 7] =
+    ["/9j/4", "iVBORw0KGgo", "eyJhbGci", "eyJ0eXAi", r"\xffd8ff", r"\x89504e47", "PRIVATE KEY-----"];
 /// Whose logs are looked through: those of our programs, and of the servers that they use.
 const PROGRAMS: [&str; 6] = ["ingress", "worker", "operate", "registration", "nats-server", "postgres"];
 /// Members and fields whose values are secrets.

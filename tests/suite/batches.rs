@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
-use dermflow_schemas::limits::MAX_UPLOADS;
+use dermflow_auth::token::{Grant, LEEWAY, LIFETIME, Tokens};
+use dermflow_schemas::{clock, limits::MAX_UPLOADS};
 use dermflow_tests::{
     client::{Answer, Client, sample, sample_bytes, send},
     fhir::validate,
@@ -16,7 +17,10 @@ use dermflow_tests::{
 };
 use futures_util::{StreamExt, stream};
 use reqwest::Method;
+use secrecy::ExposeSecret;
 use serde_json::{Value, json};
+
+use crate::identity::secret;
 
 const LONG: Duration = Duration::from_mins(1);
 const NDJSON: &str = "application/x-ndjson";
@@ -198,6 +202,64 @@ async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
     assert_eq!(of(&third, 2)["job"], of(&again, 2)["job"]);
     let state = until_status(client, &path, "completed").await?;
     assert_eq!((&state["total"], &state["counts"]["succeeded"]), (&json!(6), &json!(6)));
+    lab.stop().await
+}
+
+/// What an upload is answered that sends a line, and no more until the server ends it.
+pub(crate) async fn until_ended(
+    client: &Client,
+    meanwhile: impl Future<Output = Result<()>>,
+) -> Result<Vec<Value>> {
+    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<String, std::io::Error>>(1);
+    let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
+    let request = client.request(Method::POST, "/batches").header("content-type", NDJSON);
+    let sent = tokio::spawn(request.body(reqwest::Body::wrap_stream(body)).send());
+    sender.send(Ok(line("l0"))).await?;
+    let response = sent.await??;
+    ensure!(response.status() == 200);
+    meanwhile.await?;
+    let text = tokio::time::timeout(LONG, response.text()).await??;
+    drop(sender);
+    text.lines().map(|line| serde_json::from_str(line).context(line.to_owned())).collect()
+}
+
+/// That the server has ended an upload, and why.
+pub(crate) fn assert_shut_out(answer: &[Value], code: &str) {
+    let [first, line, last] = answer else { panic!("{answer:?}") };
+    assert!(first["batch"].is_string() && line["job"].is_string(), "{answer:?}");
+    assert_eq!((&last["accepted"], &last["complete"]), (&json!(1), &json!(false)));
+    assert_eq!(last["error"]["code"], code, "{last}");
+}
+
+// An upload ends with the token that it came with, by whatever way that ends; what was accepted stays, and another token
+// goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_does_not_outlive_its_token() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (demo, gone) = (lab.client(), lab.register("gone").await?);
+    let tokens = Tokens::open(&lab.signing_keys(), &lab.url(0))?;
+    let [client, credential, _] = secret(&lab, "demo")?;
+    let (client, credential, scope) =
+        (client.parse()?, credential.parse()?, "system/DiagnosticReport.crds".to_owned());
+    let grant = Grant { client, credential, scope, ends: None, after: None, bound_to: None };
+    let left = Duration::from_secs(3);
+    let age = LIFETIME + Duration::from_secs(LEEWAY as u64) - left;
+    let old = tokens.issue(grant, clock::now() - age)?;
+    let old = demo.clone().with_token(old.expose_secret());
+    let begun = Instant::now();
+    let answer = until_ended(&old, async { Ok(()) }).await?;
+    assert_shut_out(&answer, "unauthenticated");
+    assert!(begun.elapsed() >= left - Duration::from_secs(1), "{:?}", begun.elapsed());
+    let (batch, path) = (id(&answer), format!("/batches/{}", id(&answer)));
+    assert_eq!(old.get(&path).await?.status, 401);
+    assert_eq!(demo.get(&path).await?.body["total"], 1);
+    let whole = line("l0") + &line("l1");
+    let again = upload(demo, &path, NDJSON, whole).await?;
+    assert_eq!((&again.last().context("no last line")?["accepted"], id(&again)), (&json!(2), batch));
+    assert_eq!(of(&again, 1)["job"], answer[1]["job"]);
+
+    let shut_out = async { lab.auth(&["user", "revoke", "gone"]).map(drop) };
+    assert_shut_out(&until_ended(&gone, shut_out).await?, "unauthenticated");
     lab.stop().await
 }
 

@@ -3,11 +3,12 @@
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use aws_lc_rs::digest::{SHA256, digest};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use dermflow_local::stack::Ports;
 use dermflow_tests::{
     authority::{Authority, Identity},
-    client::{Answer, Client, sample},
+    client::{Answer, Client, sample, send},
     lab::{Lab, Setup},
     wait::eventually,
 };
@@ -24,7 +25,10 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::identity::{form, secret, text, token, with};
+use crate::{
+    batches::{assert_shut_out, until_ended},
+    identity::{form, secret, text, token, with},
+};
 
 const SOON: Duration = Duration::from_secs(10);
 /// What staff changes shows on every replica (I6).
@@ -151,6 +155,40 @@ async fn a_group_of_routes_needs_a_certificate() -> Result<()> {
     asking.lab.stop().await
 }
 
+// The operators' API is closed to who shows no certificate, whatever the token; what describes it is open.
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_need_a_certificate() -> Result<()> {
+    let mut asking = Asking::start("").await?;
+    let ca = asking.folder.join("ca.pem").display().to_string();
+    let identity = asking.authority.certify("desk", YEAR)?;
+    let flags = ["--client-ca", &ca, "--client-certificates", "operators"];
+    let without = asking.lab.start_operate_with("olga", &flags).await?;
+    let url = asking.lab.operate_url()?;
+    for client in [&without, &without.clone().with_token(""), &without.clone().with_token("nonsense")] {
+        for (method, path) in
+            [("GET", "/dead"), ("GET", "/dead/1"), ("DELETE", "/dead/1"), ("POST", "/dead/1/requeue")]
+        {
+            let answer = send(client.request(method.parse()?, path)).await?;
+            assert_eq!((answer.status, answer.code()), (403, NEEDED), "{method} {path}");
+        }
+        assert_eq!(client.get("/openapi.json").await?.status, 200);
+    }
+    for with in asking.with(&identity)? {
+        let with = with.at(&url);
+        assert_eq!(with.clone().with_token(without.token()).get("/dead").await?.status, 200);
+        assert_eq!(with.clone().with_token("").get("/dead").await?.status, 401);
+        assert_eq!(with.get("/dead").await?.status, 403, "a client's token");
+    }
+    let recorded =
+        "SELECT count(*) FROM auth.audit WHERE action = 'access' AND code = 'client-certificate-needed'";
+    assert!(asking.lab.count(recorded).await? > 0);
+    // The other groups are none of its business.
+    let flags = ["--client-ca", &ca, "--client-certificates", "api,sign-in"];
+    let without = asking.lab.start_operate_with("oleg", &flags).await?;
+    assert_eq!(without.get("/dead").await?.status, 200);
+    asking.lab.stop().await
+}
+
 // A certificate of another CA and one that has ended fail the handshake. What is taken out of the file is good for nothing
 // from then on, on open connections too, and what is put back is good again there.
 #[tokio::test(flavor = "multi_thread")]
@@ -194,6 +232,26 @@ async fn a_certificate_is_good_while_its_ca_is_in_the_file() -> Result<()> {
         ensure!(tokio::time::Instant::now() < end, "a certificate that has ended is good");
     }
     assert_eq!(asking.status(&mut kept).await?, 403);
+    asking.lab.stop().await
+}
+
+// An upload ends with its certificate: of a token that is bound to it, and where a certificate is needed.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_does_not_outlive_its_certificate() -> Result<()> {
+    let mut asking = Asking::start("").await?;
+    let ca = asking.folder.join("ca.pem").display().to_string();
+    let flags = ["--client-ca", &ca, "--client-certificates", "api"];
+    asking.lab.start_ingress(Ports::free()?, &flags).await?;
+    let (secret, demo) = (secret(&asking.lab, "demo")?, asking.lab.client().token());
+    for (replica, is_bound, code) in [(1, true, "unauthenticated"), (2, false, NEEDED)] {
+        let short = asking.authority.certify("short", time::Duration::seconds(4))?;
+        let [http_1, http_2] = asking.with(&short)?;
+        let client = if is_bound { http_1 } else { http_2 };
+        let given = token(&client, &secret, "").await?;
+        let token = if is_bound { text(&given, "access_token") } else { demo };
+        let client = client.at(&asking.lab.url(replica)).with_token(token);
+        assert_shut_out(&until_ended(&client, async { Ok(()) }).await?, code);
+    }
     asking.lab.stop().await
 }
 
@@ -343,12 +401,14 @@ async fn a_client_may_be_held_to_bound_tokens() -> Result<()> {
     eventually("what came of the unbound family is refused", A_SECOND, refused).await?;
     // Nor does one go on that a build from before, which ends none, has left.
     let put_back = "INSERT INTO auth.refresh_tokens (hash, family, account, credential, scope, expires_at) \
-                    SELECT sha256(convert_to($1, 'UTF8')), gen_random_uuid(), account, credential, scope, expires_at \
+                    SELECT $1, gen_random_uuid(), account, credential, scope, expires_at \
                     FROM auth.refresh_tokens WHERE certificate IS NOT NULL";
     let left = text(&others, "refresh_token");
     for is_left in [false, true] {
         if is_left {
-            assert_eq!(lab.pool("dermflow_auth")?.get().await?.execute(put_back, &[&left]).await?, 1);
+            // As the programs do, and not in clear.
+            let hash = digest(&SHA256, left.as_bytes()).as_ref().to_vec();
+            assert_eq!(lab.pool("dermflow_auth")?.get().await?.execute(put_back, &[&hash]).await?, 1);
         }
         for client in [&without, own, other] {
             assert_eq!(refresh(client, &secret, left).await?.body["error"], "invalid_grant");

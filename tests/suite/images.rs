@@ -247,6 +247,29 @@ fn children(of: u32) -> Result<Vec<u32>> {
 /// A name, a file, and the answers that it may get: status and code.
 type Case<'a> = (&'a str, Vec<u8>, &'a [(u16, &'a str)]);
 
+/// As large as may be, and larger, of every kind that takes its decoder another share of its memory.
+fn sizes() -> Vec<Case<'static>> {
+    vec![
+        ("the largest size in one bit", flat_png(LARGEST.0, LARGEST.1, BLACK_OR_WHITE), &[(200, "")]),
+        ("the largest size with alpha", flat_png(LARGEST.0, LARGEST.1, RGBA), &[(200, "")]),
+        ("the largest size in grey with alpha", flat_png(LARGEST.0, LARGEST.1, GREY_AND_ALPHA), &[(200, "")]),
+        ("the largest size in 16 bits with alpha", flat_png(4_000, 4_000, RGBA_16), &[(200, "")]),
+        ("a row more", flat_png(4_000, 4_001, RGBA_16), &[(422, "image-kind-too-large")]),
+        ("the largest progressive one", progressive_of(COSTLY, 3, 0), &[(200, "")]),
+        ("in four colours, with 9 MB of comments", progressive_of(COSTLY, 4, 140), &[(200, "")]),
+        (
+            "progressive, of the size that a baseline JPEG may have",
+            progressive_of((8_000, 5_000), 1, 0),
+            &[(422, "image-kind-too-large")],
+        ),
+        (
+            "a height that comes behind the pixels",
+            progressive_of((4_000, 0), 1, 0),
+            &[(422, "image-too-small")],
+        ),
+    ]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
     let worker = Worker::simulated(1);
@@ -266,23 +289,6 @@ async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
             &[(422, "image-too-large")],
         ),
         ("1 x 1", flat_png(1, 1, RGBA), &[(422, "image-too-small")]),
-        ("the largest size in one bit", flat_png(LARGEST.0, LARGEST.1, BLACK_OR_WHITE), &[(200, "")]),
-        ("the largest size with alpha", flat_png(LARGEST.0, LARGEST.1, RGBA), &[(200, "")]),
-        ("the largest size in grey with alpha", flat_png(LARGEST.0, LARGEST.1, GREY_AND_ALPHA), &[(200, "")]),
-        ("the largest size in 16 bits with alpha", flat_png(4_000, 4_000, RGBA_16), &[(200, "")]),
-        ("a row more", flat_png(4_000, 4_001, RGBA_16), &[(422, "image-kind-too-large")]),
-        ("the largest progressive one", progressive_of(COSTLY, 3, 0), &[(200, "")]),
-        ("in four colours, with 9 MB of comments", progressive_of(COSTLY, 4, 140), &[(200, "")]),
-        (
-            "progressive, of the size that a baseline JPEG may have",
-            progressive_of((8_000, 5_000), 1, 0),
-            &[(422, "image-kind-too-large")],
-        ),
-        (
-            "a height that comes behind the pixels",
-            progressive_of((4_000, 0), 1, 0),
-            &[(422, "image-too-small")],
-        ),
         ("GIF of 5,000 frames", gif, &[(422, "image-format")]),
         ("APNG of a million frames", frame_bomb(), &[(200, ""), (422, "image-undecodable")]),
         ("SVG", svg, &[(422, "image-format")]),
@@ -315,6 +321,7 @@ async fn images_made_to_hurt_are_refused_or_analysed() -> Result<()> {
             &[(422, "image-undecodable")],
         ),
     ];
+    cases.extend(sizes());
     cases.extend(odd_jpegs().map(|file| ("a JPEG of another kind", file, &[(422, "image-header")][..])));
     cases.extend((1..=8).map(|orientation| ("turned by EXIF", turned(orientation), &[(200, "")][..])));
     for file in [sample_bytes("ham10000-mel.jpg"), png()] {

@@ -1,24 +1,32 @@
 //! More than ingress can hold: who came first is served, and who comes then is told so at once.
 
 use std::{
+    io,
     net::{IpAddr, Ipv4Addr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use dermflow_schemas::limits::{
-    DATABASE_CONNECTIONS, DATABASE_QUEUE, MAX_CONNECTIONS, MAX_SUBMITTERS, MAX_WAITERS, NETWORK_CONNECTIONS,
-    PUBLISH_DEADLINE, SHED_CONNECTIONS,
+    BODY_MEMORY_BYTES, DATABASE_CONNECTIONS, DATABASE_QUEUE, DATABASE_QUEUE_SHARE, MAX_BODY_BYTES,
+    MAX_CONNECTIONS, MAX_SUBMITTERS, MAX_WAITERS, NETWORK_CONNECTIONS, PUBLISH_DEADLINE, SHED_CONNECTIONS,
 };
 use dermflow_tests::{
     chaos::Mode,
-    client::{Answer, Client, sample},
+    client::{Answer, Client, FHIR_JSON, sample, send},
     lab::{Lab, Link, Setup, Worker},
     wait::eventually,
 };
+use futures_util::{future::try_join_all, stream};
+use reqwest::{Body, Method};
 use tokio::{
     net::{TcpSocket, TcpStream},
-    task::JoinSet,
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
 };
 
 const LONG: Duration = Duration::from_mins(1);
@@ -29,6 +37,8 @@ const AT_ONCE: Duration = Duration::from_secs(2);
 /// How much ingress may grow meanwhile.
 const GROWTH: u64 = 150 << 20;
 const JWKS: &str = "/.well-known/jwks.json";
+/// What one statement answers.
+const JOBS: &str = "/jobs?limit=1";
 
 /// Clients of one account, each with a connection that is open already.
 async fn connections(lab: &Lab, token: &str, count: usize) -> Result<Vec<Client>> {
@@ -53,6 +63,13 @@ fn analyze(answers: &mut Answers, client: &Client, body: &str, prefer: &'static 
     for _ in 0..times {
         let (client, body) = (client.clone(), body.to_owned());
         ask(answers, async move { client.analyze_raw(body, &[("prefer", prefer)]).await });
+    }
+}
+
+fn list_jobs(answers: &mut Answers, client: &Client, times: usize) {
+    for _ in 0..times {
+        let client = client.clone();
+        ask(answers, async move { client.get(JOBS).await });
     }
 }
 
@@ -162,15 +179,15 @@ async fn a_paused_broker_holds_up_no_more_than_there_are_places() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_does_not_answer_holds_up_a_few() -> Result<()> {
     let lab = Lab::start(Setup { proxies: true, ..Setup::without_workers() }).await?;
-    let path = format!("/fhir/_async/{}", lab.client().submit(&sample("ham10000-nv.jpg")).await?);
-    let clients = connections(&lab, lab.client().token(), 5).await?;
+    // No client has all of the queue.
+    let mut clients = Vec::new();
+    for name in ["first", "second", "third", "fourth", "fifth"] {
+        clients.extend(connections(&lab, lab.register(name).await?.token(), 1).await?);
+    }
     let (link, mut answers) = (lab.link(Link::IngressDatabase), Answers::new());
     link.set(Mode::Blackhole);
     for client in &clients {
-        for _ in 0..STREAMS {
-            let (client, path) = (client.clone(), path.clone());
-            ask(&mut answers, async move { client.get(&path).await });
-        }
+        list_jobs(&mut answers, client, STREAMS);
     }
     let all = answers.len();
     for _ in 0..all - DATABASE_QUEUE - DATABASE_CONNECTIONS {
@@ -180,7 +197,7 @@ async fn a_database_that_does_not_answer_holds_up_a_few() -> Result<()> {
     let mut answered = 0;
     while !answers.is_empty() {
         let answer = next(&mut answers).await?;
-        if answer.0.status == 202 {
+        if answer.0.status == 200 {
             answered += 1;
         } else {
             is_shed(&answer)?;
@@ -189,7 +206,184 @@ async fn a_database_that_does_not_answer_holds_up_a_few() -> Result<()> {
     println!("{answered} of {all} waited and were answered");
     // What ingress asks of its own accord waits among them.
     assert!(answered >= DATABASE_QUEUE / 2, "{answered}");
-    assert_eq!(clients[0].get(&path).await?.status, 202);
+    assert_eq!(clients[0].get(JOBS).await?.status, 200);
+    lab.stop().await
+}
+
+// One client that asks for as much as it can: beyond its share of the queue for the database it is told so at once, and
+// another one is served throughout, while the database does not answer, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_client_does_not_fill_the_queue_for_the_database() -> Result<()> {
+    const CALM: usize = 100;
+    let lab = Lab::start(Setup { proxies: true, ..Setup::without_workers() }).await?;
+    let other = connections(&lab, lab.register("other").await?.token(), 1).await?.remove(0);
+    let flood = connections(&lab, lab.client().token(), 5).await?;
+    let (link, mut flooding, mut asking) = (lab.link(Link::IngressDatabase), Answers::new(), Answers::new());
+    link.set(Mode::Blackhole);
+    for client in &flood {
+        list_jobs(&mut flooding, client, STREAMS);
+    }
+    // Those who have a connection wait no more, and ask for another one with their next statement.
+    let surplus = flooding.len() - DATABASE_QUEUE_SHARE - DATABASE_CONNECTIONS;
+    let (mut refused, mut waited) = (0, 0);
+    while refused < surplus / 2 {
+        let (answer, took) = next(&mut flooding).await?;
+        // Who waits may do so in vain.
+        if answer.code() != "database-unavailable" {
+            is_shed(&(answer, took))?;
+            refused += 1;
+        }
+    }
+    list_jobs(&mut asking, &other, STREAMS);
+    link.set(Mode::Pass);
+    while !asking.is_empty() {
+        let (answer, _) = next(&mut asking).await?;
+        ensure!(answer.status == 200, "the other client: {} {}", answer.status, answer.text);
+    }
+    while !flooding.is_empty() {
+        let (answer, _) = next(&mut flooding).await?;
+        waited += usize::from(answer.status == 200);
+    }
+    println!("of the flood, {waited} waited and were answered");
+
+    // The same with a database that answers, for as long as the other one asks.
+    let (stop, mut refused) = (Arc::new(AtomicBool::new(false)), JoinSet::new());
+    for client in flood.iter().flat_map(|client| vec![client.clone(); STREAMS]) {
+        let stop = stop.clone();
+        refused.spawn(async move {
+            let mut refused = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let answer = client.get(JOBS).await?;
+                ensure!([200, 429, 503].contains(&answer.status), "{} {}", answer.status, answer.text);
+                refused += usize::from(answer.status == 503);
+            }
+            Ok(refused)
+        });
+    }
+    let mut slowest = Duration::ZERO;
+    for _ in 0..CALM {
+        let begun = Instant::now();
+        let answer = other.get(JOBS).await?;
+        ensure!(answer.status == 200, "the other client: {} {}", answer.status, answer.text);
+        slowest = slowest.max(begun.elapsed());
+    }
+    stop.store(true, Ordering::Relaxed);
+    let refused = refused.join_all().await.into_iter().sum::<Result<usize>>()?;
+    println!("the other client waited for {slowest:?} at most; {refused} of the flood were refused");
+    lab.stop().await
+}
+
+/// A request that does not wait, whose body comes in parts, on a connection of its own.
+struct Piecemeal {
+    parts: mpsc::Sender<Result<Vec<u8>, io::Error>>,
+    answer: JoinHandle<Result<Answer>>,
+}
+
+impl Piecemeal {
+    fn begin(lab: &Lab, token: &str) -> Result<Self> {
+        let client = Client::new(&lab.ca(), &lab.url(0))?.with_token(token);
+        let (parts, coming) = mpsc::channel(1);
+        let body = stream::unfold(coming, |mut coming| async { Some((coming.recv().await?, coming)) });
+        let request = client.request(Method::POST, "/fhir/DiagnosticReport/$analyze");
+        let request = request.header("content-type", FHIR_JSON).header("prefer", "respond-async");
+        let answer = tokio::spawn(send(request.body(Body::wrap_stream(body))));
+        Ok(Self { parts, answer })
+    }
+
+    /// White space, which JSON may begin with.
+    async fn space(&self, bytes: usize) -> Result<()> {
+        Ok(self.parts.send(Ok(vec![b' '; bytes])).await?)
+    }
+
+    async fn end(self, rest: &str) -> Result<Answer> {
+        self.parts.send(Ok(rest.into())).await?;
+        drop(self.parts);
+        self.answer.await?
+    }
+}
+
+// More of bodies than there is memory for: one that began later is given up for one that began before, which finishes;
+// the newest is refused at once, and what ingress holds stays within its bounds.
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_do_not_fit_are_refused_from_the_newest_on() -> Result<()> {
+    const MIB: usize = 1 << 20;
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (token, rest) = (lab.client().token(), sample("ham10000-nv.jpg").to_string());
+    let (large, memory) = (MAX_BODY_BYTES - rest.len(), lab.ingress_memory(0)?);
+    let held = async |mib: usize| {
+        let held =
+            async || lab.metric("dermflow_body_bytes").await.filter(|held| *held >= (mib * MIB) as f64);
+        eventually("the bodies are there", LONG, held).await
+    };
+    // All of them but one are as large as they may be; there is room for one more.
+    let mut first = Vec::new();
+    for _ in 0..BODY_MEMORY_BYTES / MAX_BODY_BYTES - 1 {
+        first.push(Piecemeal::begin(&lab, token)?);
+    }
+    try_join_all(first.iter().map(|body| body.space(large))).await?;
+    let full = first.len() * (large / MIB);
+    held(full).await?;
+    let slow = Piecemeal::begin(&lab, token)?;
+    slow.space(MIB).await?;
+    held(full + 1).await?;
+    let newest = Piecemeal::begin(&lab, token)?;
+    newest.space(20 * MIB).await?;
+    held(full + 21).await?;
+    slow.space(10 * MIB).await?;
+    let given_up =
+        async || lab.metric("dermflow_body_bytes").await.filter(|held| *held < ((full + 12) * MIB) as f64);
+    eventually("the newest is given up", LONG, given_up).await?;
+    held(full + 11).await?;
+    // Who goes on sending is answered when that was taken in.
+    let begun = Instant::now();
+    is_shed(&(newest.end(&rest).await?, begun.elapsed()))?;
+    let another = Piecemeal::begin(&lab, token)?;
+    another.space(20 * MIB).await?;
+    let begun = Instant::now();
+    is_shed(&(another.end(&rest).await?, begun.elapsed()))?;
+    let grown = lab.ingress_memory(0)?.saturating_sub(memory);
+    println!("ingress grew by {} MB", grown >> 20);
+    assert!(grown < BODY_MEMORY_BYTES as u64 + GROWTH);
+    first.push(slow);
+    for body in first {
+        let answer = body.end(&rest).await?;
+        ensure!(answer.status == 202, "{} {}", answer.status, answer.text);
+    }
+    assert_eq!(lab.metric("dermflow_body_bytes").await, Some(0.0));
+    assert_eq!(lab.client().analyze_raw(rest, &[("prefer", "respond-async")]).await?.status, 202);
+    lab.stop().await
+}
+
+// More sign in at once than can be served: who finds no place is told when to come back, which is in the trail, and those
+// who are signed in do not notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_finds_no_place_to_sign_in_is_told_when_to_come_back() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let (password, mut answers) = (lab.password("demo")?, Answers::new());
+    for client in connections(&lab, "", 4).await? {
+        for _ in 0..STREAMS {
+            let (client, password) = (client.clone(), password.clone());
+            ask(&mut answers, async move { client.try_login("demo", &password).await });
+        }
+    }
+    let (mut signed_in, mut refused) = (0, 0);
+    while !answers.is_empty() {
+        let (answer, took) = next(&mut answers).await?;
+        let meanwhile = lab.client().get(JOBS).await?;
+        ensure!(meanwhile.status == 200, "{}", meanwhile.text);
+        if answer.status == 200 {
+            signed_in += 1;
+            continue;
+        }
+        ensure!((answer.status, answer.code()) == (503, "overloaded"), "{} {}", answer.status, answer.text);
+        ensure!((1..=10).contains(&answer.header("retry-after").parse::<u64>()?), "after {took:?}");
+        refused += 1;
+    }
+    println!("{signed_in} signed in, {refused} were refused");
+    assert!(signed_in > 0 && refused > 0);
+    let recorded = "SELECT count(*) FROM auth.audit WHERE action = 'login' AND code = 'overloaded'";
+    assert!(lab.count(recorded).await? > 0);
+    assert_eq!(lab.client().try_login("demo", &password).await?.status, 200);
     lab.stop().await
 }
 

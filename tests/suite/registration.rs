@@ -595,6 +595,12 @@ async fn the_service_describes_itself() -> Result<()> {
             described.insert((method.to_uppercase(), path.clone(), is_open));
         }
     }
+    let (health, mut internal) = (office.health()?, BTreeSet::new());
+    for path in health.get("/openapi.json").await?.body["paths"].as_object().context("no paths")?.keys() {
+        assert_eq!(health.get(path).await?.status, 200, "{path}");
+        internal.insert(path.clone());
+    }
+    assert_eq!(internal, BTreeSet::from(["/livez", "/metrics", "/openapi.json"].map(str::to_owned)));
     let rows = ROUTES.map(|(method, path, rule)| (method.to_owned(), path.to_owned(), rule == Open));
     assert_eq!(described, BTreeSet::from(rows));
     let anonymous = office.lab.staff("anonymous")?;

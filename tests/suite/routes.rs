@@ -126,44 +126,47 @@ fn rows() -> Vec<(&'static str, String, Rule, Object)> {
 }
 
 /// Operations by method and path.
-struct Described(BTreeMap<(String, String), Value>);
+struct Described {
+    operations: BTreeMap<(String, String), Value>,
+    /// The paths of the internal listener alone.
+    internal: BTreeSet<String>,
+}
 
 impl Described {
-    /// What clients, and operators, are told. The document itself stands in both.
-    async fn read(callers: &Callers) -> Result<Self> {
-        let mut operations = BTreeMap::new();
-        for client in [&callers.client, &callers.operator.clone().at(&callers.operate)] {
-            let document = client.get("/openapi.json").await?.body;
+    /// What clients, operators and who runs the service are told. The document itself stands in each.
+    async fn read(lab: &Lab, callers: &Callers) -> Result<Self> {
+        let (mut operations, mut internal) = (BTreeMap::new(), BTreeSet::new());
+        let (operate, this_machine) = (callers.operate.clone(), lab.internal_url(0));
+        for base in [&this_machine, &lab.url(0), &operate] {
+            let document = callers.client.clone().with_token("").at(base).get("/openapi.json").await?.body;
             assert_eq!(document["openapi"], "3.1.0");
             for (path, item) in document["paths"].as_object().context("no paths")? {
                 for (method, operation) in item.as_object().context("no operations")? {
                     operations.insert((method.to_uppercase(), path.clone()), operation.clone());
+                    if *base == this_machine {
+                        internal.insert(path.clone());
+                    } else {
+                        internal.remove(path);
+                    }
                 }
             }
         }
-        Ok(Self(operations))
+        Ok(Self { operations, internal })
     }
 
     fn routes(&self) -> BTreeSet<(String, String)> {
-        self.0.keys().cloned().collect()
+        self.operations.keys().cloned().collect()
     }
 
     /// Fails when the answer has a status, or a form, that its route does not describe.
     fn check(&self, method: &str, path: &str, answer: &Answer) {
-        let operation = &self.0[&(method.to_owned(), path.to_owned())];
+        let operation = &self.operations[&(method.to_owned(), path.to_owned())];
         let response = &operation["responses"][answer.status.to_string()];
         let kind = answer.header("content-type").split(';').next().unwrap_or_default();
         assert!(response.is_object(), "{method} {path} {} is not described", answer.status);
         let is_described = answer.text.is_empty() || response["content"][kind].is_object();
         assert!(is_described, "{method} {path} {} {kind} is not described", answer.status);
     }
-}
-
-/// What the internal listener has stands in the source only; everything else is described where it is served.
-fn internal() -> BTreeSet<(String, String)> {
-    let source = include_str!("../../ingress/src/routes/mod.rs");
-    let paths = source.split(".route(\"").skip(1).filter_map(|route| route.split('"').next());
-    paths.map(|path| ("GET".to_owned(), path.to_owned())).collect()
 }
 
 /// Whoever calls.
@@ -245,14 +248,15 @@ async fn batch(client: &Client) -> Result<String> {
 }
 
 /// Reached without a token, and with one that is none; those of the internal listener there only.
-async fn opens(lab: &Lab, client: &Client, path: &str) -> Result<()> {
-    let is_internal = internal().contains(&("GET".to_owned(), path.to_owned()));
+async fn opens(lab: &Lab, described: &Described, client: &Client, path: &str) -> Result<()> {
+    let is_internal = described.internal.contains(path);
     let base = if is_internal { lab.internal_url(0) } else { lab.url(0) };
     for token in ["", "nonsense"] {
         let client = client.clone().with_token(token);
         let answer = client.clone().at(&base).get(path).await?;
         assert_eq!(answer.status, 200, "{path}: {}", answer.text);
         if is_internal {
+            described.check("GET", path, &answer);
             assert_eq!(client.get(path).await?.status, 404, "{path} is not for clients");
         }
         if path == "/fhir/.well-known/smart-configuration" {
@@ -291,9 +295,10 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
     let (job, batch) =
         (callers.client.submit(&sample("ham10000-nv.jpg")).await?, batch(&callers.client).await?);
     let missing = "0198f3a2-9c1e-7c55-8f0e-1d2c3b4a5e6f";
-    let described = Described::read(&callers).await?;
+    let described = Described::read(&lab, &callers).await?;
     let routes = rows().into_iter().map(|(method, path, ..)| (method.to_owned(), path));
-    assert_eq!(routes.collect::<BTreeSet<_>>(), &described.routes() | &internal());
+    assert_eq!(routes.collect::<BTreeSet<_>>(), described.routes());
+    assert_eq!(described.internal.len(), 3, "{:?}", described.internal);
     for (method, path, rule, object) in rows() {
         let path = path.as_str();
         let id = match object {
@@ -307,7 +312,7 @@ async fn every_route_keeps_to_its_rule() -> Result<()> {
         let with = |id: &str| path.replace("{id}", id).replace("{sequence}", id);
         let (right, wrong) = match rule {
             Open => {
-                opens(&lab, &callers.client, &with(id)).await?;
+                opens(&lab, &described, &callers.client, &with(id)).await?;
                 continue;
             }
             Form(status) => {

@@ -10,7 +10,8 @@ use dermflow_schemas::{
 };
 use dermflow_tests::{
     checker::{Ledger, order},
-    lab::{Lab, Setup},
+    client::sample,
+    lab::{Lab, Setup, Worker},
     wait::eventually,
 };
 
@@ -34,6 +35,36 @@ async fn two_replicas_are_one_service() -> Result<()> {
     assert_eq!(second.poll(&job, LONG).await?.status, 200);
     lab.restart_ingress(0).await?;
     ledger.check(&lab, &[], LONG).await?;
+    lab.stop().await
+}
+
+// Results that are too much for one transaction are recorded in smaller ones, each once.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_that_do_not_fit_together_are_recorded_in_parts() -> Result<()> {
+    const JOBS: u64 = 24;
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    for _ in 0..JOBS {
+        lab.client().submit(&sample("isic2017-nv.jpg")).await?;
+    }
+    lab.kill_ingress(0).await?;
+    lab.start_worker(Worker::simulated(1)).await?;
+    let waiting = async || (lab.messages("RESULTS").await.ok()? == JOBS).then_some(());
+    eventually("all results wait", LONG, waiting).await?;
+    let refuse = "CREATE FUNCTION ingress.three_at_most() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+                  IF (SELECT count(*) FROM added) > 3 THEN RAISE EXCEPTION 'too much'; END IF; RETURN NULL; END $$";
+    lab.sql(refuse).await?;
+    let trigger = "CREATE TRIGGER three_at_most AFTER INSERT ON ingress.reports REFERENCING NEW TABLE AS added \
+                   FOR EACH STATEMENT EXECUTE FUNCTION ingress.three_at_most()";
+    lab.sql(trigger).await?;
+    lab.restart_ingress(0).await?;
+    let succeeded = "SELECT count(*) FROM ingress.jobs WHERE state = 'succeeded'";
+    let all = async || (lab.count(succeeded).await.ok()? == JOBS as i64).then_some(());
+    eventually("all results are recorded", LONG, all).await?;
+    assert!(lab.logs()?.contains("results not recorded yet"), "they came one by one");
+    assert_eq!(lab.count("SELECT count(*) FROM ingress.reports").await?, JOBS as i64);
+    assert_eq!(lab.count("SELECT sum(jobs)::bigint FROM ingress.usage").await?, JOBS as i64);
+    let gone = async || (lab.messages("RESULTS").await.ok()? == 0).then_some(());
+    eventually("none is left in the queue", LONG, gone).await?;
     lab.stop().await
 }
 

@@ -94,9 +94,9 @@ impl Picture {
         limits.reserve(decoder.total_bytes())?;
         decoder.set_limits(limits)?;
         let (orientation, color) = (decoder.orientation()?, decoder.color_type());
-        let (pixels, decoded) = (width as usize * height as usize, decoder.total_bytes() as usize);
-        let mut bytes = vec![0; decoded.max(3 * pixels)];
-        decoder.read_image(&mut bytes[..decoded])?;
+        let (pixels, length) = (width as usize * height as usize, decoder.total_bytes() as usize);
+        let mut bytes = vec![0; length.max(3 * pixels)];
+        decoder.read_image(&mut bytes[..length])?;
         to_rgb(&mut bytes, pixels, color);
         let pixels = RgbImage::from_raw(width, height, bytes).expect("three bytes a pixel are left");
         Ok(Self::new(pixels, orientation))
@@ -237,11 +237,11 @@ pub(crate) mod tests {
     /// As the decoder's own library turns one into the other, in two buffers.
     #[test]
     fn every_kind_becomes_rgb_in_place() {
+        use ColorType::{L8, L16, La8, La16, Rgb8, Rgb16, Rgba8, Rgba16};
         let deep = image::ImageBuffer::from_fn(7, 5, |x, y| {
             image::Rgba([x as u16 * 9_001, y as u16 * 13_007, 65_535 - x as u16, 128])
         });
         let deep = DynamicImage::ImageRgba16(deep);
-        use ColorType::{L8, L16, La8, La16, Rgb8, Rgb16, Rgba8, Rgba16};
         for color in [L8, La8, Rgb8, Rgba8, L16, La16, Rgb16, Rgba16] {
             let image = match color {
                 L8 => deep.to_luma8().into(),

@@ -4,7 +4,7 @@
 //! ALPN, so that there is no reading ahead to guess it.
 
 use std::{
-    io,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     path::Path,
     pin::{Pin, pin},
@@ -84,6 +84,24 @@ pub struct Peer(pub IpAddr);
 /// that asks for one. The certificate of a balancer that ends TLS is not its callers'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Certificate(pub [u8; 32]);
+
+/// What a connection's client shows at any time, an extension of its requests on a listener that asks for certificates: for
+/// what goes on for longer than its certificate may be good.
+#[derive(Clone)]
+pub struct Shows(Arc<dyn Fn() -> Option<Certificate> + Send + Sync>);
+
+impl Shows {
+    /// The certificate, while it is good.
+    pub fn certificate(&self) -> Option<Certificate> {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for Shows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Shows({:?})", self.certificate())
+    }
+}
 
 /// With what a listener shakes hands.
 #[derive(Debug, Clone)]
@@ -243,7 +261,7 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 return hang_up(stream).await;
             }
             let is_h2 = session.alpn_protocol() == Some(b"h2");
-            let certificate = tls.shown(session.peer_certificates());
+            let shows = Shows(Arc::new(tls.shown(session.peer_certificates())));
             let is_own = !balancers.forwards(origin);
             let builder = builder(is_h2);
             let (router, (heard, spoke)) = (TowerToHyperService::new(router), watch::channel(false));
@@ -255,8 +273,9 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                 }
                 let caller = balancers.caller(origin, request.headers());
                 request.extensions_mut().insert(Peer(caller));
-                if is_own && let Some(certificate) = certificate() {
+                if is_own && let Some(certificate) = shows.certificate() {
                     request.extensions_mut().insert(certificate);
+                    request.extensions_mut().insert(shows.clone());
                 }
                 router.call(request)
             });

@@ -35,6 +35,17 @@ impl<K: Eq + Hash + Clone> Shares<K> {
         *count += 1;
         Some(Share { caller, held: self.held.clone() })
     }
+
+    /// One more for `caller`, who had room before, until it is dropped.
+    pub fn add(&self, caller: K) -> Share<K> {
+        *lock(&self.held).entry(caller.clone()).or_default() += 1;
+        Share { caller, held: self.held.clone() }
+    }
+
+    /// Whether `caller` may have one more.
+    pub fn has_room(&self, caller: &K) -> bool {
+        lock(&self.held).get(caller).is_none_or(|count| *count < self.most)
+    }
 }
 
 /// One that a caller has.
@@ -70,7 +81,9 @@ mod tests {
         let (first, second) = (shares.take('a'), shares.take('a'));
         assert!(first.is_some() && second.is_some() && shares.take('a').is_none());
         assert!(shares.take('b').is_some());
-        drop(first);
+        assert!(!shares.has_room(&'a') && shares.has_room(&'b'));
+        drop((shares.add('a'), first));
+        assert!(shares.has_room(&'a'));
         let third = shares.take('a');
         assert!(third.is_some());
         drop((second, third));

@@ -143,7 +143,7 @@ async fn work(stack: &mut Stack, args: &Args) -> Result<()> {
     user(stack, ADMINISTRATOR, "administrator")?;
     say("starting ingress");
     stack.add_ingress(Ports::around(args.port), &[])?.process.spawn_ready(READY_WITHIN).await?;
-    stack.add_operate(args.port + 1_001)?.process.spawn_ready(READY_WITHIN).await?;
+    stack.add_operate(args.port + 1_001, &[])?.process.spawn_ready(READY_WITHIN).await?;
     stack.add_registration(args.port + 1_002, args.port + 1_003)?.process.spawn_ready(READY_WITHIN).await?;
     // From here on it knows of every listener.
     stack.keep_auth_command()?;

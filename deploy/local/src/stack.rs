@@ -243,11 +243,11 @@ impl Stack {
         Ok(&mut self.ingress[number])
     }
 
-    /// Adds the operators' process, for the origin of the first `ingress`; it is not started yet.
+    /// Adds the operators' process, for the origin of the first `ingress`, with further flags; it is not started yet.
     ///
     /// # Errors
     /// When a path cannot be made, or there is no `ingress`.
-    pub fn add_operate(&mut self, port: u16) -> Result<&mut Operate> {
+    pub fn add_operate(&mut self, port: u16, extra: &[&str]) -> Result<&mut Operate> {
         let public = self.ingress.first().context("operators sign in at an ingress")?.url();
         let path = self.options.programs.join("ingress");
         let process = Process::new("operate", path, self.state.log("operate")?)
@@ -263,7 +263,7 @@ impl Stack {
             .arg(self.postgres.url("dermflow_ingress"))
             .arg("--database-password-file")
             .arg(self.postgres.password_file("dermflow_ingress")?);
-        let process = self.with_broker(process, nats::OPERATOR.user, None)?;
+        let process = self.with_broker(process, nats::OPERATOR.user, None)?.args(extra);
         Ok(self.operate.insert(Operate { process, port }))
     }
 

@@ -37,7 +37,7 @@ use crate::{
     app::App,
     audited::Deeds,
     batches::clear,
-    extract::{Allowed, Body, Delete, Read, Submit},
+    extract::{Allowed, Body, Delete, Pass, Read, Submit},
     language,
     lines::Form,
     retention::{self, Answered},
@@ -69,7 +69,8 @@ const FHIR_NDJSON: &str = "application/fhir+ndjson";
         (status = 400, description = "The Idempotency-Key cannot be read."), Any, Guarded, Own, Typed))]
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
-    Allowed { client, caller, who, .. }: Allowed<Submit>,
+    Allowed { client, who, .. }: Allowed<Submit>,
+    pass: Pass,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
@@ -79,7 +80,7 @@ pub(crate) async fn create(
     let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
     let batch = batch.ok_or(Code::NotFound)?.id;
     let (language, mending) = (language::accepted(&headers), key.is_some());
-    let upload = Upload { caller, client, who, batch, form, language, mending, _place: place };
+    let upload = Upload { pass, client, who, batch, form, language, mending, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 
@@ -94,7 +95,8 @@ pub(crate) async fn create(
         Any, Guarded, Own, Typed))]
 pub(crate) async fn resume(
     State(app): State<Arc<App>>,
-    Allowed { client, caller, who, .. }: Allowed<Submit>,
+    Allowed { client, who, .. }: Allowed<Submit>,
+    pass: Pass,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     body: Body,
@@ -103,7 +105,7 @@ pub(crate) async fn resume(
     let place = app.bounds.uploads.take(client)?;
     let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
     let (language, mending) = (language::accepted(&headers), true);
-    let upload = Upload { caller, client, who, batch, form, language, mending, _place: place };
+    let upload = Upload { pass, client, who, batch, form, language, mending, _place: place };
     Ok(upload::start(app, upload, body.into_inner()))
 }
 

@@ -8,7 +8,6 @@ use axum::{
     http::StatusCode,
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
-    routing::get,
 };
 use dermflow_http::{
     dress::{bounded, dressed},
@@ -20,7 +19,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     answer::Problem,
     app::App,
-    audited::audited,
+    audited::{Origin, audited},
     config::{ClientOptions, Group},
     dead::Operators,
     rates,
@@ -133,24 +132,34 @@ fn guarded<S: Clone + Send + Sync + 'static>(routes: OpenApiRouter<S>, is_needed
 
 async fn certified(request: Request, next: Next) -> Response {
     match request.extensions().get::<Certificate>() {
-        Some(_) => next.run(request).await,
+        Some(_) => {
+            if let Some(origin) = request.extensions().get::<Origin>() {
+                origin.needs_certificate();
+            }
+            next.run(request).await
+        }
         None => Problem::from(Code::ClientCertificateNeeded).into_response(),
     }
 }
 
 /// What operators reach, on the loopback interface only.
 pub(crate) fn internal(app: Arc<App>) -> Router {
-    let routes = Router::new()
-        .route("/livez", get(health::live))
-        .route("/readyz", get(health::ready))
-        .route("/metrics", get(health::metrics));
+    let (routes, _) = of_this_machine().split_for_parts();
     measured(bounded(routes), app)
+}
+
+/// Health and metrics, with the document that describes them.
+fn of_this_machine() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(openapi::document())
+        .routes(routes!(openapi::internal))
+        .routes(routes!(health::live))
+        .routes(routes!(health::ready))
+        .routes(routes!(health::metrics))
 }
 
 /// What operators reach in a process of its own, on the loopback interface only, with a token for it.
 pub(crate) fn operators(operators: Arc<Operators>, needs: &ClientOptions) -> Router {
-    let routes = guarded(for_operators(), needs.need(Group::Operators));
-    let (routes, _) = routes.split_for_parts();
+    let (routes, _) = for_operators(needs).split_for_parts();
     let routes = bounded(routes)
         .layer(from_fn_with_state(operators.clone(), rates::count))
         .layer(from_fn_with_state(operators.clone(), audited))
@@ -159,12 +168,14 @@ pub(crate) fn operators(operators: Arc<Operators>, needs: &ClientOptions) -> Rou
 }
 
 /// The API of operators, with the document that describes it.
-fn for_operators() -> OpenApiRouter<Arc<Operators>> {
-    OpenApiRouter::with_openapi(openapi::document())
-        .routes(routes!(openapi::operators))
+fn for_operators(needs: &ClientOptions) -> OpenApiRouter<Arc<Operators>> {
+    let api = OpenApiRouter::new()
         .routes(routes!(dead::list))
         .routes(routes!(dead::get, dead::purge))
-        .routes(routes!(dead::requeue))
+        .routes(routes!(dead::requeue));
+    OpenApiRouter::with_openapi(openapi::document())
+        .routes(routes!(openapi::operators))
+        .merge(guarded(api, needs.need(Group::Operators)))
 }
 
 fn measured(routes: Router<Arc<App>>, app: Arc<App>) -> Router {

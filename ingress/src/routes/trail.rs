@@ -47,7 +47,7 @@ pub(crate) async fn get(
     let Path(id) = path.map_err(|_| Code::NotFound)?;
     // Only the one spelling that we give out.
     let id: i64 = id.parse().ok().filter(|n: &i64| n.to_string() == id).ok_or(Code::NotFound)?;
-    let found = within(async { search::find(&app.store.pool().get().await?, id).await }).await?;
+    let found = within(async { search::find(&app.store.connections().get().await?, id).await }).await?;
     let event = found.ok_or(Code::NotFound)?;
     let deed = Deeds::one(Action::TrailRead, Some(Object::event(id)), json!({ "events": 1 }));
     Ok(deed.of(answer::fhir(StatusCode::OK, resource(&event).to_string().into_bytes())))
@@ -84,7 +84,8 @@ pub(crate) async fn search(
     let Query(parameters) = parameters.map_err(|_| ApiError::from(Code::QueryInvalid).at("query"))?;
     let (filter, count) = read(&parameters)?;
     // One more tells whether there is another page.
-    let found = within(async { search::list(&app.store.pool().get().await?, &filter, count + 1).await });
+    let found =
+        within(async { search::list(&app.store.connections().get().await?, &filter, count + 1).await });
     let mut events = found.await?;
     let more = events.len() > count;
     events.truncate(count);

@@ -30,6 +30,6 @@ pub(super) async fn of_jobs(event: &Event, transaction: &Transaction<'_>, jobs: 
 impl Store {
     /// Adds an event about the system itself.
     pub(crate) async fn note(&self, event: Event) -> Result<()> {
-        audit::record(&self.pool, &[event]).await
+        audit::record(self.pool(), &[event]).await
     }
 }
