@@ -159,10 +159,10 @@ async fn a_request_names_its_model() -> Result<()> {
             format!("dermflow_model_jobs_total{{model=\"derm7\",state=\"succeeded\",version=\"{version}\"}}");
         let counted = lab.metric(&name).await.with_context(|| format!("no {name}"))?;
         ensure!(counted >= at_least, "{name} {counted}");
-        let lane = format!("lane=\"interactive\",model=\"derm7\",version=\"{version}\"");
+        let labels = format!("lane=\"interactive\",model=\"derm7\",version=\"{version}\"");
         ensure!(
-            lab.metric(&format!("dermflow_job_model_seconds_count{{{lane}}}")).await > Some(1.0),
-            "{lane}"
+            lab.metric(&format!("dermflow_job_model_seconds_count{{{labels}}}")).await > Some(1.0),
+            "{labels}"
         );
     }
     lab.stop().await
