@@ -24,7 +24,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     analyze::{Caller, analysed},
     login,
-    openapi::{Any, DiagnosticReport, Failed, Guarded, Own, Queried, Reads, Typed, Unavailable},
+    openapi::{
+        Any, DiagnosticReport, Failed, GoesOn, Guarded, Own, Queried, Reads, Typed, Unavailable, Wishes,
+    },
     status::{answered, finished, insert},
 };
 use crate::{
@@ -81,19 +83,12 @@ pub(super) fn is_open(path: &str) -> bool {
 
 /// One to three images of a case in, 200 with what was found, as soon as it is; who asks for FHIR gets the report itself.
 #[utoipa::path(post, path = "/diagnosis-support", operation_id = "diagnose", tag = "device",
-    params(
-        ("Prefer" = Option<String>, Header, description = "`respond-async`, `wait=` seconds up to 60, or both (RFC 7240)."),
-        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
-            description = "The same key with the same request is the same job."),
-        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
-            description = "The job's own deadline, at least 5 seconds: seconds, or a number with s, m, h or d.")),
+    params(Wishes),
     request_body(content = Object, content_type = "application/json"),
     responses(
         (status = 200, description = "What was found, by image and in all.",
             content((Object = "application/json"), (DiagnosticReport = "application/fhir+json"))),
-        (status = 202, description = "The job goes on; `Content-Location` is where to poll.", body = Object,
-            content_type = "application/fhir+json"),
-        Any, Guarded, Own, Reads, Typed, Failed))]
+        GoesOn, Any, Guarded, Own, Reads, Typed, Failed))]
 async fn diagnose(
     State(app): State<Arc<App>>,
     Allowed { client, who, .. }: Allowed<Submit>,
