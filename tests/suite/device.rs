@@ -334,6 +334,18 @@ fn answers(names: &[&str], values: &[u32]) -> Value {
     json!({ "questionnaireResponse": { "item": item } })
 }
 
+const SCOVID: [&str; 10] = [
+    "pain",
+    "pruritus",
+    "fever",
+    "cough",
+    "cephalea",
+    "myalgiaOrArthralgia",
+    "malaise",
+    "lossOfTasteOrOlfactory",
+    "shortnessOfBreath",
+    "otherSkinProblems",
+];
 const SEVEN: [&str; 7] = [
     "changeInSize",
     "irregularPigmentation",
@@ -477,24 +489,36 @@ async fn scores_from_images_are_checked_and_not_computed() -> Result<()> {
 async fn scores_from_answers_are_computed() -> Result<()> {
     let lab = Lab::start(Setup::without_workers()).await?;
     let cases = [
-        ("dlqi", &QUESTIONS[..], vec![1, 2, 3, 1, 2, 3, 1, 2, 3, 1], 19.0, "Very large effect"),
-        ("pure4", &QUESTIONS[..4], vec![1, 0, 1, 0], 2.0, "Positive"),
-        ("sevenPc", &SEVEN[..], vec![1, 1, 0, 1, 0, 0, 1], 6.0, "High risk"),
+        ("dlqi", &QUESTIONS[..], vec![1, 2, 3, 1, 2, 3, 1, 2, 3, 1], 19.0, "Very large effect", 3),
+        ("pure4", &QUESTIONS[..4], vec![1, 0, 1, 0], 2.0, "Positive", 3),
+        ("sevenPc", &SEVEN[..], vec![1, 1, 0, 1, 0, 0, 1], 6.0, "High risk", 3),
+        (
+            "scovid",
+            &SCOVID[..],
+            vec![7, 2, 3, 0, 1, 0, 0, 2, 0, 1],
+            16.0,
+            "Not graded: no bands are published",
+            0,
+        ),
     ];
     for path in [
         "/severity-assessment/manual",
         "/clinical/severity-assessment/manual",
         "/v1.0/severity-assessment/manual",
     ] {
-        for (code, names, values, score, category) in &cases {
+        for (code, names, values, score, category, intensity) in &cases {
             let body = assessment(true, "armLeft", &json!({ *code: answers(names, values) }));
             let answer = post(lab.client(), path, &body).await?;
             assert_eq!(answer.status, 200, "{}", answer.text);
             assert_eq!(answer.body["resourceType"], "DiagnosticReport");
+            assert_eq!(answer.header("content-language"), "en");
             ensure!(answer.body["analysisDuration"].as_f64().is_some_and(|seconds| seconds > 0.0));
             let told = &answer.body["patientEvolution"][*code];
             assert_eq!(told["score"]["value"].as_f64(), Some(*score));
-            assert_eq!(told["score"]["interpretation"], json!({ "category": category, "intensity": 3 }));
+            assert_eq!(
+                told["score"]["interpretation"],
+                json!({ "category": category, "intensity": intensity })
+            );
             for (name, value) in names.iter().zip(values) {
                 let item = &told["item"][name];
                 assert_eq!(item["value"].as_f64(), Some(f64::from(*value)));
@@ -509,11 +533,19 @@ async fn scores_from_answers_are_computed() -> Result<()> {
         let refused = post(lab.client(), path, &body).await?;
         let place = json!(["body", "scoringSystem", "uas", "questionnaireResponse", "item", "pruritus"]);
         assert_eq!((refused.status, entry(&refused)?.2), (422, &place));
-        body["scoringSystem"] = json!({ "scovid": answers(&["pain"], &[1]) });
+        body["scoringSystem"] = json!({ "resvech": answers(&["edges"], &[1]) });
         assert_eq!(post(lab.client(), path, &body).await?.status, 501);
+        let body = assessment(true, "armLeft", &json!({ "uas": answers(&["pruritus", "wheals"], &[3, 1]) }));
+        let request = lab.client().request(Method::POST, path).header("accept-language", "de-CH, fr;q=0.5");
+        let answer = send(request.json(&body)).await?;
+        assert_eq!(answer.header("content-language"), "de", "{}", answer.text);
+        let told = &answer.body["patientEvolution"]["uas"];
+        assert_eq!(told["score"]["interpretation"], json!({ "category": "Schwer", "intensity": 3 }));
+        let itch = &told["item"]["pruritus"];
+        assert_eq!((&itch["code"]["text"], &itch["interpretation"]), (&json!("Juckreiz"), &json!("Schwer")));
     }
     let assessed = "SELECT count(*) FROM auth.audit WHERE action = 'assess' AND detail ? 'scores'";
-    assert_eq!(lab.count(assessed).await?, 9, "three scores at three paths");
+    assert_eq!(lab.count(assessed).await?, 15, "five scores at three paths");
     lab.stop().await
 }
 
@@ -552,7 +584,7 @@ async fn the_device_tells_what_it_is_and_takes() -> Result<()> {
         };
         assert_eq!(codes("?pathology=EA90").await?, ["dlqi", "pasi", "pga", "pure4"]);
         assert_eq!(codes("?code=uct").await?, ["uct"]);
-        assert_eq!(codes("").await?.len(), 10);
+        assert_eq!(codes("").await?.len(), 11);
         let refused = anonymous.get(&format!("{root}/questionnaires?vendor=1")).await?;
         assert_eq!((refused.status, &refused.body["detail"][0]["loc"]), (400, &json!(["query"])));
     }

@@ -42,7 +42,7 @@ enum Rule {
 use Object::{Batch, DeadLetter, Definition, Event, Job, Nothing};
 use Rule::{Auditor, Client as May, Form, Open, Operator};
 
-const ROUTES: [(&str, &str, Rule, Object); 49] = [
+const ROUTES: [(&str, &str, Rule, Object); 50] = [
     ("POST", "/login", Form(422), Nothing),
     ("POST", "/oauth/token", Form(400), Nothing),
     ("POST", "/oauth/revoke", Form(401), Nothing),
@@ -69,6 +69,7 @@ const ROUTES: [(&str, &str, Rule, Object); 49] = [
     ("GET", "/fhir/Media/{id}", May('r'), Job),
     ("GET", "/fhir/Device/{id}", May('r'), Job),
     ("GET", "/fhir/Provenance/{id}", May('r'), Job),
+    ("GET", "/fhir/Provenance", May('s'), Nothing),
     ("GET", "/fhir/_async/{id}", May('r'), Job),
     ("DELETE", "/fhir/_async/{id}", May('d'), Job),
     ("POST", "/fhir", May('c'), Nothing),

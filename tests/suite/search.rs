@@ -209,6 +209,31 @@ async fn a_report_is_taken_apart_and_removed_as_a_whole() -> Result<()> {
             .as_str()
             .is_some_and(|model| model.starts_with("sha256:"))
     );
+    // It is found by what was made, and by nothing else; nobody else finds it.
+    let found_by = async |client: &Client, target: &str| {
+        let answer = client.get(&format!("/fhir/Provenance?target={target}")).await?;
+        ensure!(answer.status == 200, "{target}: {}", answer.text);
+        Ok::<_, anyhow::Error>(answer.body)
+    };
+    let of_report = format!("DiagnosticReport/{report}");
+    for (target, n) in [
+        (of_report.as_str(), 1),
+        (&format!("Observation/{report}-classification-1"), 1),
+        (&format!("Media/{report}-image-1"), 0),
+        (&format!("Observation/{report}"), 0),
+        ("DiagnosticReport/0198f3a2-9c1e-7c55-8f0e-1d2c3b4a5e6f", 0),
+        ("Patient/Jane-7", 0),
+    ] {
+        let bundle = found_by(client, target).await?;
+        assert_eq!(entries(&bundle).count(), n, "{target}");
+        ensure!(entries(&bundle).all(|entry| &entry["resource"] == provenance), "{bundle}");
+        assert_eq!(entries(&found_by(&stranger, target).await?).count(), 0, "{target}");
+        documents.push((format!("Provenance of {target}"), bundle));
+    }
+    for query in ["", "?target=", "?target=a&target=b", "?patient=Jane-7", "?_format=json"] {
+        let refused = client.get(&format!("/fhir/Provenance{query}")).await?;
+        assert_eq!((refused.status, refused.code()), (400, "query-invalid"), "{query}");
+    }
     fhir::validate(&documents).await?;
 
     assert_eq!(stranger.delete(&path).await?.code(), "not-found");
@@ -222,6 +247,7 @@ async fn a_report_is_taken_apart_and_removed_as_a_whole() -> Result<()> {
         assert_eq!((gone.status, gone.code()), (404, "report-removed"), "{}", gone.text);
     }
     assert_eq!(client.delete(&path).await?.code(), "not-found");
+    assert_eq!(entries(&found_by(client, &of_report).await?).count(), 0);
     assert!(matches(&search(client, "patient=Jane-7").await?).is_empty());
     for table in ["reports", "report_tokens"] {
         assert_eq!(lab.count(&format!("SELECT count(*) FROM ingress.{table}")).await?, 0, "{table}");

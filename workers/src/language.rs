@@ -25,9 +25,11 @@ pub struct Words {
     pub most_probable: &'static str,
     /// A share of the image.
     pub area: &'static str,
-    /// An image, and why there is no result.
+    /// There is no result, and why.
     pub no_result: &'static str,
-    /// Why, said of an image.
+    /// Why: an image, and what is wrong with it.
+    pub of_image: &'static str,
+    /// What is wrong, said of an image.
     pub not_skin: &'static str,
     /// The same, with the score.
     pub poor: &'static str,
@@ -41,8 +43,6 @@ pub struct Words {
     pub threshold: [&'static str; 2],
     /// The end of a conclusion.
     pub no_diagnosis: &'static str,
-    /// No image was analysed.
-    pub nothing: &'static str,
     /// An image, and which check refused it.
     pub refused: &'static str,
     /// What checks, the domain and the quality.
@@ -62,7 +62,8 @@ const ENGLISH: Words = Words {
     grades: ["poor", "fair", "good", "excellent"],
     most_probable: "Most probable class: {} {}.",
     area: "Lesion area {} of the image.",
-    no_result: "No result: image {} {}.",
+    no_result: "No result: {}.",
+    of_image: "image {} {}",
     not_skin: "does not show skin",
     poor: "is of too low quality ({})",
     and: " and ",
@@ -70,7 +71,6 @@ const ENGLISH: Words = Words {
     referral: ["{} at or above the referral threshold.", "{} below the referral threshold."],
     threshold: ["{} at or above the threshold.", "{} below the threshold."],
     no_diagnosis: "Not a diagnosis; needs review by a clinician.",
-    nothing: "No result: {}.",
     refused: "image {} was refused by {}",
     checks: ["the domain check", "the quality check"],
     no_heat_maps: "This model gives no heat maps.",
@@ -87,7 +87,8 @@ const SPANISH: Words = Words {
     grades: ["mala", "suficiente", "buena", "excelente"],
     most_probable: "Clase más probable: {} {}.",
     area: "Superficie de la lesión: {} de la imagen.",
-    no_result: "Sin resultado: la imagen {} {}.",
+    no_result: "Sin resultado: {}.",
+    of_image: "la imagen {} {}",
     not_skin: "no muestra piel",
     poor: "es de calidad insuficiente ({})",
     and: " y ",
@@ -95,7 +96,6 @@ const SPANISH: Words = Words {
     referral: ["{}: igual o superior al umbral de derivación.", "{}: inferior al umbral de derivación."],
     threshold: ["{}: igual o superior al umbral.", "{}: inferior al umbral."],
     no_diagnosis: "No es un diagnóstico; requiere revisión por un médico.",
-    nothing: "Sin resultado: {}.",
     refused: "la imagen {} fue rechazada por {}",
     checks: ["la comprobación de dominio", "la comprobación de calidad"],
     no_heat_maps: "Este modelo no ofrece mapas de calor.",
@@ -112,7 +112,8 @@ const GERMAN: Words = Words {
     grades: ["schlecht", "ausreichend", "gut", "ausgezeichnet"],
     most_probable: "Wahrscheinlichste Klasse: {} {}.",
     area: "Fläche der Läsion: {} des Bildes.",
-    no_result: "Kein Ergebnis: Bild {} {}.",
+    no_result: "Kein Ergebnis: {}.",
+    of_image: "Bild {} {}",
     not_skin: "zeigt keine Haut",
     poor: "ist von zu geringer Qualität ({})",
     and: " und ",
@@ -120,7 +121,6 @@ const GERMAN: Words = Words {
     referral: ["{}: auf oder über der Überweisungsschwelle.", "{}: unter der Überweisungsschwelle."],
     threshold: ["{}: auf oder über der Schwelle.", "{}: unter der Schwelle."],
     no_diagnosis: "Keine Diagnose; bedarf der ärztlichen Beurteilung.",
-    nothing: "Kein Ergebnis: {}.",
     refused: "Bild {} wurde von {} abgelehnt",
     checks: ["der Motivprüfung", "der Qualitätsprüfung"],
     no_heat_maps: "Dieses Modell liefert keine Heatmaps.",
@@ -137,7 +137,8 @@ const FRENCH: Words = Words {
     grades: ["mauvaise", "passable", "bonne", "excellente"],
     most_probable: "Classe la plus probable : {} {}.",
     area: "Surface de la lésion : {} de l'image.",
-    no_result: "Pas de résultat : l'image {} {}.",
+    no_result: "Pas de résultat : {}.",
+    of_image: "l'image {} {}",
     not_skin: "ne montre pas de peau",
     poor: "est de qualité insuffisante ({})",
     and: " et ",
@@ -148,7 +149,6 @@ const FRENCH: Words = Words {
     ],
     threshold: ["{} : au niveau ou au-dessus du seuil.", "{} : au-dessous du seuil."],
     no_diagnosis: "Ce n'est pas un diagnostic ; doit être revu par un médecin.",
-    nothing: "Pas de résultat : {}.",
     refused: "l'image {} a été refusée par {}",
     checks: ["le contrôle du domaine", "le contrôle de qualité"],
     no_heat_maps: "Ce modèle ne fournit pas de cartes de chaleur.",
@@ -174,14 +174,17 @@ pub fn fill(template: &str, parts: &[&str]) -> String {
 
 /// A text as it stands within a sentence.
 pub fn within(text: &str) -> String {
-    let mut letters = text.chars();
-    letters.next().into_iter().flat_map(char::to_lowercase).chain(letters).collect()
+    first(text, char::to_lowercase)
 }
 
 /// A text as it begins a sentence.
 pub fn begun(text: &str) -> String {
+    first(text, char::to_uppercase)
+}
+
+fn first<L: Iterator<Item = char>>(text: &str, letter: impl Fn(char) -> L) -> String {
     let mut letters = text.chars();
-    letters.next().into_iter().flat_map(char::to_uppercase).chain(letters).collect()
+    letters.next().into_iter().flat_map(letter).chain(letters).collect()
 }
 
 impl Words {
@@ -200,10 +203,10 @@ mod tests {
     #[test]
     fn every_language_says_the_same() {
         let all = |words: &'static Words| {
-            let Words { image, quality, most_probable, area, no_result, poor, .. } = words;
-            let Words { conclusion, nothing, refused, referral, threshold, grades, checks, .. } = words;
+            let Words { image, quality, most_probable, area, no_result, of_image, poor, .. } = words;
+            let Words { conclusion, refused, referral, threshold, grades, checks, .. } = words;
             let Words { together, .. } = words;
-            let one = [image, quality, most_probable, area, no_result, poor, conclusion, nothing, refused];
+            let one = [image, quality, most_probable, area, no_result, of_image, poor, conclusion, refused];
             let lists = referral.iter().chain(threshold).chain(grades).chain(checks).chain(together);
             one.into_iter().chain(lists).copied().collect::<Vec<&str>>()
         };

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{
-    score::{Item, SCORES, Score},
+    score::{Item, SCORES, Score, wording::in_all},
     sites::named,
 };
 
@@ -24,16 +24,17 @@ fn questionnaire(score: &Score) -> Value {
         "code": score.code,
         "mode": "local",
         "path": "/severity-assessment/manual",
-        "title": { "en_GB": score.title },
+        "title": named(in_all(score.title)),
         "questions": score.items.iter().map(question).collect::<Vec<_>>(),
     })
 }
 
 fn question(item: &Item) -> Value {
-    let answer = |(value, word): (usize, &&str)| json!({ "value": value, "label": { "en_GB": word } });
+    let answer =
+        |(value, &word): (usize, &&'static str)| json!({ "value": value, "label": named(in_all(word)) });
     json!({
         "code": item.code,
-        "label": { "en_GB": item.text },
+        "label": named(in_all(item.text)),
         "minimum": item.range.start(),
         "maximum": item.range.end(),
         "integer": item.whole,
@@ -80,6 +81,8 @@ mod tests {
         assert_eq!(codes(&list(None, None)).len(), SCORES.len());
         let dlqi = list(Some("dlqi"), None);
         assert_eq!(dlqi[0]["questions"][0]["answers"].as_array().map(Vec::len), Some(4));
+        assert_eq!(dlqi[0]["questions"][3]["label"]["de_DE"], "Kleidung");
+        assert_eq!(dlqi[0]["questions"][3]["answers"][1]["label"]["fr_FR"], "Un peu");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use dermflow_schemas::{
     error::{ApiError, Code},
+    fhir::Language,
     limits::MAX_IMAGES,
 };
 use serde_json::{Map, Value, json};
@@ -14,7 +15,7 @@ use super::{
     body::{self, Object, Part},
     diagnosis::image,
     own_code,
-    score::{self, Item, NOT_COMPUTED, Score},
+    score::{self, Item, NOT_COMPUTED, Score, wording::in_language},
     sites,
 };
 use crate::element::Faults;
@@ -199,7 +200,7 @@ fn answers(code: &str, system: &Part<'_, '_>, faults: &mut Faults) -> Option<()>
 fn manual(root: &Object<'_, '_>, faults: &mut Faults) -> Option<(Answered, Option<&'static str>)> {
     let find = |name: &str| match score::find(name) {
         Some(score) => Some((score.code, Ok(score))),
-        None => NOT_COMPUTED.iter().find(|code| **code == name).map(|code| (*code, Err(*code))),
+        None => (name == NOT_COMPUTED).then_some((NOT_COMPUTED, Err(NOT_COMPUTED))),
     };
     let (mut scores, mut missing) = (Vec::new(), None);
     for (asked, system) in systems(root, find, faults)? {
@@ -231,11 +232,11 @@ impl Assessment {
     }
 
     /// The body of the answer, at `now`; clients want to read how many seconds it took, more than none.
-    pub(crate) fn render(&self, now: OffsetDateTime, seconds: f64) -> Value {
+    pub(crate) fn render(&self, now: OffsetDateTime, seconds: f64, language: Language) -> Value {
         let evolution: Map<String, Value> = self
             .scores
             .iter()
-            .map(|(score, answers)| (score.code.to_owned(), evolution(self.site, score, answers)))
+            .map(|(score, answers)| (score.code.to_owned(), evolution(self.site, score, answers, language)))
             .collect();
         json!({
             "resourceType": "DiagnosticReport",
@@ -248,10 +249,15 @@ impl Assessment {
     }
 }
 
-fn evolution(site: &sites::Site, score: &Score, answers: &[f64]) -> Value {
+/// What an index of the whole body gets from a region.
+pub(super) const CONTRIBUTION: &str = "Contribution of the region to the score of the whole body";
+
+fn evolution(site: &sites::Site, score: &Score, answers: &[f64], language: Language) -> Value {
     let item = |(item, answer): (&Item, &f64)| {
         let body = json!({
-            "code": own_code(item.code, item.text), "value": answer, "interpretation": item.interpretation(*answer),
+            "code": own_code(item.code, in_language(item.text, language)),
+            "value": answer,
+            "interpretation": item.interpretation(*answer, language),
             "additionalData": null,
         });
         (item.code.to_owned(), body)
@@ -259,7 +265,7 @@ fn evolution(site: &sites::Site, score: &Score, answers: &[f64]) -> Value {
     let items: Map<String, Value> = score.items.iter().zip(answers).map(item).collect();
     let value = score.value(answers);
     let band = score.band(value);
-    let text = "Contribution of the region to the score of the whole body";
+    let text = in_language(CONTRIBUTION, language);
     let contribution = score
         .weight(site.code)
         .map(|weight| json!({ "value": weight * value, "code": own_code("globalScoreContribution", text) }));
@@ -267,7 +273,7 @@ fn evolution(site: &sites::Site, score: &Score, answers: &[f64]) -> Value {
         "item": items,
         "score": {
             "value": value,
-            "interpretation": { "category": band.category, "intensity": band.intensity as u8 },
+            "interpretation": { "category": in_language(band.category, language), "intensity": band.intensity as u8 },
             "additionalData": { "globalScoreContribution": contribution },
         },
         "media": { "attachment": null, "detection": null },
@@ -296,7 +302,11 @@ mod tests {
             let items: Map<String, Value> =
                 score.items.iter().map(|item| (item.code.to_owned(), json!(item.range.end()))).collect();
             let body = request(&json!({ score.code: { "questionnaireResponse": { "item": items } } }));
-            let answer = parse(body.to_string().as_bytes()).unwrap().render(OffsetDateTime::UNIX_EPOCH, 0.0);
+            let answer = parse(body.to_string().as_bytes()).unwrap().render(
+                OffsetDateTime::UNIX_EPOCH,
+                0.0,
+                Language::default(),
+            );
             assert_eq!(answer["issued"], "1970-01-01T00:00:00Z");
             assert!(answer["analysisDuration"].as_f64().unwrap() > 0.0);
             let told = &answer["patientEvolution"][score.code];
@@ -317,7 +327,11 @@ mod tests {
         let mut body = request(&json!({ "pasi": { "questionnaireResponse": { "item": items } } }));
         let mut contribution = |site: &str| {
             body["bodySite"] = json!(site);
-            let answer = parse(body.to_string().as_bytes()).unwrap().render(OffsetDateTime::UNIX_EPOCH, 0.0);
+            let answer = parse(body.to_string().as_bytes()).unwrap().render(
+                OffsetDateTime::UNIX_EPOCH,
+                0.0,
+                Language::default(),
+            );
             answer["patientEvolution"]["pasi"]["score"]["additionalData"]["globalScoreContribution"].clone()
         };
         assert_eq!((&contribution("handLeft")["value"], contribution("tongue")), (&json!(2.0), Value::Null));
@@ -327,7 +341,7 @@ mod tests {
     #[test]
     fn what_is_known_and_not_computed_says_so_once_the_request_is_right() {
         let response = json!({ "questionnaireResponse": { "item": {} } });
-        assert_eq!(code(&request(&json!({ "scovid": response.clone() }))), "score-unsupported");
+        assert_eq!(code(&request(&json!({ "resvech": response.clone() }))), "score-unsupported");
         assert_eq!(code(&request(&json!({ "resvech": {} }))), "element-missing");
         assert_eq!(code(&request(&json!({ "unheard": response }))), "value-invalid");
         assert_eq!(code(&request(&json!({}))), "value-invalid");

@@ -18,6 +18,7 @@ const OF_REPORTS: [Parameter; 8] = [
     ("issued", "date"),
     ("status", "token"),
 ];
+const OF_PROVENANCES: [Parameter; 1] = [("target", "reference")];
 const OF_TASKS: [Parameter; 2] = [("status", "token"), ("authored-on", "date")];
 const OF_EVENTS: [Parameter; 6] = [
     ("date", "date"),
@@ -103,7 +104,8 @@ pub(crate) fn statement(public_url: &str) -> Value {
                 part("Observation"),
                 part("Media"),
                 part("Device"),
-                part("Provenance"),
+                resource("Provenance", &["read", "search-type"], &OF_PROVENANCES,
+                    json!({"documentation": "What a report and its parts were made from."})),
                 resource("Task", &["read", "search-type"], &OF_TASKS, Value::Null),
                 resource("AuditEvent", &["read", "search-type"], &OF_EVENTS,
                     json!({"documentation": "For auditors."})),

@@ -26,8 +26,7 @@ use crate::{
     prefer::Prefer,
     routes::{
         openapi::{
-            Any, DiagnosticReport, Failed, Guarded, Negotiated, OperationOutcome, Own, Parameters, Reads,
-            Typed,
+            Any, Failed, GoesOn, Guarded, Negotiated, Own, Parameters, Reads, Reported, Typed, Wishes,
         },
         status::{accepted, finished},
     },
@@ -40,26 +39,9 @@ static PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-appl
 
 /// Analyses one to three images: a report, or with `Prefer: respond-async` where to poll.
 #[utoipa::path(post, path = "/fhir/DiagnosticReport/$analyze", operation_id = "analyze", tag = "reports",
-    params(
-        ("Prefer" = Option<String>, Header, description = "`respond-async`, `wait=` seconds up to 60, or both (RFC 7240)."),
-        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
-            description = "The same key with the same request is the same job."),
-        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
-            description = "The job's own deadline, at least 5 seconds: seconds, or a number with s, m, h or d.")),
+    params(Wishes),
     request_body(content((Parameters = "application/fhir+json"), (Parameters = "application/json"))),
-    responses(
-        (status = 200, description = "The report.", body = DiagnosticReport, content_type = "application/fhir+json",
-            headers(("Content-Location" = String, description = "The report's URL."),
-                ("ETag" = String, description = "Its version."),
-                ("Last-Modified" = String, description = "When it was made."),
-                ("Expires" = String, description = "Until when it is kept."),
-                ("Server-Timing" = String, description = "Milliseconds in the queue, in the model, and in all."),
-                ("Preference-Applied" = String, description = "RFC 7240."))),
-        (status = 202, description = "The job goes on.", body = OperationOutcome, content_type = "application/fhir+json",
-            headers(("Content-Location" = String, description = "Where to poll."),
-                ("Retry-After" = u64, description = "Seconds."),
-                ("Preference-Applied" = String, description = "RFC 7240."))),
-        Any, Guarded, Own, Reads, Typed, Negotiated, Failed))]
+    responses(Reported, GoesOn, Any, Guarded, Own, Reads, Typed, Negotiated, Failed))]
 pub(crate) async fn post(
     State(app): State<Arc<App>>,
     Allowed { client, who, .. }: Allowed<Submit>,

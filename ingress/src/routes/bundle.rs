@@ -29,7 +29,7 @@ use crate::{
     prefer::Prefer,
     routes::{
         analyze::{Turn, cancel_after, idempotency_key},
-        openapi::{Any, Bundle, Guarded, Negotiated, Reads, Typed},
+        openapi::{Any, Bundle, Guarded, Negotiated, Reads, Typed, Wishes},
         status::finished_record,
     },
     submit::{Ended, Submission, Submitted, blocking, internal, status_url, submit, wait},
@@ -41,12 +41,7 @@ const ANALYZE: &str = "DiagnosticReport/$analyze";
 /// Every entry is a job of its own and answered as one: what is wrong with an entry concerns no other. An entry
 /// that does not end within the wait is answered with 202 and where to poll, as with `respond-async` all are.
 #[utoipa::path(post, path = "/fhir", operation_id = "batch", tag = "reports",
-    params(
-        ("Prefer" = Option<String>, Header, description = "`respond-async`, `wait=` seconds up to 60, or both (RFC 7240)."),
-        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
-            description = "The same key with the same entries is the same jobs."),
-        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
-            description = "The jobs' own deadline, at least 5 seconds: seconds, or a number with s, m, h or d.")),
+    params(Wishes),
     request_body(content((Bundle = "application/fhir+json"), (Bundle = "application/json")),
         description = "A Bundle `batch` of up to 32 entries `POST DiagnosticReport/$analyze`."),
     responses(

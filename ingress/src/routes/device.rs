@@ -25,7 +25,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{
     analyze::{Caller, analysed},
     login,
-    openapi::{Any, DiagnosticReport, Failed, Guarded, Own, Queried, Reads, Typed, Unavailable},
+    openapi::{
+        Any, DiagnosticReport, Failed, GoesOn, Guarded, Own, Queried, Reads, Typed, Unavailable, Wishes,
+    },
     status::{answered, finished, insert},
 };
 use crate::{
@@ -34,6 +36,7 @@ use crate::{
     audited::Deeds,
     device::{about, diagnosis, questionnaires, report, severity, sites},
     extract::{Allowed, Body, Held, Submit},
+    language,
     submit::{Ended, blocking},
 };
 
@@ -82,19 +85,12 @@ pub(super) fn is_open(path: &str) -> bool {
 
 /// One to three images of a case in, 200 with what was found, as soon as it is; who asks for FHIR gets the report itself.
 #[utoipa::path(post, path = "/diagnosis-support", operation_id = "diagnose", tag = "device",
-    params(Chosen,
-        ("Prefer" = Option<String>, Header, description = "`respond-async`, `wait=` seconds up to 60, or both (RFC 7240)."),
-        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
-            description = "The same key with the same request is the same job."),
-        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
-            description = "The job's own deadline, at least 5 seconds: seconds, or a number with s, m, h or d.")),
+    params(Chosen, Wishes),
     request_body(content = Object, content_type = "application/json"),
     responses(
         (status = 200, description = "What was found, by image and in all.",
             content((Object = "application/json"), (DiagnosticReport = "application/fhir+json"))),
-        (status = 202, description = "The job goes on; `Content-Location` is where to poll.", body = Object,
-            content_type = "application/fhir+json"),
-        Any, Guarded, Own, Reads, Typed, Failed))]
+        GoesOn, Any, Guarded, Own, Reads, Typed, Failed))]
 async fn diagnose(
     State(app): State<Arc<App>>,
     Allowed { client, who, .. }: Allowed<Submit>,
@@ -152,7 +148,7 @@ async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Held, Proble
     body.read(&app.bounds, MAX_BODY_BYTES).await
 }
 
-/// A score from answers.
+/// Scores from answers, in the language that `Accept-Language` asks for.
 #[utoipa::path(post, path = "/severity-assessment/manual", operation_id = "assess", tag = "device",
     request_body(content = Object, content_type = "application/json"),
     responses((status = 200, description = "Items and score.", body = Object),
@@ -168,37 +164,33 @@ async fn assess(
     let Held { bytes, memory: _memory } = read(&app, &headers, body).await?;
     let assessment = blocking(move || severity::parse(&bytes)).await??;
     let deed = Deeds::one(Action::Assess, None, json!({ "scores": assessment.codes() }));
-    Ok(deed.of(answer::json(assessment.render(clock::now(), begun.elapsed().as_secs_f64()))))
+    let language = language::accepted(&headers);
+    let told = assessment.render(clock::now(), begun.elapsed().as_secs_f64(), language);
+    Ok(deed.of(([(header::CONTENT_LANGUAGE, language.tag())], answer::json(told)).into_response()))
 }
 
-/// A score from an image: nothing here computes one.
-#[utoipa::path(post, path = "/severity-assessment/automatic/local", operation_id = "assessImage", tag = "device",
-    request_body(content = Object, content_type = "application/json"),
-    responses((status = 422, description = "Something is missing, or out of its range."),
-        Any, Guarded, Reads, Typed, Unavailable))]
-async fn assess_image(
-    State(app): State<Arc<App>>,
-    _: Allowed<Submit>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, Problem> {
-    let Held { bytes, memory: _memory } = read(&app, &headers, body).await?;
-    Err(blocking(move || severity::parse_local(&bytes)).await?.into())
+macro_rules! automatic {
+    ($($name:ident $path:literal $id:literal $parse:path;)*) => {$(
+        /// Scores from images: nothing here computes one.
+        #[utoipa::path(post, path = $path, operation_id = $id, tag = "device",
+            request_body(content = Object, content_type = "application/json"),
+            responses((status = 422, description = "Something is missing, or out of its range."),
+                Any, Guarded, Reads, Typed, Unavailable))]
+        async fn $name(
+            State(app): State<Arc<App>>,
+            _: Allowed<Submit>,
+            headers: HeaderMap,
+            body: Body,
+        ) -> Result<Response, Problem> {
+            let Held { bytes, memory: _memory } = read(&app, &headers, body).await?;
+            Err(blocking(move || $parse(&bytes)).await?.into())
+        }
+    )*};
 }
 
-/// A score from images of several body sites: nothing here computes one.
-#[utoipa::path(post, path = "/severity-assessment/automatic/global", operation_id = "assessImages", tag = "device",
-    request_body(content = Object, content_type = "application/json"),
-    responses((status = 422, description = "Something is missing, or out of its range."),
-        Any, Guarded, Reads, Typed, Unavailable))]
-async fn assess_images(
-    State(app): State<Arc<App>>,
-    _: Allowed<Submit>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, Problem> {
-    let Held { bytes, memory: _memory } = read(&app, &headers, body).await?;
-    Err(blocking(move || severity::parse_global(&bytes)).await?.into())
+automatic! {
+    assess_image "/severity-assessment/automatic/local" "assessImage" severity::parse_local;
+    assess_images "/severity-assessment/automatic/global" "assessImages" severity::parse_global;
 }
 
 /// Maker, version, and the largest request.

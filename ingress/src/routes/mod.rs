@@ -36,6 +36,7 @@ mod jobs;
 pub(crate) mod login;
 mod oauth;
 mod openapi;
+mod provenance;
 mod reports;
 mod status;
 mod tasks;
@@ -105,6 +106,7 @@ fn clients(needs: &ClientOptions) -> OpenApiRouter<Arc<App>> {
         .routes(routes!(reports::media))
         .routes(routes!(reports::device))
         .routes(routes!(reports::provenance))
+        .routes(routes!(provenance::search))
         .routes(routes!(status::get, status::delete))
         .routes(routes!(bundle::post))
         .routes(routes!(tasks::search))

@@ -13,7 +13,7 @@ use dermflow_http::{
 use dermflow_schemas::job::{Lane, STATES};
 use serde_json::{Value, json};
 use utoipa::{
-    IntoResponses, OpenApi, PartialSchema, ToSchema,
+    IntoParams, IntoResponses, OpenApi, PartialSchema, ToSchema,
     openapi::{
         Object, ObjectBuilder, RefOr, Response as Described, ResponseBuilder, Schema, Type,
         security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
@@ -181,6 +181,54 @@ answers! {
         "422" "An image, or the request, is not as it must be.",
         "504" "The analysis did not finish in time.";
 }
+
+/// How a request wants to be done.
+#[derive(Debug, IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "a description")]
+pub(super) struct Wishes {
+    /// `respond-async`, `wait=` seconds up to 60, or both (RFC 7240).
+    #[param(rename = "Prefer")]
+    prefer: Option<String>,
+    /// The same key with the same request is the same job, or the same jobs.
+    #[param(rename = "Idempotency-Key", pattern = "^[!-~]{1,255}$")]
+    idempotency_key: Option<String>,
+    /// The deadline of its jobs, at least 5 seconds: seconds, or a number with s, m, h or d.
+    #[param(rename = "Cancel-After", pattern = "^[0-9]{1,9}[smhd]?$")]
+    cancel_after: Option<String>,
+}
+
+/// How a report is answered.
+#[derive(Debug, IntoResponses)]
+#[response(
+    status = 200,
+    description = "The report.",
+    content_type = "application/fhir+json",
+    headers(
+        ("Content-Location" = String, description = "The report's URL."),
+        ("ETag" = String, description = "Its version."),
+        ("Last-Modified" = String, description = "When it was made."),
+        ("Expires" = String, description = "Until when it is kept."),
+        ("Server-Timing" = String, description = "Milliseconds in the queue, in the model, and in all."),
+        ("Preference-Applied" = String, description = "RFC 7240.")
+    )
+)]
+pub(super) struct Reported(DiagnosticReport);
+
+/// How a job is answered that goes on.
+#[derive(Debug, IntoResponses)]
+#[response(
+    status = 202,
+    description = "The job goes on.",
+    content_type = "application/fhir+json",
+    headers(
+        ("Content-Location" = String, description = "Where to poll."),
+        ("X-Progress" = String, description = "How far it is."),
+        ("Retry-After" = u64, description = "Seconds."),
+        ("Preference-Applied" = String, description = "RFC 7240.")
+    )
+)]
+pub(super) struct GoesOn(OperationOutcome);
 
 /// The types of what is published.
 const PUBLISHED: &[&str] =

@@ -363,6 +363,17 @@ pub(crate) async fn delete(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
+/// The job of a report's id.
+pub(super) fn job_of(text: &str) -> Option<JobId> {
+    own_id(text).map(JobId::from)
+}
+
+/// A report as separate resources.
+pub(super) async fn separated(app: &App, job: JobId, client: ClientId) -> Result<Vec<Value>, Problem> {
+    let report = ended(app, job, client).await?.and_then(|ended| ended.report).ok_or(Code::NotFound)?;
+    Ok(parts::separate(serde_json::from_slice(&report).map_err(|error| internal(&error))?))
+}
+
 /// One of the resources that a report consists of.
 async fn part(
     app: &App,
@@ -375,11 +386,10 @@ async fn part(
         return Err(Code::NotAcceptable.into());
     }
     let report = id.split_at_checked(36).filter(|(_, name)| name.starts_with('-'));
-    let job: JobId = report.and_then(|(report, _)| own_id(report)).ok_or(Code::NotFound)?.into();
-    let report = ended(app, job, client).await?.and_then(|ended| ended.report).ok_or(Code::NotFound)?;
-    let report: Value = serde_json::from_slice(&report).map_err(|error| internal(&error))?;
+    let job = report.and_then(|(report, _)| job_of(report)).ok_or(Code::NotFound)?;
     let is_it = |part: &Value| part["resourceType"] == kind && part["id"] == id;
-    let part = parts::separate(report).into_iter().skip(1).find(is_it).ok_or(Code::NotFound)?;
+    let mut parts = separated(app, job, client).await?.into_iter().skip(1);
+    let part = parts.find(is_it).ok_or(Code::NotFound)?;
     let tag = [(header::ETAG, "W/\"1\"")];
     let response = (tag, answer::fhir(StatusCode::OK, part.to_string().into_bytes())).into_response();
     Ok(Deeds::Each(vec![Deed::ended(job, true)]).of(response))

@@ -25,7 +25,7 @@ use crate::{
     drain::{Place, place},
     extract::{Allowed, Delete, JobPath, Read},
     language, recorder,
-    routes::openapi::{Any, DiagnosticReport, Failed, Guarded, Negotiated, OperationOutcome, Own},
+    routes::openapi::{Any, Failed, GoesOn, Guarded, Negotiated, OperationOutcome, Own, Reported},
     store::Record,
     submit::{Ended, ended, status_url},
 };
@@ -36,18 +36,7 @@ static SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// The state of a job: 202 while it goes on, then exactly what the synchronous call would have answered.
 #[utoipa::path(get, path = "/fhir/_async/{id}", operation_id = "poll", tag = "reports",
     params(("id" = Uuid, Path, description = "The job.")),
-    responses(
-        (status = 200, description = "The report.", body = DiagnosticReport, content_type = "application/fhir+json",
-            headers(("Content-Location" = String, description = "The report's URL."),
-                ("ETag" = String, description = "Its version."),
-                ("Last-Modified" = String, description = "When it was made."),
-                ("Expires" = String, description = "Until when it is kept."),
-                ("Server-Timing" = String, description = "Milliseconds in the queue, in the model, and in all."))),
-        (status = 202, description = "It goes on.", body = OperationOutcome, content_type = "application/fhir+json",
-            headers(("Content-Location" = String, description = "Where to poll."),
-                ("X-Progress" = String, description = "How far it is."),
-                ("Retry-After" = u64, description = "Seconds."))),
-        Any, Guarded, Own, Negotiated, Failed))]
+    responses(Reported, GoesOn, Any, Guarded, Own, Negotiated, Failed))]
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     Allowed { client, .. }: Allowed<Read>,
@@ -71,14 +60,7 @@ pub(crate) async fn get(
 /// The report alone; there is none while the job goes on, or when it failed.
 #[utoipa::path(get, path = "/fhir/DiagnosticReport/{id}", operation_id = "readReport", tag = "reports",
     params(("id" = Uuid, Path, description = "The report, and its job.")),
-    responses(
-        (status = 200, description = "The report.", body = DiagnosticReport, content_type = "application/fhir+json",
-            headers(("Content-Location" = String, description = "Its URL."),
-                ("ETag" = String, description = "Its version."),
-                ("Last-Modified" = String, description = "When it was made."),
-                ("Expires" = String, description = "Until when it is kept."),
-                ("Server-Timing" = String, description = "Milliseconds in the queue, in the model, and in all."))),
-        Any, Guarded, Own, Negotiated))]
+    responses(Reported, Any, Guarded, Own, Negotiated))]
 pub(crate) async fn report(
     State(app): State<Arc<App>>,
     Allowed { client, .. }: Allowed<Read>,

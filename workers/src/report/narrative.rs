@@ -37,7 +37,8 @@ impl Case<'_> {
     fn image_line(&self, n: usize, finding: &Finding, reading: Option<&Reading>) -> String {
         let (words, n) = (self.words(), n.to_string());
         let Some(reading) = reading else {
-            return fill(words.no_result, &[&n, &reasons(finding, words)]);
+            let why = fill(words.of_image, &[&n, &reasons(finding, words)]);
+            return fill(words.no_result, &[&why]);
         };
         let taken = finding
             .clinical
@@ -89,7 +90,7 @@ impl Case<'_> {
         let mut sentences: Vec<String> =
             self.model.is_simulated().then(|| SIMULATED.to_owned()).into_iter().collect();
         match last {
-            None => sentences.push(fill(words.nothing, &[&refused.join("; ")])),
+            None => sentences.push(fill(words.no_result, &[&refused.join("; ")])),
             Some(reading) => {
                 let (name, probability) = self.most_probable(reading);
                 sentences.push(fill(words.conclusion, &[&name, &probability]));

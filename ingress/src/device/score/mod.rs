@@ -7,13 +7,17 @@ mod pasi;
 mod pga;
 mod pure4;
 mod scorad;
+mod scovid;
 mod seven_pc;
 mod uas;
 mod uct;
+pub(super) mod wording;
 
 use std::{fmt, ops::RangeInclusive};
 
-use dermflow_schemas::limits::MAX_LESIONS;
+use dermflow_schemas::{fhir::Language, limits::MAX_LESIONS};
+
+use wording::in_language;
 
 /// A score.
 pub(super) struct Score {
@@ -67,15 +71,16 @@ pub(super) const SCORES: &[Score] = &[
     pga::SCORE,
     pure4::SCORE,
     scorad::SCORE,
+    scovid::SCORE,
     seven_pc::SCORE,
     uas::SCORE,
     uct::SCORE,
 ];
 
-/// Names of scores that clients may ask for and that are not computed: `scovid`, because there is no publication of its
-/// formula, and `resvech`, because the answers that clients give are not those of RESVECH 2.0 (Restrepo-Medrano and
-/// Verdú, Gerokomos 2011), where dimensions go to 6, exudate to 3, and signs of infection are yes or no.
-pub(super) const NOT_COMPUTED: [&str; 2] = ["resvech", "scovid"];
+/// The score that clients may ask for and that is not computed: the answers that they give are not those of RESVECH 2.0
+/// (Restrepo-Medrano and Verdú, Gerokomos 2011), where dimensions go to 6, exudate to 3, and signs of infection are yes or
+/// no.
+pub(super) const NOT_COMPUTED: &str = "resvech";
 
 /// The score of a name.
 pub(super) fn find(code: &str) -> Option<&'static Score> {
@@ -105,15 +110,24 @@ impl Score {
 
 impl Item {
     /// An answer in words.
-    pub(super) fn interpretation(&self, answer: f64) -> String {
+    pub(super) fn interpretation(&self, answer: f64, language: Language) -> String {
+        let number = |number: f64| match language {
+            Language::English => number.to_string(),
+            _ => number.to_string().replace('.', ","),
+        };
         let word = self.words.get(answer as usize).filter(|_| self.whole);
         match word {
-            Some(word) => (*word).to_owned(),
+            Some(word) => in_language(word, language).to_owned(),
             None if self.is_count => answer.to_string(),
-            None => format!("{answer} of {}", self.range.end()),
+            None => [answer, *self.range.end()]
+                .into_iter()
+                .fold(in_language(NUMBER, language).to_owned(), |text, n| text.replacen("{}", &number(n), 1)),
         }
     }
 }
+
+/// A number on a scale, and the largest one.
+const NUMBER: &str = "{} of {}";
 
 /// A question with whole answers from 0, each with its word.
 const fn graded(code: &'static str, text: &'static str, words: &'static [&'static str]) -> Item {
@@ -163,20 +177,27 @@ mod tests {
 
     #[test]
     fn every_question_has_words_for_all_its_answers() {
-        let codes: BTreeSet<&str> = SCORES.iter().map(|score| score.code).chain(NOT_COMPUTED).collect();
+        let codes: BTreeSet<&str> = SCORES.iter().map(|score| score.code).chain([NOT_COMPUTED]).collect();
         assert_eq!(codes.len(), 12);
         for score in SCORES {
             let items: BTreeSet<&str> = score.items.iter().map(|item| item.code).collect();
             assert_eq!(items.len(), score.items.len(), "{}", score.code);
             for item in score.items {
                 for answer in [*item.range.start(), *item.range.end()] {
-                    assert!(!item.text.is_empty() && !item.interpretation(answer).is_empty());
+                    assert!(
+                        !item.text.is_empty() && !item.interpretation(answer, Language::default()).is_empty()
+                    );
                 }
             }
         }
-        assert_eq!(find("pasi").unwrap().items[1].interpretation(3.0), "Severe");
-        assert_eq!(find("scorad").unwrap().items[0].interpretation(12.5), "12.5 of 100");
-        assert_eq!(find("scorad").unwrap().items[7].interpretation(3.0), "3 of 10");
-        assert_eq!(find("ihs4").unwrap().items[0].interpretation(3.0), "3");
+        let said = |score: &str, item: usize, answer, language| {
+            find(score).unwrap().items[item].interpretation(answer, language)
+        };
+        assert_eq!(said("pasi", 1, 3.0, Language::English), "Severe");
+        assert_eq!(said("pasi", 1, 3.0, Language::Spanish), "Grave");
+        assert_eq!(said("scorad", 0, 12.5, Language::English), "12.5 of 100");
+        assert_eq!(said("scorad", 0, 12.5, Language::German), "12,5 von 100");
+        assert_eq!(said("scorad", 7, 3.0, Language::French), "3 sur 10");
+        assert_eq!(said("ihs4", 0, 3.0, Language::French), "3");
     }
 }
