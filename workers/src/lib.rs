@@ -11,7 +11,7 @@
 //! `schedule`, `fair` (whom to ask: pure), `watch` (who has jobs), `pull` (the requests), `cancel` (what was
 //! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread, its engine and `child`, its decoder's
 //! process) → `analyse` → `report`; `quality` is how good an image is, `outline` what a report says of a lesion's place,
-//! `heat` what speaks for a class, and `language` how it is said.
+//! `heat` what speaks for a class, and `language` how it is said. `pixels` is what models are trained on.
 
 pub mod analyse;
 pub mod attempt;
@@ -26,6 +26,7 @@ pub mod heat;
 pub mod language;
 pub mod model;
 pub mod outline;
+pub mod pixels;
 pub mod pull;
 pub mod quality;
 pub mod quarantine;

@@ -26,6 +26,7 @@ use dermflow_workers::{
     engine,
     executor::Executors,
     model::Model,
+    pixels,
     pull::{Pull, find},
     quarantine::Quarantine,
     schedule::{LINES, Source},
@@ -70,7 +71,20 @@ fn main() -> ExitCode {
         // The worker says what became of it.
         return if child::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
+    if env::args_os().nth(1).is_some_and(|first| first == pixels::ARGUMENT) {
+        return write_pixels();
+    }
     work_until_told()
+}
+
+fn write_pixels() -> ExitCode {
+    match pixels::run(env::args_os().skip(1)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 #[tokio::main]

@@ -58,7 +58,7 @@ use serde::Deserialize;
 use crate::language::within;
 
 /// The largest input side, in pixels: more is a typing error.
-const MAX_INPUT_SIDE: u32 = 4_096;
+pub(crate) const MAX_INPUT_SIDE: u32 = 4_096;
 /// What the ids of other resources in a report begin with.
 const RESERVED: [&str; 8] =
     ["device", "image", "heatmap", "quality", "domain", "modality", "classification", "extent"];
