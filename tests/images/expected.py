@@ -4,6 +4,7 @@ probabilities by class code, and the share of the image that is lesion; all betw
 share, as ../parity/expected.csv, for the images of that folder.
 
     pip install -r ../../workers/models/derm7/requirements.txt
+    cargo build --release -p dermflow-workers
     python3 expected.py
 """
 

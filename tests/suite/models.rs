@@ -161,8 +161,8 @@ fn format_of(name: &str) -> Format {
     if name.strip_suffix(".png").is_some() { Format::Png } else { Format::Jpeg }
 }
 
-// REQ_004: decoding, squashing, network and arithmetic give what the training pipeline gives (Pillow, onnxruntime in
-// Python; `expected.py`), on 200 images.
+// REQ_004: decoding, squashing, network and arithmetic give what the training pipeline gives (`worker pixels`, onnxruntime
+// in Python; `expected.py`), on 200 images, a half of them JPEG.
 #[tokio::test]
 async fn the_numbers_are_those_of_the_training_pipeline() -> Result<()> {
     const TOLERANCE: f64 = 1e-3;

@@ -12,7 +12,7 @@
 //! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread, its engine and `child`, its decoder's
 //! process) → `analyse` → `report`; `model` is a model's folder, `golden` what it must say, `models` which one a job is for;
 //! `quality` is how good an image is, `outline` what a report says of a lesion's place,
-//! `heat` what speaks for a class, and `language` how it is said.
+//! `heat` what speaks for a class, and `language` how it is said. `pixels` is what models are trained on.
 
 pub mod analyse;
 pub mod attempt;
@@ -29,6 +29,7 @@ pub mod language;
 pub mod model;
 pub mod models;
 pub mod outline;
+pub mod pixels;
 pub mod pull;
 pub mod quality;
 pub mod quarantine;

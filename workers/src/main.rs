@@ -28,6 +28,7 @@ use dermflow_workers::{
     golden::{self, Golden},
     model::Model,
     models::{Models, Offer},
+    pixels,
     pull::{Pull, find},
     quarantine::Quarantine,
     schedule::{LINES, Source},
@@ -86,6 +87,7 @@ struct GoldenOptions {
 }
 
 const GOLDEN: &str = "golden";
+const PIXELS: &str = "pixels";
 
 fn main() -> ExitCode {
     process::init();
@@ -94,10 +96,11 @@ fn main() -> ExitCode {
         // The worker says what became of it.
         return if child::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    let command = Options::command().subcommand(GoldenOptions::command().name(GOLDEN));
-    let arguments = command.subcommand_negates_reqs(true).get_matches();
-    let done = match arguments.subcommand_matches(GOLDEN) {
-        Some(arguments) => write_golden(arguments).map(|()| ExitCode::SUCCESS),
+    let tools = [GoldenOptions::command().name(GOLDEN), pixels::Options::command().name(PIXELS)];
+    let arguments = Options::command().subcommands(tools).subcommand_negates_reqs(true).get_matches();
+    let done = match arguments.subcommand() {
+        Some((GOLDEN, arguments)) => write_golden(arguments).map(|()| ExitCode::SUCCESS),
+        Some((_, arguments)) => write_pixels(arguments).map(|()| ExitCode::SUCCESS),
         None => work_until_told(&arguments),
     };
     done.unwrap_or_else(|error| {
@@ -114,6 +117,10 @@ fn write_golden(arguments: &ArgMatches) -> anyhow::Result<()> {
 
 fn in_folder(folder: &Path) -> String {
     format!("model {}", folder.display())
+}
+
+fn write_pixels(arguments: &ArgMatches) -> anyhow::Result<()> {
+    Ok(pixels::run(pixels::Options::from_arg_matches(arguments)?)?)
 }
 
 #[tokio::main]

@@ -60,6 +60,7 @@ use aws_lc_rs::digest::{SHA256, digest};
 use dermflow_schemas::{fhir::Language, image::hex, model::ModelRef};
 use serde::{Deserialize, de::DeserializeOwned};
 
+pub(crate) use self::check::MAX_INPUT_SIDE;
 use self::check::check;
 use crate::{golden::Golden, language::within};
 

@@ -2,7 +2,7 @@
 //! evaluated with that, and one value in a hundred that is off by one moves probabilities in the second decimal.
 //!
 //! Weights are fixed-point numbers, and the first of two passes is rounded to whole values. Which one that is matters as
-//! much: Pillow 13 takes whichever is quicker, so that it has to be told (`bilinear` in `evaluate.py`).
+//! much: Pillow 13 takes whichever is quicker, so that it has to be told (`bilinear` in `models/derm7/pixels.py`).
 
 use image::RgbImage;
 

@@ -2,9 +2,10 @@
 """Recompute every figure of the model card from the data sets.
 
     pip install -r requirements.txt
+    cargo build --release -p dermflow-workers
     python3 evaluate.py --data DIR [--json FILE] [--check]
 
-README.md describes what DIR holds. Thresholds are chosen on the `val` split and reported on `test`. With --check the
+The worker's own program decodes and squashes the images. README.md describes what DIR holds. Thresholds are chosen on the `val` split and reported on `test`. With --check the
 exit status is 1 when model.toml states other thresholds or metrics. --network takes another ONNX file with the same
 description. The probabilities of lesions are those given that the image shows skin, as in a report, whether or not
 the image would be refused; how many are is a figure of its own.
@@ -12,16 +13,18 @@ the image would be refused; how many are is a figure of its own.
 
 import argparse
 import csv
-import io
 import json
 import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter
+
+from pixels import bilinear, decoded, program
 
 FOLDER = Path(__file__).parent
 TARGET_SENSITIVITY = 0.90  # of the thresholds of referral, on the val split
@@ -31,54 +34,55 @@ SEED = 20261121
 TOLERANCE = 0.002
 
 
-def bilinear(image, size):
-    """With antialiasing, rounded to whole values, columns before rows: what the service does. In one step, Pillow 13 takes
-    whichever is quicker first."""
-    narrow = image.resize((size[0], image.height), Image.Resampling.BILINEAR)
-    return np.asarray(narrow.resize(size, Image.Resampling.BILINEAR), np.float32)
-
-
 def unrounded(image, size):
     bands = [band.convert("F").resize(size, Image.Resampling.BILINEAR) for band in image.split()]
     return np.stack([np.asarray(band) for band in bands], axis=-1)
 
 
 def bicubic(image, size):
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
 
 class Model:
     """The network with its description; knows nothing about the data sets."""
 
-    def __init__(self, folder, threads, network=None):
+    def __init__(self, folder, threads, network=None, worker=None):
+        self.worker = program(worker)
         self.description = tomllib.loads((folder / "model.toml").read_text())
         classes = self.description["class"]
         codes = [c["code"] for c in classes]
         self.log_prior = np.log([c["prior"] for c in classes])
-        self.not_skin = codes.index(self.description["domain"]["class"])
+        # Version 2026.11 does not say which, nor has it indicators.
+        self.not_skin = codes.index(self.description.get("domain", {"class": "other"})["class"])
         self.conditions = np.delete(np.arange(len(codes)), self.not_skin)
         self.codes = [codes[c] for c in self.conditions]
-        self.indicators = {i["id"]: i for i in self.description["indicator"] if "classes" in i}
+        self.indicators = {i["id"]: i for i in self.description.get("indicator", []) if "classes" in i}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         file = network or folder / "model.onnx"
         self.session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
         self.outputs = [o.name for o in self.session.get_outputs()]
 
-    def tensor(self, image, resize):
-        """The whole frame squashed to the input size, channels first."""
+    def frames(self, images, resize):
+        """The whole frames squashed to the input size."""
         given = self.description["input"]
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        values = resize(image, (given["width"], given["height"])) / np.float32(255)
+        size = given["width"], given["height"]
+        if isinstance(images[0], Path):
+            return list(decoded(self.worker, images, size))
+        return [resize(image.convert("RGB"), size) for image in images]
+
+    def tensor(self, frames):
+        """Normalised, channels first."""
+        given = self.description["input"]
+        values = np.stack(frames).astype(np.float32) / np.float32(255)
         values = (values - np.float32(given["mean"])) / np.float32(given["deviation"])
-        return values.transpose(2, 0, 1)
+        return values.transpose(0, 3, 1, 2)
 
     def run(self, names, images, resize=bilinear, batch=32):
-        """`images`: paths or PIL images. One array per name of an output, one row per image."""
+        """`images`: paths, or PIL images for `resize`. One array per name of an output, one row per image."""
         rows = []
         for start in range(0, len(images), batch):
-            group = [i if isinstance(i, Image.Image) else Image.open(i) for i in images[start : start + batch]]
-            tensors = np.stack([self.tensor(i, resize) for i in group])
+            tensors = self.tensor(self.frames(images[start : start + batch], resize))
             rows.append(self.session.run(names, {self.description["input"]["name"]: tensors}))
         return [np.concatenate(column).astype(np.float64) for column in zip(*rows)]
 
@@ -250,10 +254,11 @@ def with_intervals(functions, parts, resamples):
 
 
 def compare(model, data, usual, changed):
-    """How another way to resize changes the first choice."""
+    """How another way to decode or resize changes the answers."""
     moved = int((usual.argmax(1) != changed.argmax(1)).sum())
     value = classification(model, data, changed)["top1-sensitivity"](np.ones(len(data.files)))
-    return f"{moved} of {len(data.files)} first choices differ, top1-sensitivity {value:.3f}"
+    most = np.abs(usual - changed).max()
+    return f"{moved} of {len(data.files)} first choices differ, top1-sensitivity {value:.3f}, a probability by {most:.3f}"
 
 
 FRAMES = 50  # of each kind without content
@@ -373,11 +378,11 @@ def modality(model, root):
     clinical = np.repeat([True, False, False], [len(p.files) for p in parts])
     # The same photographs, stored as HAM10000 is: what is told apart is not only the size of the file.
     small = []
-    for file in phone.files:
-        copy = io.BytesIO()
-        Image.open(file).convert("RGB").resize((224, 168), Image.Resampling.LANCZOS).save(copy, "JPEG", quality=84)
-        small.append(Image.open(copy))
-    again = model.run(["modality"], small)[0][:, 0] > 0
+    with tempfile.TemporaryDirectory() as folder:
+        for image in map(Image.fromarray, decoded(model.worker, phone.files)):
+            small.append(Path(folder) / f"{len(small)}.jpg")
+            image.resize((224, 168), Image.Resampling.LANCZOS).save(small[-1], "JPEG", quality=84)
+        again = model.run(["modality"], small)[0][:, 0] > 0
     return parts, {
         "modality/auc": Auc(scores, clinical),
         "modality/photographs-recognised": lambda w: mean(scores[clinical] > 0, w[clinical]),
@@ -394,7 +399,9 @@ def evaluate(model, root, resamples):
     phone = Data(root, "pad-ufes-20-samples", label="diagnostic")
     logits = {d: model.logits(d.files) for d in (val, test, objects, foreign, phone)}
 
-    resized = {f.__name__: model.logits(test.files, f) for f in (unrounded, bicubic)}
+    own = [Image.fromarray(frame) for frame in decoded(model.worker, test.files)]
+    changed = {f.__name__: model.logits(own, f) for f in (unrounded, bicubic)}
+    changed["libjpeg-turbo"] = model.logits([Image.open(f) for f in test.files])
     empty = {name: model.logits(images) for name, images in frames(test.files).items()}
     result = {}
     for column, adjust in (("adjusted", True), ("unadjusted", False)):
@@ -426,8 +433,8 @@ def evaluate(model, root, resamples):
         result[column] = {
             "thresholds": thresholds,
             "figures": figures,
-            "other resizing": {
-                name: compare(model, test, p[test], model.probabilities(rows, adjust)) for name, rows in resized.items()
+            "other pixels": {
+                name: compare(model, test, p[test], model.probabilities(rows, adjust)) for name, rows in changed.items()
             },
             "refused as no skin": {
                 "lesions (HAM10000 test)": f"{(~accepted[test]).sum()} of {len(test.files)}",
@@ -448,9 +455,18 @@ def evaluate(model, root, resamples):
     return result
 
 
+def gain(model, other, root, resamples):
+    """What `model` has more than `other`, as served, on the same images and the same samples of lesions."""
+    test = Data(root, "ham10000", "test", group="lesion_id")
+    both = [classification(model, test, m.probabilities(m.logits(test.files))) for m in (model, other)]
+    codes = ["top1-sensitivity", "top1-accuracy", "macro-auc", "melanoma-auc", "malignancy-auc", "calibration-error"]
+    functions = {c: lambda w, c=c: both[0][c](w) - both[1][c](w) for c in codes}
+    return with_intervals(functions, [test], resamples)
+
+
 def milliseconds(model, file, runs=200):
     """Median time of one image on one thread, with decoding and resizing left out."""
-    tensor = model.tensor(Image.open(file), bilinear)[None]
+    tensor = model.tensor(model.frames([file], bilinear))
     times = []
     for _ in range(runs):
         start = time.process_time()
@@ -469,7 +485,7 @@ def show(result):
         print(f"| {code} | " + " | ".join(cells) + " |")
     for column in columns:
         print(f"\n{column}: thresholds {result[column]['thresholds']}")
-        for kind in ("other resizing", "refused as no skin"):
+        for kind in ("other pixels", "refused as no skin"):
             for name, value in result[column][kind].items():
                 print(f"  {kind}: {name}: {value}")
 
@@ -493,13 +509,20 @@ def main():
     parser.add_argument("--resamples", type=int, default=2000, help="bootstrap samples")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--network", type=Path, help="instead of model.onnx")
+    parser.add_argument("--worker", type=Path, help="the worker's program [default: the one in target]")
     parser.add_argument("--json", type=Path, help="write everything here too")
+    parser.add_argument("--against", type=Path, help="only how much better than the version in this folder it is")
     parser.add_argument("--check", action="store_true", help="compare with model.toml")
     given = parser.parse_args()
-    model = Model(FOLDER, given.threads, given.network)
+    model = Model(FOLDER, given.threads, given.network, given.worker)
+    if given.against:
+        other = Model(given.against, given.threads, worker=given.worker)
+        for code, values in gain(model, other, given.data, given.resamples).items():
+            print("{}: {:+.3f} ({:+.3f} to {:+.3f})".format(code, *values))
+        return
     result = evaluate(model, given.data, given.resamples)
     show(result)
-    alone = Model(FOLDER, 1, given.network)
+    alone = Model(FOLDER, 1, given.network, given.worker)
     sample = given.data / "ham10000" / "images" / "ISIC_0024306.jpg"
     print(f"\n{milliseconds(alone, sample):.1f} ms of one core for each image")
     if given.json:

@@ -5,7 +5,7 @@ use dermflow_schemas::fhir::Language;
 use super::{Class, Document, Indicator, Input, Metric, Names};
 
 /// The largest input side, in pixels: more is a typing error.
-const MAX_INPUT_SIDE: u32 = 4_096;
+pub(crate) const MAX_INPUT_SIDE: u32 = 4_096;
 /// What the ids of other resources in a report begin with.
 const RESERVED: [&str; 8] =
     ["device", "image", "heatmap", "quality", "domain", "modality", "classification", "extent"];

@@ -1,15 +1,21 @@
-"""The training images: read once into arrays, then drawn, distorted and squashed as the service does it."""
+"""The training images: decoded by the worker into arrays once, then drawn, distorted and squashed as the service does it."""
 
 import csv
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from pixels import bilinear, decoded  # noqa: E402
+
 CODES = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc", "other"]
 OTHER = CODES.index("other")
 SIZE = (224, 168)  # of the stored HAM10000 images, columns and rows
+SMALLEST = 80  # pixels of the shorter side; the service refuses less
 UNKNOWN = 255  # in a mask: nobody drew one
 ISIC2017_WEIGHT = 1.5  # how much likelier than one of HAM10000 an image is drawn
 SYNTHETIC_SHARE = 0.45  # of what is drawn as "other"; the rest are objects
@@ -20,12 +26,17 @@ KERNELS = [Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.
 class Split:
     """One split of one data set: `images` uint8 [n, rows, columns, 3], `masks` uint8 or None, `labels`."""
 
-    def __init__(self, root, cache, name, split):
+    def __init__(self, root, cache, name, split, worker):
         with open(root / name / "labels.csv", newline="") as file:
             rows = [r for r in csv.DictReader(file) if r["split"] == split]
+        if name == "ood-caltech101":
+            rows = [r for r in rows if min(Image.open(root / name / r["file"]).size) >= SMALLEST]
         self.name = name
         self.labels = np.array([CODES.index(r.get("dx", "other")) for r in rows])
-        self.images = self.cached(cache / f"{name}-{split}.npy", lambda: stack(root / name, rows))
+        files = [root / name / r["file"] for r in rows]
+        # Objects come in many sizes.
+        size = SIZE if name == "ood-caltech101" else None
+        self.images = self.cached(cache / f"{name}-{split}.npy", lambda: np.stack(list(decoded(worker, files, size))))
         self.masks = None
         if name == "ham10000":
             folder = root / "ham10000-masks"
@@ -36,12 +47,6 @@ class Split:
         if not file.exists():
             np.save(file, make())
         return np.load(file, mmap_mode="r")
-
-
-def stack(folder, rows):
-    images = [Image.open(folder / r["file"]).convert("RGB") for r in rows]
-    size = images[0].size if len({i.size for i in images}) == 1 else SIZE
-    return np.stack([np.asarray(i.resize(size, Image.Resampling.BILINEAR)) for i in images])
 
 
 def masks(folder, rows):
@@ -113,8 +118,10 @@ def distorted(random, image, mask, side):
     kind = Image.Transform.AFFINE
     frame = frame.transform((width, height), kind, coefficients, Image.Resampling.BICUBIC)
     frame = recoloured(random, frame)
-    kernel = Image.Resampling.BILINEAR if random.random() < 0.7 else KERNELS[random.integers(len(KERNELS))]
-    result = np.asarray(frame.resize((side, side), kernel))
+    if random.random() < 0.7:
+        result = bilinear(frame, (side, side))
+    else:
+        result = np.asarray(frame.resize((side, side), KERNELS[random.integers(len(KERNELS))]))
     if random.random() < 0.25:
         result = result.copy()
         y, x = random.integers(0, side, 2)
@@ -208,8 +215,9 @@ def synthetic(random, lesions):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def load(root, cache, split):
+def load(root, cache, split, worker):
     """Lesions of HAM10000 and ISIC 2017, and objects."""
     root, cache = Path(root), Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    return [Split(root, cache, n, split) for n in ("ham10000", "isic2017")], Split(root, cache, "ood-caltech101", split)
+    made = [Split(root, cache, n, split, worker) for n in ("ham10000", "isic2017", "ood-caltech101")]
+    return made[:2], made[2]

@@ -9,7 +9,7 @@ modality is a logistic regression on the pooled features, fitted to half of the 
 
 import argparse
 import csv
-import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,11 @@ from torch import nn
 
 import data
 from network import Network
+from pixels import decoded, program
 from train import squashed
 
+# The power of the prior of training that is taken out of the answers: 0 ranks best, 1 finds the rare classes most often.
+PRIOR_SHARE = 0.5
 DERMOSCOPIC = 600  # images of each data set against which the photographs are told apart
 PENALTY = 3e-3
 SIZES = [None, (224, 168), (256, 256)]  # a photograph as published, and as the data sets store theirs
@@ -56,7 +59,7 @@ def pooled(network, images):
 
 
 def temperature_of(logits, labels, log_prior):
-    """The one that makes the adjusted probabilities of the validation images likeliest."""
+    """The one that makes the probabilities as served of the validation images likeliest."""
     candidates = np.exp(np.linspace(np.log(0.3), np.log(3), 231))
     adjusted = logits.double() - log_prior
     losses = [nn.functional.cross_entropy(adjusted / t, labels).item() for t in candidates]
@@ -71,21 +74,21 @@ def error(logits, labels, bins=15):
     return float(gap.abs().sum() / len(labels))
 
 
-def photographs(root, side):
+def photographs(root, side, worker):
     """Of the patients with an even place in the sorted list; the others are for the test. Each in several sizes."""
     with open(root / "pad-ufes-20-samples" / "labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     patients = sorted({r["patient_id"] for r in rows})
-    made = []
-    for row in rows:
-        if patients.index(row["patient_id"]) % 2:
-            continue
-        image = Image.open(root / "pad-ufes-20-samples" / row["file"]).convert("RGB")
-        for size in SIZES:
-            again = io.BytesIO()
-            (image.resize(size, Image.Resampling.LANCZOS) if size else image).save(again, "JPEG", quality=84)
-            made.append(np.asarray(Image.open(again).resize((side, side), Image.Resampling.BILINEAR)))
-    made = np.stack(made).transpose(0, 3, 1, 2)
+    chosen = [r for r in rows if patients.index(r["patient_id"]) % 2 == 0]
+    files = [root / "pad-ufes-20-samples" / r["file"] for r in chosen]
+    with tempfile.TemporaryDirectory() as folder:
+        copies = []
+        for image in map(Image.fromarray, decoded(worker, files)):
+            for size in SIZES:
+                copies.append(Path(folder) / f"{len(copies)}.jpg")
+                small = image.resize(size, Image.Resampling.LANCZOS) if size else image
+                small.save(copies[-1], "JPEG", quality=84)
+        made = np.stack(list(decoded(worker, copies, (side, side)))).transpose(0, 3, 1, 2)
     made = np.concatenate([made, made[..., ::-1], made[..., ::-1, :], made[..., ::-1, ::-1]])
     return torch.tensor(np.ascontiguousarray(made)), len(rows)
 
@@ -118,17 +121,19 @@ def main():
     parser.add_argument("--stage", type=Path, required=True)
     parser.add_argument("--side", type=int, default=192)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--worker", type=Path, help="the worker's program [default: the one in target]")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
+    worker = program(given.worker)
     state = torch.load(given.stage)
     network = Network(len(data.CODES))
     network.load_state_dict(state["average"])
     network = network.to(memory_format=torch.channels_last).eval()
 
-    val, _ = data.load(given.data, given.cache, "val")
-    log_prior = torch.tensor(state["prior"]).log()
+    val, _ = data.load(given.data, given.cache, "val", worker)
+    log_prior = PRIOR_SHARE * torch.tensor(state["prior"]).log()
     ham, labels = pooled(network, squashed(val[0].images, given.side))[0], torch.tensor(val[0].labels)
     temperature = temperature_of(ham, labels, log_prior)
     before, after = (error((ham.double() - log_prior) / t, labels) for t in (1, temperature))
@@ -137,8 +142,8 @@ def main():
     for code, share in zip(data.CODES, prior / prior.sum()):
         print(f"prior {code} {share:.4f}")
 
-    clinical, number = photographs(given.data, given.side)
-    lesions, _ = data.load(given.data, given.cache, "train")
+    clinical, number = photographs(given.data, given.side, worker)
+    lesions, _ = data.load(given.data, given.cache, "train", worker)
     random = np.random.default_rng(0)
     chosen = [np.sort(random.choice(len(s.images), DERMOSCOPIC, replace=False)) for s in lesions]
     dermoscopic = torch.cat([squashed(s.images[c], given.side) for s, c in zip(lesions, chosen)])

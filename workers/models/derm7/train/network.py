@@ -144,8 +144,11 @@ class Network(nn.Module):
         return maps.mean((2, 3)), maps, outline
 
     def convolutions(self):
-        """Those of the published network, in its order."""
+        """Those with a BatchNorm, in the order in which they are computed."""
         yield self.stem
         for block in self.blocks:
             yield from block.layers
         yield self.head
+        yield self.decoder.entry
+        for pair in zip(self.decoder.sides, self.decoder.steps):
+            yield from pair

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train one stage; run it once per stage (see ../README.md).
+"""Train one stage, from the weights of published versions or of a stage before (see ../README.md).
 
     python3 train.py --data DIR --cache DIR --start derm7.onnx --side 160 --steps 1300 --out stage1.pt
     python3 train.py --data DIR --cache DIR --start stage1.pt --side 192 --steps 700 --rate 0.5 --out stage2.pt
@@ -13,32 +13,53 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
 import data
 from network import Network
+from pixels import bilinear, program
 
 BATCH, SAVE_EVERY = 32, 50
 WARM_UP, WEIGHT_DECAY, SMOOTHING, CLIP, AVERAGE = 60, 0.02, 0.05, 2.0, 0.997
+TEMPERATURE = 0.808  # that is folded into the classifier of 2026.11.1
 BACKBONE_RATE, CLASSIFIER_RATE, DECODER_RATE = 4e-4, 1e-3, 2e-3
 OUTLINE_WEIGHT = 0.5
 
 
-def from_onnx(network, file, images):
-    """Takes over the weights of a published network whose BatchNorms are folded into its convolutions.
-
-    The BatchNorms are put back with the mean and deviation that `images` give each layer, so that the network
-    computes the same, and can be trained.
-    """
+def published(file):
+    """What a version folds its BatchNorms into: the convolutions in the order in which they are computed, weights and
+    biases in turn; and the layers without one, by their name. The decoder is not in each."""
     import onnx
     from onnx import numpy_helper
 
     tensors = {t.name: torch.tensor(numpy_helper.to_array(t)) for t in onnx.load(file).graph.initializer}
-    classifier = [tensors.pop("m._fc.weight"), tensors.pop("m._fc.bias")]
-    network.classifier.weight.data, network.classifier.bias.data = classifier[0][..., None, None], classifier[1]
     folded = [t for name, t in tensors.items() if name.startswith("onnx::Conv")]
+    if "m._fc.weight" in tensors:
+        return folded, {"classifier": [tensors["m._fc.weight"][..., None, None], tensors["m._fc.bias"]]}
+    heads = {n: [tensors[f"network.{n}.{kind}"] for kind in ("weight", "bias")] for n in ("classifier", "decoder.mask")}
+    heads["classifier"] = [t * TEMPERATURE for t in heads["classifier"]]
+    return folded, heads
+
+
+def from_onnx(network, file, blend, images):
+    """Takes over the weights of a published version, or the mean of two, the second of which has the share `blend[1]`.
+
+    The BatchNorms are put back with the mean and deviation that `images` give each layer, so that the network
+    computes what the folded one does, and can be trained.
+    """
+    folded, heads = published(file)
+    if blend:
+        others, share = published(blend[0]), float(blend[1])
+        folded[: len(others[0])] = [torch.lerp(a, b, share) for a, b in zip(folded, others[0])]
+        for name, parts in others[1].items():
+            heads[name] = [torch.lerp(a, b, share) for a, b in zip(heads[name], parts, strict=True)]
+    for name, (weight, bias) in heads.items():
+        part = network.get_submodule(name)
+        part.weight.data, part.bias.data = weight, bias
     hooks = []
-    for layer, weight, bias in zip(network.convolutions(), folded[::2], folded[1::2], strict=True):
+    layers = list(zip(network.convolutions(), folded[::2], folded[1::2]))
+    for layer, weight, bias in layers:
         norm = layer.norm
         scale = weight.flatten(1).norm(dim=1).clamp_min(1e-6)  # BatchNorm makes the length of a filter free
         unit = weight[0].numel() ** 0.5 / 10
@@ -57,8 +78,7 @@ def from_onnx(network, file, images):
             network(batch / 255)
     for hook in hooks:
         hook.remove()
-    for layer in network.convolutions():
-        norm = layer.norm
+    for norm in (layer.norm for layer, _, _ in layers):
         mean, square = norm.seen / norm.batches
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(square - mean**2)
@@ -92,10 +112,8 @@ def outline_loss(made, mask):
 
 
 def squashed(images, side):
-    from PIL import Image
-
-    frames = (Image.fromarray(np.ascontiguousarray(i)).resize((side, side), Image.Resampling.BILINEAR) for i in images)
-    return torch.tensor(np.stack([np.asarray(f) for f in frames]).transpose(0, 3, 1, 2))
+    frames = (bilinear(Image.fromarray(image), (side, side)) for image in images)
+    return torch.tensor(np.stack(list(frames)).transpose(0, 3, 1, 2))
 
 
 def validate(network, splits, side, prior):
@@ -130,8 +148,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True, help="folder for decoded images, 2 GB")
-    parser.add_argument("--start", type=Path, required=True, help="an .onnx of derm7 2026.11, or a finished stage")
+    parser.add_argument("--start", type=Path, required=True, help="a version of model.onnx, or a finished stage")
+    parser.add_argument("--blend", nargs=2, metavar=("FILE", "SHARE"), help="a version mixed into it")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--worker", type=Path, help="the worker's program [default: the one in target]")
     parser.add_argument("--side", type=int, default=192)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
@@ -141,14 +161,15 @@ def main():
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    lesions, objects = data.load(given.data, given.cache, "train")
-    val, _ = data.load(given.data, given.cache, "val")
+    worker = program(given.worker)
+    lesions, objects = data.load(given.data, given.cache, "train", worker)
+    val, _ = data.load(given.data, given.cache, "val", worker)
     draws = data.Draws(lesions, objects, given.side, given.seed, 0, 0)
 
     network, average = Network(len(data.CODES)), Network(len(data.CODES))
     if given.start.suffix == ".onnx":
-        chosen = np.random.default_rng(given.seed).choice(len(lesions[0].images), 512, replace=False)
-        from_onnx(network, given.start, squashed(lesions[0].images[np.sort(chosen)], given.side))
+        chosen = np.random.default_rng(given.seed).choice(len(lesions[0].images), 128, replace=False)
+        from_onnx(network, given.start, given.blend, squashed(lesions[0].images[np.sort(chosen)], given.side))
     else:
         network.load_state_dict(torch.load(given.start)["average"])
     network = network.to(memory_format=torch.channels_last)
@@ -164,9 +185,15 @@ def main():
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
-    else:
-        print("start", validate(average, val, given.side, draws.prior), flush=True)
 
+    def save(step):
+        state = {"network": network.state_dict(), "average": average.state_dict(), "step": step}
+        partial = given.out.with_suffix(".partial")
+        torch.save(state | {"optimizer": optimizer.state_dict(), "prior": draws.prior}, partial)
+        partial.replace(given.out)
+
+    if not done:
+        save(0)
     # Another stage sees other draws.
     first = (given.side * 10_000 + done) * BATCH
     draws = data.Draws(lesions, objects, given.side, given.seed, first, (given.steps - done) * BATCH)
@@ -197,8 +224,7 @@ def main():
             kind, shape = np.mean(losses[-SAVE_EVERY:], 0)
             pace = (time.monotonic() - started) / len(losses)
             print(f"{step}/{given.steps} loss {kind:.3f} outline {shape:.3f}, {pace:.2f} s a step", flush=True)
-            state = {"network": network.state_dict(), "average": average.state_dict(), "step": step}
-            torch.save(state | {"optimizer": optimizer.state_dict(), "prior": draws.prior}, given.out)
+            save(step)
         if step % given.validate_every == 0 or step == given.steps:
             print(f"{step}", validate(average, val, given.side, draws.prior), flush=True)
 
