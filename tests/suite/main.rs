@@ -33,6 +33,7 @@ mod overload;
 mod privacy;
 mod provider;
 mod registration;
+mod retention;
 mod routes;
 mod sealing;
 mod search;
