@@ -1,5 +1,5 @@
-//! Dead letters are kept for as long as reports of their client, and [`queue::DEAD_AGE`] at most, which the broker sees
-//! to.
+//! Dead letters are kept for as long as reports of their client, and [`DEAD_AGE`](dermflow_schemas::queue::DEAD_AGE) at
+//! most, which the broker sees to.
 //!
 //! Whose they are is in their subjects, how old they are the broker's to say, and both stay as they are: each letter is
 //! read once, and remembered.

@@ -35,10 +35,12 @@ pub(crate) struct Answered {
 /// Until when the report of an ended job can be asked for that goes out now.
 pub(crate) fn kept_until(record: &Record, last: bool, quota: Quota, now: OffsetDateTime) -> OffsetDateTime {
     let end = record.finished_at.unwrap_or(now) + quota.keeps_records();
-    match quota.keeps_reports() {
-        true => end,
-        false if last => now,
-        false => end.min(record.answered_at.unwrap_or(now) + ANSWER_GRACE),
+    if quota.keeps_reports() {
+        end
+    } else if last {
+        now
+    } else {
+        end.min(record.answered_at.unwrap_or(now) + ANSWER_GRACE)
     }
 }
 

@@ -273,7 +273,7 @@ async fn a_large_request_goes_through_the_object_store() -> Result<()> {
 }
 
 // An incompressible PNG of about 3.5 MB, from a seed.
-fn noise(seed: u64) -> Vec<u8> {
+pub(super) fn noise(seed: u64) -> Vec<u8> {
     let mut state = seed;
     let image = image::RgbImage::from_fn(1_100, 1_060, |_, _| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

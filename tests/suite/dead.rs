@@ -23,13 +23,13 @@ async fn post(client: &Client, path: &str) -> Result<dermflow_tests::client::Ans
 }
 
 // A lab whose only worker aborts on every job.
-async fn deadly() -> Result<Lab> {
+pub(super) async fn deadly() -> Result<Lab> {
     let workers = vec![Worker::simulated(1).fault("abort")];
     Lab::start(Setup { workers, ack_wait: 1, ..Setup::default() }).await
 }
 
 // Starts worker `n` again and again until these jobs have ended. Returns how often.
-async fn until_given_up(lab: &mut Lab, n: usize, jobs: &[String]) -> Result<usize> {
+pub(super) async fn until_given_up(lab: &mut Lab, n: usize, jobs: &[String]) -> Result<usize> {
     let list = jobs.iter().map(|job| format!("'{job}'")).collect::<Vec<_>>().join(",");
     let open = format!("SELECT count(*) FROM ingress.jobs WHERE id IN ({list}) AND finished_at IS NULL");
     for restarts in 0..8 * jobs.len() {

@@ -35,6 +35,7 @@ mod overload;
 mod privacy;
 mod provider;
 mod registration;
+mod retention;
 mod routes;
 mod sealing;
 mod search;
