@@ -98,7 +98,16 @@ impl Flood {
             fs::hard_link(photograph, images.join(format!("{n:05}.jpg")))?;
         }
         let mut command = Command::new(programs()?.join("dermflow"));
-        command.args(["submit", "images", "--no-wait", "--json", "--in-flight", "1", "--concurrency"]);
+        command.args([
+            "submit",
+            "images",
+            "--no-wait",
+            "--json",
+            "--quiet",
+            "--in-flight",
+            "1",
+            "--concurrency",
+        ]);
         command.arg(CONNECTIONS.to_string()).args(["--user", "demo", "--password-file", "password", "--url"]);
         command.arg(lab.url(0)).arg("--ca").arg(lab.ca()).current_dir(&folder);
         let submit = command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true).spawn()?;
