@@ -89,8 +89,8 @@ fn custom_id(form: Form, name: &str, node: &Node<'_, '_>, faults: &mut Faults) -
 }
 
 fn plain(node: &Node<'_, '_>, faults: &mut Faults) -> Option<Payload> {
-    let names = ["custom_id", "images", "subject", "identifier", "heat_map", "model"];
-    let root = node.object(&names, faults)?;
+    let members = ["custom_id", "images", "subject", "identifier", "heat_map", "model"];
+    let root = node.object(&members, faults)?;
     let items = root.required("images", faults)?.items(faults);
     if !(1..=MAX_IMAGES).contains(&items.len()) {
         faults.add(Code::ImageCount, "images", Some(format!("found {}", items.len())));
