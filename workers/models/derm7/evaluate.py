@@ -6,8 +6,7 @@
     python3 evaluate.py --data DIR [--json FILE] [--check]
 
 The worker's own program decodes and squashes the images. README.md describes what DIR holds. Thresholds are chosen on the `val` split and reported on `test`. With --check the
-exit status is 1 when model.toml states other thresholds or metrics. --network takes another ONNX file with the same
-description. The probabilities of lesions are those given that the image shows skin, as in a report, whether or not
+exit status is 1 when model.toml states other thresholds or metrics. --model takes another folder, as ../derm7-int8. The probabilities of lesions are those given that the image shows skin, as in a report, whether or not
 the image would be refused; how many are is a figure of its own.
 """
 
@@ -46,7 +45,7 @@ def bicubic(image, size):
 class Model:
     """The network with its description; knows nothing about the data sets."""
 
-    def __init__(self, folder, threads, network=None, worker=None):
+    def __init__(self, folder, threads, worker=None):
         self.worker = program(worker)
         self.description = tomllib.loads((folder / "model.toml").read_text())
         classes = self.description["class"]
@@ -59,8 +58,7 @@ class Model:
         self.indicators = {i["id"]: i for i in self.description.get("indicator", []) if "classes" in i}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        file = network or folder / "model.onnx"
-        self.session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
         self.outputs = [o.name for o in self.session.get_outputs()]
 
     def frames(self, images, resize):
@@ -508,21 +506,21 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--resamples", type=int, default=2000, help="bootstrap samples")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--network", type=Path, help="instead of model.onnx")
+    parser.add_argument("--model", type=Path, default=FOLDER, help="the model's folder [default: this one]")
     parser.add_argument("--worker", type=Path, help="the worker's program [default: the one in target]")
     parser.add_argument("--json", type=Path, help="write everything here too")
     parser.add_argument("--against", type=Path, help="only how much better than the version in this folder it is")
     parser.add_argument("--check", action="store_true", help="compare with model.toml")
     given = parser.parse_args()
-    model = Model(FOLDER, given.threads, given.network, given.worker)
+    model = Model(given.model, given.threads, given.worker)
     if given.against:
-        other = Model(given.against, given.threads, worker=given.worker)
+        other = Model(given.against, given.threads, given.worker)
         for code, values in gain(model, other, given.data, given.resamples).items():
             print("{}: {:+.3f} ({:+.3f} to {:+.3f})".format(code, *values))
         return
     result = evaluate(model, given.data, given.resamples)
     show(result)
-    alone = Model(FOLDER, 1, given.network, given.worker)
+    alone = Model(given.model, 1, given.worker)
     sample = given.data / "ham10000" / "images" / "ISIC_0024306.jpg"
     print(f"\n{milliseconds(alone, sample):.1f} ms of one core for each image")
     if given.json:
