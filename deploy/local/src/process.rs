@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 pub use rustix::process::Signal;
 use rustix::process::{
-    Pid, Resource, Rlimit, WaitId, WaitIdOptions, getrlimit, kill_process, prlimit, setrlimit, waitid,
+    Pid, Resource, Rlimit, WaitId, WaitIdOptions, getrlimit, kill_process, setrlimit, waitid,
 };
 use tokio::{
     net::UnixDatagram,
@@ -95,16 +95,6 @@ impl Process {
         let target = format!("--target={holder}");
         let enter = [&target, "--user", "--mount", "--preserve-credentials", "--"].map(OsString::from);
         self.args.splice(0..0, enter.into_iter().chain([program.into_os_string()]));
-    }
-
-    /// From now until its end no file of it grows beyond `bytes`: writing fails then.
-    ///
-    /// # Errors
-    /// When it does not run.
-    pub fn limit_files(&self, bytes: u64) -> Result<()> {
-        let limit = Rlimit { current: Some(bytes), maximum: None };
-        prlimit(Some(self.pid().context("it does not run")?), Resource::Fsize, limit)?;
-        Ok(())
     }
 
     /// What messages call it.
