@@ -214,8 +214,8 @@ async fn publish(
     let Some(first) = fresh.first() else { return Vec::new() };
     let lane = first.header.lane;
     let clients: HashSet<ClientId> = fresh.iter().map(|fresh| fresh.header.client).collect();
-    let publisher = app.publisher_of(lane);
-    let published = publisher.publish_all(messages, end.saturating_duration_since(Instant::now())).await;
+    let left = end.saturating_duration_since(Instant::now());
+    let published = app.publisher_of(lane).publish_all(messages, left).await;
     for client in clients {
         lanes::announce(app, lane, client).await;
     }
@@ -269,8 +269,8 @@ pub(crate) async fn publish_one(app: &Arc<App>, header: &JobHeader, body: Bytes)
     let end = Instant::now() + PUBLISH_DEADLINE;
     prepare(app, header.lane, header.client, end).await?;
     let message = message(app, header, body);
-    let publisher = app.publisher_of(header.lane);
-    let published = publisher.publish(message, end.saturating_duration_since(Instant::now())).await;
+    let left = end.saturating_duration_since(Instant::now());
+    let published = app.publisher_of(header.lane).publish(message, left).await;
     let sequence = published.map_err(|error| not_queued(app, header.job, &error))?;
     lanes::announce(app, header.lane, header.client).await;
     let mark = Queued { job: header.job, sequence, deadline: header.deadline };

@@ -83,14 +83,14 @@ use crate::{
     access::Access,
     acme::Acme,
     app::{App, Bounds},
-    commit::Commits,
+    commit::{Commits, Entries},
     dead::Operators,
     drain::Drain,
     index::Index,
     lanes::Lanes,
     metrics::Metrics,
     providers::Providers,
-    recorder::Awaited,
+    recorder::{Awaited, AwaitedResults},
     store::Store,
 };
 
@@ -147,10 +147,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     // Before the first request: a restart forgets nobody who was shut out.
     app.access.refresh(app.store.pool()).await;
     let stop = app.draining.clone();
-    for entries in entries {
-        tokio::spawn(commit::run(app.clone(), entries));
-    }
-    tokio::spawn(recorder::run_awaited(app.clone(), results));
+    start_groups(&app, entries, results);
     let public = serve::bind("listen", options.listen).await?;
     let plain = serve::bind("plain-listen", options.plain_listen).await?;
     let internal = serve::bind("internal-listen", options.internal_listen.into()).await?;
@@ -171,9 +168,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         tokio::spawn(resealer::follow_keys(app.clone(), stop_recording.clone())),
     ];
     let mut followers = app.providers.start(&stop_recording);
-    let answers = acme.as_ref().map(Acme::answers).unwrap_or_default();
-    let challenge =
-        move |path: &str| answers.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
+    let challenge = challenges(acme.as_ref());
     if let Some(acme) = acme {
         let replica = acme::Replica::start(app.clone(), acme).await;
         followers.push(tokio::spawn(replica.run(stop_recording.clone())));
@@ -204,6 +199,20 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         recorder.await?;
     }
     Ok(())
+}
+
+/// What callers wait for goes on in groups, of each lane and of results, until nobody waits any longer.
+fn start_groups(app: &Arc<App>, lanes: [Entries; 2], results: AwaitedResults) {
+    for entries in lanes {
+        tokio::spawn(commit::run(app.clone(), entries));
+    }
+    tokio::spawn(recorder::run_awaited(app.clone(), results));
+}
+
+/// What the plain listener answers to a certificate authority, by path.
+fn challenges(acme: Option<&Acme>) -> impl Fn(&str) -> Option<String> + Clone + Send + Sync + 'static {
+    let answers = acme.map(Acme::answers).unwrap_or_default();
+    move |path| answers.read().unwrap_or_else(PoisonError::into_inner).get(path).cloned()
 }
 
 /// Brings our tables up to date, and looks for those of `auth` that nothing goes without.

@@ -223,8 +223,8 @@ pub const DATABASE_CONNECTIONS: usize = 16;
 /// Questions that wait for one of them; while there are as many, new requests get a 503. At a thousand a second the last
 /// one waits for half a second.
 pub const DATABASE_QUEUE: usize = 512;
-/// Those of one client, whose next request gets a 503: three others can do the same before anybody else finds no place.
-pub const DATABASE_QUEUE_SHARE: usize = DATABASE_QUEUE / 4;
+/// Those of one client, whose next request gets a 503: the others find places, whatever it does.
+pub const DATABASE_QUEUE_SHARE: usize = DATABASE_QUEUE / 2;
 /// Between two looks at the certificate's files.
 pub const CERTIFICATE_LOOK: Duration = Duration::from_secs(1);
 /// Connections beside them for signing in, so that nobody's record waits behind logins.

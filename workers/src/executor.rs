@@ -323,10 +323,10 @@ mod tests {
         let (executors, _) = executors(1).await;
         let soon = |lead| timeout(ms(60_000), executors.soon_free(lead));
         assert!(soon(ms(0)).await.is_err(), "nobody works");
-        let begin = Instant::now();
-        executors.pace.begin(begin);
+        let first = Instant::now();
+        executors.pace.begin(first);
         assert!(soon(ms(0)).await.is_err(), "nothing is known");
-        executors.pace.end(begin, begin + ms(100));
+        executors.pace.end(first, first + ms(100));
         let (long_ago, now) = (Instant::now(), Instant::now() + ms(1));
         executors.pace.begin(long_ago);
         executors.pace.begin(now);
