@@ -231,7 +231,8 @@ async fn a_quota_goes_back_to_the_default() -> Result<()> {
     let changed = quota()?;
     assert_eq!(
         changed,
-        json!({"jobs": 7, "bytes": 9_000_000, "running": 2, "weight": 3, "requests": 600, "images": 60})
+        json!({"jobs": 7, "bytes": 9_000_000, "running": 2, "weight": 3, "requests": 600, "images": 60,
+               "retention_days": 7})
     );
     lab.auth(&["user", "quota", "demo", "--jobs", "default", "--weight", "5"])?;
     let mut expected = changed;

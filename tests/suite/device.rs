@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 const ROOTS: [&str; 2] = ["", "/v1.0"];
 /// Of a naevus, as clients send it: not through a dermatoscope.
-const PHOTO: &str = "pad-ufes-nv.jpg";
+const PHOTO: &str = "pad-ufes-bcc.jpg";
 
 async fn post(client: &Client, path: &str, body: &Value) -> Result<Answer> {
     send(client.request(Method::POST, path).json(body)).await

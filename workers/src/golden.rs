@@ -104,7 +104,7 @@ impl Golden {
     /// Asks the network, and holds its answers against these.
     ///
     /// # Errors
-    /// Like [`record`](Self::record), and [`EngineError::Golden`].
+    /// [`EngineError::Golden`] where they differ, or what the network fails with.
     pub fn check(&self, model: &Model, engine: &mut dyn Engine) -> Result<(), EngineError> {
         for (n, expected) in self.picture.iter().enumerate() {
             let found = said(model, engine, n)?;

@@ -6,12 +6,12 @@ use async_nats::{Client, jetstream::Context};
 use dermflow_schemas::{
     id::ClientId,
     limits::{BULK_LOOK, PULL_ANSWER, WAKE_BACKLOG},
-    queue,
+    queue, random,
 };
 use futures_util::StreamExt;
 use tokio::{
     sync::mpsc::{Receiver, Sender, channel},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{sleep, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -62,10 +62,7 @@ impl Watch {
 }
 
 async fn look(context: Context, news: Sender<News>) {
-    let mut tick = interval(BULK_LOOK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tick.tick().await;
         let clients = match timeout(PULL_ANSWER, queue::clients_with_bulk(&context)).await {
             Ok(Ok(clients)) => Some(clients.into_iter().collect()),
             Ok(Err(error)) => {
@@ -77,5 +74,8 @@ async fn look(context: Context, news: Sender<News>) {
         if news.send(News::Look(clients)).await.is_err() {
             return;
         }
+        // The broker's schedules fire in whole seconds: of workers that look once a second, the same one would always be
+        // the next.
+        sleep(BULK_LOOK.mul_f64(1.0 - random::fraction() / 2.0)).await;
     }
 }
