@@ -54,7 +54,7 @@ pub(crate) async fn search(
     let resources = match job {
         None => Vec::new(),
         Some(job) => match separated(&app, job, client).await {
-            Err(problem) if problem.is(Code::NotFound) => Vec::new(),
+            Err(problem) if problem.is(Code::NotFound) || problem.is(Code::ReportRemoved) => Vec::new(),
             resources => resources?,
         },
     };
