@@ -310,9 +310,8 @@ async fn bodies_that_do_not_fit_are_refused_from_the_newest_on() -> Result<()> {
     let lab = Lab::start(Setup::without_workers()).await?;
     let (token, rest) = (lab.client().token(), sample("ham10000-nv.jpg").to_string());
     let (large, memory) = (MAX_BODY_BYTES - rest.len(), lab.ingress_memory(0)?);
-    let held = async |mib: usize| {
-        let held =
-            async || lab.metric("dermflow_body_bytes").await.filter(|held| *held >= (mib * MIB) as f64);
+    let held = async |bytes: usize| {
+        let held = async || lab.metric("dermflow_body_bytes").await.filter(|held| *held >= bytes as f64);
         eventually("the bodies are there", LONG, held).await
     };
     // All of them but one are as large as they may be; there is room for one more.
@@ -321,19 +320,19 @@ async fn bodies_that_do_not_fit_are_refused_from_the_newest_on() -> Result<()> {
         first.push(Piecemeal::begin(&lab, token)?);
     }
     try_join_all(first.iter().map(|body| body.space(large))).await?;
-    let full = first.len() * (large / MIB);
+    let full = first.len() * large;
     held(full).await?;
     let slow = Piecemeal::begin(&lab, token)?;
     slow.space(MIB).await?;
-    held(full + 1).await?;
+    held(full + MIB).await?;
     let newest = Piecemeal::begin(&lab, token)?;
     newest.space(20 * MIB).await?;
-    held(full + 21).await?;
+    held(full + 21 * MIB).await?;
     slow.space(10 * MIB).await?;
     let given_up =
-        async || lab.metric("dermflow_body_bytes").await.filter(|held| *held < ((full + 12) * MIB) as f64);
+        async || lab.metric("dermflow_body_bytes").await.filter(|held| *held < (full + 12 * MIB) as f64);
     eventually("the newest is given up", LONG, given_up).await?;
-    held(full + 11).await?;
+    held(full + 11 * MIB).await?;
     // Who goes on sending is answered when that was taken in.
     let begun = Instant::now();
     is_shed(&(newest.end(&rest).await?, begun.elapsed()))?;
