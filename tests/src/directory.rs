@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use dermflow_schemas::clock;
-use reqwest::Method;
+use reqwest::{Method, StatusCode};
 use rustls::{
     ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -151,12 +151,13 @@ impl Front {
     }
 
     async fn pass(&self, method: &str, path: &str, kind: &str, body: Vec<u8>) -> Result<(String, Vec<u8>)> {
-        let replaces = self.order(path, &body)?;
+        let replaces = replaced(path, &body)?;
         let request =
             self.http.request(Method::from_bytes(method.as_bytes())?, format!("{}{path}", self.behind));
         let request = request.header("host", &self.host).header("content-type", kind).body(body);
         let answer = request.send().await?;
-        let mut head = format!("{}\r\n", answer.status());
+        let status = answer.status();
+        let mut head = format!("{status}\r\n");
         for (name, value) in answer.headers() {
             if !["content-length", "connection", "transfer-encoding"].contains(&name.as_str()) {
                 write!(head, "{name}: {}\r\n", value.to_str()?)?;
@@ -172,22 +173,23 @@ impl Front {
         if path == "/dir" {
             change("renewalInfo", json!(format!("https://{}/renewal-info", self.host)))?;
         }
-        // RFC 9773 §5: who takes it repeats it.
-        if let Some(replaces) = replaces.filter(|replaces| !replaces.is_null()) {
-            change("replaces", replaces)?;
+        // One that is refused, for its nonce for example, is sent again. RFC 9773 §5: who takes it repeats it.
+        if let Some(replaces) = replaces.filter(|_| status == StatusCode::CREATED) {
+            self.told.lock().unwrap_or_else(PoisonError::into_inner).replaced.push(replaces.clone());
+            if !replaces.is_null() {
+                change("replaces", replaces)?;
+            }
         }
         Ok((head, body))
     }
+}
 
-    /// What an order replaces, if this is one.
-    fn order(&self, path: &str, body: &[u8]) -> Result<Option<Value>> {
-        if path != "/order-plz" {
-            return Ok(None);
-        }
-        let signed: Value = serde_json::from_slice(body)?;
-        let payload = URL_SAFE_NO_PAD.decode(signed["payload"].as_str().context("no payload")?)?;
-        let replaces = serde_json::from_slice::<Value>(&payload)?["replaces"].clone();
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).replaced.push(replaces.clone());
-        Ok(Some(replaces))
+/// What an order replaces, if this is one.
+fn replaced(path: &str, body: &[u8]) -> Result<Option<Value>> {
+    if path != "/order-plz" {
+        return Ok(None);
     }
+    let signed: Value = serde_json::from_slice(body)?;
+    let payload = URL_SAFE_NO_PAD.decode(signed["payload"].as_str().context("no payload")?)?;
+    Ok(Some(serde_json::from_slice::<Value>(&payload)?["replaces"].clone()))
 }

@@ -204,7 +204,8 @@ async fn r11_a_full_disk_refuses_and_recovers() -> Result<()> {
     };
     lab.node(0).process.see_files_of(disk.id()?);
     lab.restart_nats().await?;
-    let (mut n, mut accepted) = (1, vec![first]);
+    // Once ingress is connected again.
+    let (mut n, mut accepted) = (2, vec![first, ledger.submit(&client, 1).await?]);
     // One by one: what is refused first is refused for want of room.
     while let Some(job) = ledger.attempt(&client, n).await? {
         accepted.push(job);

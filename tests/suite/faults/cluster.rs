@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use dermflow_schemas::limits::PUBLISH_DEADLINE;
 use dermflow_tests::{
     checker::Ledger,
     form::scale,
@@ -14,8 +15,10 @@ use super::{SETTLE, jobs};
 
 const NODES: usize = 3;
 /// The longest that no job is accepted while two of three brokers run that were in step before. (Three copies survive
-/// one failure at a time: the next one comes when the third is up to date again.)
-const UNAVAILABLE: Duration = Duration::from_secs(10);
+/// one failure at a time: the next one comes when the third is up to date again.) A follower of nats-server waits 4 to 9
+/// seconds for its leader before it stands for election; a submission that came too early for the new one is refused
+/// after [`PUBLISH_DEADLINE`]; and one second for the rest.
+const UNAVAILABLE: Duration = Duration::from_secs(9 + PUBLISH_DEADLINE.as_secs() + 1);
 
 async fn start() -> Result<(Lab, Ledger)> {
     let workers = vec![Worker::simulated(5), Worker::simulated(5)];
