@@ -26,6 +26,7 @@ use dermflow_workers::{
     analyse::analyse,
     decode::Picture,
     engine::{self, Engine, Question, Runtime},
+    frame::Frame,
     model::Model,
     report::{self, Case},
 };
@@ -177,8 +178,8 @@ async fn the_numbers_are_those_of_the_training_pipeline() -> Result<()> {
     for line in lines {
         let (name, expected) = line.split_once(',').context("no comma")?;
         let file = fs::read(folder.join(name))?;
-        let picture = Picture::decode(&file, format_of(name))?;
-        let answer = engine.classify(Question { picture: &picture, digest: "", attempt: 1 })?;
+        let frame = Frame::of(&Picture::decode(&file, format_of(name))?, model.input());
+        let answer = engine.classify(Question { frame: &frame, digest: "", attempt: 1 })?;
         let opinion = model.opinion(&answer.logits).context("no opinion")?;
         let clinical = answer.modality.map(|logit| 1.0 / (1.0 + (-f64::from(logit)).exp()));
         let found = opinion.skin.into_iter().chain(clinical).chain(opinion.conditions);

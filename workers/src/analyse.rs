@@ -9,8 +9,9 @@ use dermflow_schemas::{
 };
 
 use crate::{
-    decode::{DecodeError, Picture},
+    decode::DecodeError,
     engine::{Answer, Engine, EngineError, Question},
+    frame::Frame,
     heat::{self, HeatMap},
     model::{Model, Opinion, points},
     outline::Outline,
@@ -64,7 +65,7 @@ pub fn ranked(probabilities: &[f64]) -> Vec<usize> {
 pub struct Analysis {
     /// In the order of the images.
     pub findings: Vec<Finding>,
-    /// Time in the model, resizing included, all images together.
+    /// Time in the model, all images together.
     pub in_model: Duration,
 }
 
@@ -117,13 +118,13 @@ pub fn analyse(
             return Err(AnalysisError::Withdrawn);
         }
         let start = Instant::now();
-        let picture = Picture::decode_by(file.as_slice(), entry.format, start + decoding)
+        let frame = Frame::decode(file.as_slice(), entry.format, model.input(), start + decoding)
             .map_err(|error| AnalysisError::Undecodable(index, error))?;
         decoding = decoding.saturating_sub(start.elapsed());
-        let quality = Quality::of(&picture);
+        let quality = Quality::of(&frame);
         let sha256 = file.sha256();
         let start = Instant::now();
-        let answer = engine.classify(Question { picture: &picture, digest: &sha256, attempt })?;
+        let answer = engine.classify(Question { frame: &frame, digest: &sha256, attempt })?;
         analysis.in_model += start.elapsed();
         if !answer.is_finite() {
             return Err(AnalysisError::Unusable);
@@ -131,7 +132,7 @@ pub fn analyse(
         let Answer { logits, lesion, activation, modality } = answer;
         let Opinion { skin, conditions } = model.opinion(&logits).ok_or(AnalysisError::Unusable)?;
         let skin = skin.map(points);
-        let (width, height) = (picture.width(), picture.height());
+        let Frame { width, height, .. } = frame;
         let mut finding = Finding {
             width,
             height,

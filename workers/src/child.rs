@@ -2,7 +2,7 @@
 //! image that it had in hand and nothing else.
 //!
 //! The worker starts its own program again as `worker decode-child`, at once, and keeps it. They talk over a socket: a file
-//! goes in, pixels or a reason come out. The child may open no file and no connection, and has
+//! goes in, a [`Frame`] or a reason comes out, so that the worker never has a whole image in its memory. The child may open no file and no connection, and has
 //! [`limits::DECODER_ADDRESS_SPACE`] for itself. One that dies is replaced, and the image tried once more, as somebody may
 //! have killed an innocent one; then the attempt at its job is given up.
 
@@ -21,14 +21,18 @@ use std::{
 };
 
 use dermflow_schemas::{image::Format, limits};
-use image::{RgbImage, metadata::Orientation};
+use image::RgbImage;
 use rustix::{
     process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit},
     thread::set_no_new_privs,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::decode::{DecodeError, Picture};
+use crate::{
+    decode::{DecodeError, Picture},
+    frame::Frame,
+    model::MAX_INPUT_SIDE,
+};
 
 /// The argument that makes a worker's program a decoder.
 pub const ARGUMENT: &str = "decode-child";
@@ -66,9 +70,23 @@ thread_local! {
     static DECODER: RefCell<Option<Decoder>> = const { RefCell::new(None) };
 }
 
-/// Decodes in this thread's child, by `deadline`; `None` when it has none.
-pub(crate) fn decode(file: &[u8], format: Format, deadline: Instant) -> Option<Result<Picture, DecodeError>> {
-    DECODER.with_borrow_mut(|decoder| decoder.as_mut().map(|decoder| decoder.decode(file, format, deadline)))
+/// Decodes in this thread's child for a model with such an `input`, by `deadline`; `None` when it has none.
+pub(crate) fn decode(
+    file: &[u8],
+    format: Format,
+    input: (u32, u32),
+    deadline: Instant,
+) -> Option<Result<Frame, DecodeError>> {
+    let task = Task { file, format, input };
+    DECODER.with_borrow_mut(|decoder| decoder.as_mut().map(|decoder| decoder.decode(task, deadline)))
+}
+
+/// What a child is asked for.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    file: &'a [u8],
+    format: Format,
+    input: (u32, u32),
 }
 
 #[derive(Debug)]
@@ -79,7 +97,7 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn decode(&mut self, file: &[u8], format: Format, deadline: Instant) -> Result<Picture, DecodeError> {
+    fn decode(&mut self, task: Task<'_>, deadline: Instant) -> Result<Frame, DecodeError> {
         let mut again = true;
         loop {
             // Out of its place: what ends here before its time, by whatever way, leaves nobody with half an answer.
@@ -91,7 +109,7 @@ impl Decoder {
                     DecodeError::NotStarted(error.to_string())
                 })?,
             };
-            let error = match running.ask(file, format, deadline) {
+            let error = match running.ask(task, deadline) {
                 Ok(answer) => {
                     self.running = Some(running);
                     return answer;
@@ -144,34 +162,26 @@ impl Running {
     ///
     /// # Errors
     /// When the child has died, or does not finish by `deadline`.
-    fn ask(
-        &mut self,
-        file: &[u8],
-        format: Format,
-        deadline: Instant,
-    ) -> io::Result<Result<Picture, DecodeError>> {
+    fn ask(&mut self, task: Task<'_>, deadline: Instant) -> io::Result<Result<Frame, DecodeError>> {
+        let Task { file, format, input } = task;
         let mut wire = Timed { socket: &self.socket, deadline };
         let length = u32::try_from(file.len()).map_err(io::Error::other)?;
         wire.write_all(&[u8::from(format == Format::Png)])?;
-        wire.write_all(&length.to_le_bytes())?;
+        wire.write_all(&numbers([input.0, input.1, length]))?;
         wire.write_all(file)?;
-        let [width, height, orientation] = [number(&mut wire)?, number(&mut wire)?, number(&mut wire)?];
-        let turned = u8::try_from(orientation).ok().and_then(Orientation::from_exif);
-        let area = u64::from(width) * u64::from(height);
-        match turned {
-            None => {
-                let mut reason = vec![0; (width as usize).min(MAX_REASON)];
-                wire.read_exact(&mut reason)?;
-                Ok(Err(DecodeError::Told(String::from_utf8_lossy(&reason).into_owned())))
-            }
-            Some(_) if area > limits::MAX_PIXELS => Err(ErrorKind::InvalidData.into()),
-            Some(orientation) => {
-                let mut pixels = vec![0; area as usize * 3];
-                wire.read_exact(&mut pixels)?;
-                let pixels = RgbImage::from_raw(width, height, pixels).ok_or(ErrorKind::InvalidData)?;
-                Ok(Ok(Picture::new(pixels, orientation)))
-            }
+        let [width, height] = [number(&mut wire)?, number(&mut wire)?];
+        if height == 0 {
+            let mut reason = vec![0; (width as usize).min(MAX_REASON)];
+            wire.read_exact(&mut reason)?;
+            return Ok(Err(DecodeError::Told(String::from_utf8_lossy(&reason).into_owned())));
         }
+        let sizes = limits::MIN_SIDE_PIXELS..=limits::MAX_SIDE_PIXELS;
+        if !sizes.contains(&width) || !sizes.contains(&height) {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        let squashed = pixels(&mut wire, input)?;
+        let thumbnail = pixels(&mut wire, Frame::thumbnail_size(width, height))?;
+        Ok(Ok(Frame { width, height, squashed, thumbnail }))
     }
 
     /// How it ended, once it has.
@@ -190,6 +200,16 @@ impl Drop for Running {
 
 /// Bytes of the reason for which a file does not decode.
 const MAX_REASON: usize = 1_024;
+
+fn numbers<const N: usize>(numbers: [u32; N]) -> Vec<u8> {
+    numbers.into_iter().flat_map(u32::to_le_bytes).collect()
+}
+
+fn pixels(wire: &mut impl Read, (width, height): (u32, u32)) -> io::Result<RgbImage> {
+    let mut image = RgbImage::new(width, height);
+    wire.read_exact(&mut image)?;
+    Ok(image)
+}
 
 fn number(wire: &mut impl Read) -> io::Result<u32> {
     let mut bytes = [0; 4];
@@ -247,35 +267,32 @@ pub fn serve() -> io::Result<()> {
     socket.write_all(&READY)?;
     let mut format = [0];
     while socket.read(&mut format)? == 1 {
-        let length = number(&mut socket)? as usize;
-        if length > limits::MAX_IMAGE_BYTES {
+        let [columns, rows, length] = [number(&mut socket)?, number(&mut socket)?, number(&mut socket)?];
+        if columns.max(rows) > MAX_INPUT_SIDE || length as usize > limits::MAX_IMAGE_BYTES {
             return Err(ErrorKind::InvalidData.into());
         }
-        let mut file = vec![0; length];
+        let mut file = vec![0; length as usize];
         socket.read_exact(&mut file)?;
         let format = if format == [1] { Format::Png } else { Format::Jpeg };
-        answer(&mut socket, Picture::decode_here(&file, format))?;
+        let picture = Picture::decode(file, format);
+        answer(&mut socket, picture.map(|picture| Frame::of(&picture, (columns, rows))))?;
     }
     drop((ignored, context));
     Ok(())
 }
 
-/// Columns, rows, EXIF orientation and pixels; or bytes of the reason, 0, 0 and the reason.
-fn answer(socket: &mut UnixStream, decoded: Result<Picture, DecodeError>) -> io::Result<()> {
-    let mut head = Vec::with_capacity(12);
-    let mut say = |numbers: [u32; 3]| head.extend(numbers.into_iter().flat_map(u32::to_le_bytes));
+/// Columns and rows as displayed, and the pixels of both images; or bytes of the reason, 0 and the reason.
+fn answer(socket: &mut UnixStream, decoded: Result<Frame, DecodeError>) -> io::Result<()> {
     match decoded {
-        Ok(picture) => {
-            let (pixels, orientation) = picture.into_parts();
-            say([pixels.width(), pixels.height(), orientation.to_exif().into()]);
-            socket.write_all(&head)?;
-            socket.write_all(pixels.as_raw())
+        Ok(Frame { width, height, squashed, thumbnail }) => {
+            socket.write_all(&numbers([width, height]))?;
+            socket.write_all(squashed.as_raw())?;
+            socket.write_all(thumbnail.as_raw())
         }
         Err(error) => {
             let reason = error.to_string();
             let reason = &reason.as_bytes()[..reason.len().min(MAX_REASON)];
-            say([reason.len() as u32, 0, 0]);
-            socket.write_all(&head)?;
+            socket.write_all(&numbers([reason.len() as u32, 0]))?;
             socket.write_all(reason)
         }
     }
@@ -293,7 +310,8 @@ mod tests {
             assert!(decoding.enter().is_err(), "{program}");
             let mut decoder = Decoder { program: program.into(), running: None };
             let deadline = Instant::now() + limits::DECODE_DEADLINE;
-            let answer = decoder.decode(b"", Format::Png, deadline);
+            let task = Task { file: b"", format: Format::Png, input: (1, 1) };
+            let answer = decoder.decode(task, deadline);
             assert!(matches!(answer, Err(DecodeError::NotStarted(_))), "{program}: {answer:?}");
         }
     }

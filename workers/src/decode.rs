@@ -1,10 +1,10 @@
 //! From a file's bytes to pixels, with limits before every allocation.
 
-use std::{io::Cursor, time::Instant};
+use std::io::Cursor;
 
 use dermflow_schemas::{
     image::{Format, header},
-    limits::{DECODE_DEADLINE, MAX_COSTLY_PIXELS, MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
+    limits::{MAX_COSTLY_PIXELS, MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
 };
 use fast_image_resize::{
     FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
@@ -14,7 +14,7 @@ use image::{
     ColorType, DynamicImage, ImageDecoder, ImageError, ImageReader, Limits, RgbImage, metadata::Orientation,
 };
 
-use crate::{child, resize};
+use crate::resize;
 
 /// Why a file with a right header cannot be decoded.
 #[derive(Debug, thiserror::Error)]
@@ -56,28 +56,16 @@ impl std::fmt::Debug for Picture {
 }
 
 impl Picture {
-    /// Decodes a file, in a process of its own on a thread that has one (see [`Decoding`](crate::child::Decoding)). An
-    /// alpha channel is dropped, 16-bit values are rounded to 8.
+    /// Decodes a file, in this process. An alpha channel is dropped, 16-bit values are rounded to 8. A file that is given
+    /// away does not take up memory beside the decoder's own copy of a JPEG.
     ///
     /// # Errors
     /// See [`DecodeError`].
-    pub fn decode(file: &[u8], format: Format) -> Result<Self, DecodeError> {
-        Self::decode_by(file, format, Instant::now() + DECODE_DEADLINE)
-    }
-
-    /// The same; a process of its own has until `deadline`.
-    ///
-    /// # Errors
-    /// See [`DecodeError`].
-    pub fn decode_by(file: &[u8], format: Format, deadline: Instant) -> Result<Self, DecodeError> {
-        child::decode(file, format, deadline).unwrap_or_else(|| Self::decode_here(file, format))
-    }
-
-    /// Decodes a file in this process.
-    pub(crate) fn decode_here(file: &[u8], format: Format) -> Result<Self, DecodeError> {
-        if format == Format::Jpeg && !jpeg_ends(file) {
+    pub fn decode(file: impl AsRef<[u8]>, format: Format) -> Result<Self, DecodeError> {
+        if format == Format::Jpeg && !jpeg_ends(file.as_ref()) {
             return Err(DecodeError::CutShort);
         }
+        let is_costly = header(file.as_ref(), format).is_none_or(|header| header.is_costly);
         let mut limits = Limits::default();
         limits.max_image_width = Some(MAX_SIDE_PIXELS);
         limits.max_image_height = Some(MAX_SIDE_PIXELS);
@@ -86,7 +74,6 @@ impl Picture {
         reader.limits(limits.clone());
         let mut decoder = reader.into_decoder()?;
         let (width, height) = decoder.dimensions();
-        let is_costly = header(file, format).is_none_or(|header| header.is_costly);
         let most = if is_costly { MAX_COSTLY_PIXELS } else { MAX_PIXELS };
         if u64::from(width) * u64::from(height) > most {
             return Err(DecodeError::TooLarge(most));
@@ -106,8 +93,10 @@ impl Picture {
         Self { pixels, orientation }
     }
 
-    pub(crate) fn into_parts(self) -> (RgbImage, Orientation) {
-        (self.pixels, self.orientation)
+    /// As stored, row by row.
+    #[cfg(test)]
+    pub(crate) fn pixels(&self) -> &[u8] {
+        self.pixels.as_raw()
     }
 
     /// Columns as displayed, in pixels.
@@ -181,6 +170,7 @@ fn to_rgb(bytes: &mut Vec<u8>, pixels: usize, color: ColorType) {
         _ => (0..pixels).for_each(&mut convert),
     }
     bytes.truncate(3 * pixels);
+    bytes.shrink_to_fit();
 }
 
 fn shrink(pixels: &RgbImage, width: u32, height: u32) -> RgbImage {
@@ -280,7 +270,7 @@ pub(crate) mod tests {
             file.into_inner()
         };
         assert!(matches!(
-            Picture::decode(&gray(12_001, 80), Format::Png),
+            Picture::decode(gray(12_001, 80), Format::Png),
             Err(DecodeError::Image(ImageError::Limits(_)))
         ));
         let too_large = |file: &[u8], format| match Picture::decode(file, format) {
@@ -292,14 +282,14 @@ pub(crate) mod tests {
         let mut file = Cursor::new(Vec::new());
         deep.write_to(&mut file, image::ImageFormat::Png).unwrap();
         assert_eq!(too_large(&file.into_inner(), Format::Png), MAX_COSTLY_PIXELS);
-        assert!(Picture::decode(&png(96, 80), Format::Jpeg).is_err());
+        assert!(Picture::decode(png(96, 80), Format::Jpeg).is_err());
     }
 
     /// Every EXIF orientation shows the same picture as the file that was turned by hand.
     #[test]
     fn the_exif_orientation_is_applied() {
         for exif in 1..=8 {
-            let picture = Picture::decode(&jpeg(120, 80, Some(exif)), Format::Jpeg).unwrap();
+            let picture = Picture::decode(jpeg(120, 80, Some(exif)), Format::Jpeg).unwrap();
             let mut turned = DynamicImage::ImageRgb8(sample(120, 80));
             turned.apply_orientation(Orientation::from_exif(exif).unwrap());
             assert_eq!((picture.width(), picture.height()), (turned.width(), turned.height()), "{exif}");
@@ -307,7 +297,7 @@ pub(crate) mod tests {
             let distance = |(a, b): (&u8, &u8)| a.abs_diff(*b);
             assert!(small.iter().zip(expected.iter()).map(distance).max().unwrap() < 32, "{exif}");
         }
-        let upright = Picture::decode(&jpeg(120, 80, None), Format::Jpeg).unwrap();
+        let upright = Picture::decode(jpeg(120, 80, None), Format::Jpeg).unwrap();
         assert_eq!((upright.width(), upright.height()), (120, 80));
     }
 }

@@ -11,7 +11,7 @@ use image::RgbImage;
 use ort::{environment::Environment, session::Session, value::TensorRef};
 
 use crate::{
-    decode::Picture,
+    frame::Frame,
     model::{Fault, Input, Model, Network, Output, Simulated},
     outline::Map,
 };
@@ -45,8 +45,8 @@ impl<R> From<ort::Error<R>> for EngineError {
 /// One image on its way through an engine.
 #[derive(Debug, Clone, Copy)]
 pub struct Question<'a> {
-    /// The decoded image.
-    pub picture: &'a Picture,
+    /// The image, squashed to the model's [`input`](Model::input).
+    pub frame: &'a Frame,
     /// SHA-256 of the file, in lower-case hexadecimal.
     pub digest: &'a str,
     /// Which attempt at the job, from 1.
@@ -197,8 +197,8 @@ impl OnnxEngine {
         Ok(())
     }
 
-    fn answer(&mut self, small: &RgbImage) -> Result<Answer, EngineError> {
-        fill(&mut self.tensor, small, &self.input);
+    fn answer(&mut self, squashed: &RgbImage) -> Result<Answer, EngineError> {
+        fill(&mut self.tensor, squashed, &self.input);
         let shape = [1, 3, i64::from(self.input.height), i64::from(self.input.width)];
         let tensor = TensorRef::from_array_view((shape, self.tensor.as_slice()))?;
         let outputs = self.session.run(ort::inputs![self.input.name.as_str() => tensor])?;
@@ -220,8 +220,7 @@ impl OnnxEngine {
 
 impl Engine for OnnxEngine {
     fn classify(&mut self, question: Question<'_>) -> Result<Answer, EngineError> {
-        let small = question.picture.squash(self.input.width, self.input.height);
-        self.answer(&small)
+        self.answer(&question.frame.squashed)
     }
 }
 
@@ -258,12 +257,12 @@ fn modality((shape, logits): (Vec<i64>, Vec<f32>)) -> Result<f32, EngineError> {
 }
 
 /// Fills `tensor` with planes of red, green and blue, normalised.
-fn fill(tensor: &mut Vec<f32>, small: &RgbImage, input: &Input) {
+fn fill(tensor: &mut Vec<f32>, squashed: &RgbImage, input: &Input) {
     tensor.clear();
     for channel in 0..3 {
         let (mean, deviation) = (input.mean[channel], input.deviation[channel]);
         let normalise = |pixel: &image::Rgb<u8>| (f32::from(pixel.0[channel]) / 255.0 - mean) / deviation;
-        tensor.extend(small.pixels().map(normalise));
+        tensor.extend(squashed.pixels().map(normalise));
     }
 }
 

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     decode::Picture,
     engine::{self, Answer, Engine, EngineError, Question, Runtime},
+    frame::Frame,
     model::{Model, ModelError, read_toml},
 };
 
@@ -162,8 +163,8 @@ impl Said {
 }
 
 fn said(model: &Model, engine: &mut dyn Engine, n: usize) -> Result<Said, EngineError> {
-    let picture = picture(n);
-    let answer = engine.classify(Question { picture: &picture, digest: "", attempt: 1 })?;
+    let frame = Frame::of(&picture(n), model.input());
+    let answer = engine.classify(Question { frame: &frame, digest: "", attempt: 1 })?;
     let opinion = model.opinion(&answer.logits).filter(|_| answer.is_finite());
     let opinion = opinion.ok_or_else(|| EngineError::Golden(format!("picture {n}: not finite numbers")))?;
     let Answer { logits, lesion, activation, modality } = answer;
@@ -245,9 +246,9 @@ mod tests {
     #[test]
     fn the_pictures_are_what_they_were() {
         let sums = (0..PICTURES).map(|n| {
-            let (pixels, _) = picture(n).into_parts();
-            pixels
-                .as_raw()
+            let stored = picture(n);
+            stored
+                .pixels()
                 .iter()
                 .fold(0_u32, |sum, value| sum.wrapping_mul(31).wrapping_add(u32::from(*value)))
         });

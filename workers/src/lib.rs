@@ -23,6 +23,7 @@ pub mod decode;
 pub mod engine;
 pub mod executor;
 pub mod fair;
+pub mod frame;
 pub mod golden;
 pub mod heat;
 pub mod language;

@@ -90,6 +90,7 @@ const GOLDEN: &str = "golden";
 const PIXELS: &str = "pixels";
 
 fn main() -> ExitCode {
+    give_back_memory();
     process::init();
     log_panics();
     if env::args_os().nth(1).is_some_and(|first| first == child::ARGUMENT) {
@@ -108,6 +109,22 @@ fn main() -> ExitCode {
         ExitCode::FAILURE
     })
 }
+
+/// What glibc keeps of freed memory, it keeps for each thread, and once a large block was freed it keeps blocks of up to
+/// 32 MB: with two copies of a model that is as much again as they take. Larger ones than this, its first threshold, go back
+/// to the system now.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn give_back_memory() {
+    const LARGE: i32 = 128 * 1024;
+    #[expect(unsafe_code, reason = "the allocator has no other way to be told")]
+    // SAFETY: a setting, before there is a second thread. A system that does not take it goes on without.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn give_back_memory() {}
 
 fn write_golden(arguments: &ArgMatches) -> anyhow::Result<()> {
     let options = GoldenOptions::from_arg_matches(arguments)?;

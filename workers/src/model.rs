@@ -404,6 +404,14 @@ impl Model {
         self.output().is_some_and(|output| output.activation.is_some())
     }
 
+    /// Columns and rows that images are squashed to.
+    pub fn input(&self) -> (u32, u32) {
+        match &self.network {
+            Network::Onnx { input, .. } => (input.width, input.height),
+            Network::Simulated(_) => (1, 1),
+        }
+    }
+
     /// Whether reports must say that no model looked at the images.
     pub fn is_simulated(&self) -> bool {
         matches!(self.network, Network::Simulated(_))
@@ -553,7 +561,7 @@ pub(crate) mod tests {
         refused(&SIMULATED.replace("low = 0.85", "low = 0.92"), "metric auc");
         refused(&format!("{SIMULATED}\n{input}"), "either [input] and [output]");
         refused(&onnx.replace("[1, 1, 1]", "[1, 0, 1]"), "deviation above zero");
-        refused(&onnx.replace("width = 8", "width = 0"), "between 1 and 4096");
+        refused(&onnx.replace("width = 8", "width = 0"), "between 1 and 2048");
         let nowhere = Model::load(Path::new("/nowhere"), false).err().map(|error| error.to_string());
         assert!(nowhere.unwrap_or_default().starts_with("/nowhere/model.toml: No such file"));
     }

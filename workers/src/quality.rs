@@ -1,15 +1,13 @@
 //! Whether an image is good enough: five measures, each from 0 to 100 %, of which the least is the score. Pure.
 //!
-//! All but the resolution are measured on the image at 256 pixels, so that they mean the same for a photograph of
+//! All but the resolution are measured on a thumbnail of 256 pixels, so that they mean the same for a photograph of
 //! 12 megapixels and for a thumbnail. Every threshold of the refusal is in this file; the model card has the figures.
 
 use dermflow_schemas::limits::MIN_SIDE_PIXELS;
 use image::RgbImage;
 
-use crate::decode::Picture;
+use crate::frame::Frame;
 
-/// The longer side at which is measured, in pixels. Smaller images are measured as they are.
-const SIDE: u32 = 256;
 /// From this score on an image is analysed, in per cent.
 pub const ACCEPTABLE: u32 = 50;
 
@@ -80,8 +78,8 @@ pub enum Grade {
 
 impl Quality {
     /// Measures an image.
-    pub fn of(picture: &Picture) -> Self {
-        Self::measure(&picture.within(SIDE), picture.width().min(picture.height()))
+    pub fn of(frame: &Frame) -> Self {
+        Self::measure(&frame.thumbnail, frame.width.min(frame.height))
     }
 
     /// `small` is measured; the shorter side of the whole was `side`.
@@ -222,6 +220,7 @@ fn blur(luma: &[f32], field: &[bool], width: usize, height: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decode::{Picture, fit};
     use dermflow_schemas::image::Format;
     use image::imageops;
     use std::{
@@ -239,15 +238,15 @@ mod tests {
         all
     }
 
-    fn picture(path: &Path) -> Picture {
+    fn frame(path: &Path) -> Frame {
         let format = if path.extension().unwrap() == "png" { Format::Png } else { Format::Jpeg };
-        Picture::decode(&fs::read(path).unwrap(), format).unwrap()
+        Frame::of(&Picture::decode(fs::read(path).unwrap(), format).unwrap(), (1, 1))
     }
 
     /// An image of its own, at the size at which is measured, and its shorter side.
     fn opened(path: &Path) -> (RgbImage, u32) {
-        let whole = picture(path);
-        (whole.within(SIDE), whole.width().min(whole.height()))
+        let frame = frame(path);
+        (frame.thumbnail, frame.width.min(frame.height))
     }
 
     fn mapped(image: &RgbImage, change: impl Fn(f32) -> f32) -> RgbImage {
@@ -279,7 +278,7 @@ mod tests {
                 let least = [0, 0, 104, 92, MIN_SIDE_PIXELS][step];
                 let side = if least > 0 { least.min(side) } else { (side as f32 * much) as u32 };
                 let longer = (side * image.width().max(image.height())) / image.width().min(image.height());
-                let (width, height) = crate::decode::fit(image.width(), image.height(), longer.min(SIDE));
+                let (width, height) = fit(image.width(), image.height(), longer);
                 let small = imageops::resize(image, width, height, imageops::FilterType::Triangle);
                 return Quality::measure(&small, side);
             }
@@ -294,7 +293,7 @@ mod tests {
     #[test]
     fn sample_images_are_acceptable() {
         for path in samples() {
-            let quality = Quality::of(&picture(&path));
+            let quality = Quality::of(&frame(&path));
             assert!(quality.is_acceptable(), "{}: {quality:?}", path.display());
         }
     }

@@ -167,6 +167,7 @@ mod tests {
     use super::*;
     use crate::{
         decode::Picture,
+        frame::Frame,
         model::tests::{simulated, with_domain},
         quality::Quality,
     };
@@ -187,7 +188,8 @@ mod tests {
             .to_image()
             .write_to(&mut cut, image::ImageFormat::Png)
             .unwrap();
-        let quality = Quality::of(&Picture::decode(&cut.into_inner(), Format::Png).unwrap());
+        let frame = Frame::of(&Picture::decode(cut.into_inner(), Format::Png).unwrap(), (1, 1));
+        let quality = Quality::of(&frame);
         assert_eq!(quality.is_acceptable(), good, "{quality:?}");
         quality
     }

@@ -4,8 +4,8 @@ use dermflow_schemas::fhir::Language;
 
 use super::{Class, Document, Indicator, Input, Metric, Names};
 
-/// The largest input side, in pixels: more is a typing error.
-pub(crate) const MAX_INPUT_SIDE: u32 = 4_096;
+/// The largest input side, in pixels: a decoder has the memory to squash to that, and not to much more.
+pub(crate) const MAX_INPUT_SIDE: u32 = 2_048;
 /// What the ids of other resources in a report begin with.
 const RESERVED: [&str; 8] =
     ["device", "image", "heatmap", "quality", "domain", "modality", "classification", "extent"];

@@ -7,15 +7,15 @@ use dermflow_local::{
     servers::{Given, Servers},
     stack::programs,
 };
-use dermflow_schemas::image::Format;
+use dermflow_schemas::{image::Format, limits::DECODE_DEADLINE};
 use dermflow_tests::{
     client::sample_bytes,
     lab::{Lab, Setup, Worker},
 };
 use dermflow_workers::{
     child::Decoding,
-    decode::Picture,
     engine::{self, Runtime},
+    frame::Frame,
     model::Model,
 };
 
@@ -31,13 +31,13 @@ const TIMES: usize = 500;
 /// One image at a time; the bare loop; the pipeline: each with and without, in turn.
 pub(crate) async fn decode() -> Result<()> {
     let child = Decoding::InChild(programs()?.join("worker"));
+    let model = Arc::new(Model::load(&derm7(), false)?);
     for name in IMAGES {
         let file = sample_bytes(name);
-        let here = one_by_one(&Decoding::Here, &file)?;
-        let there = one_by_one(&child, &file)?;
+        let here = one_by_one(&Decoding::Here, &model, &file)?;
+        let there = one_by_one(&child, &model, &file)?;
         println!("{name}: p50 {here:.2} ms here, {there:.2} ms in a child");
     }
-    let model = Arc::new(Model::load(&derm7(), false)?);
     let servers = Servers::obtain(dermflow_local::stack::repo(), &Given::default(), |_| ()).await?;
     let make = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?;
     let payloads: Vec<_> = IMAGES.iter().map(|name| payload(sample_bytes(name))).collect();
@@ -80,14 +80,14 @@ fn tell(what: &str, ratios: &mut [f64]) {
     println!("{what}: median {:.3}, {:.3} to {:.3}", median(ratios), minimum(ratios), maximum(ratios));
 }
 
-/// The median of milliseconds to decode a file, on a thread that decodes like that.
-fn one_by_one(decoding: &Decoding, file: &[u8]) -> Result<f64> {
+/// The median of milliseconds to decode a file for a model, on a thread that decodes like that.
+fn one_by_one(decoding: &Decoding, model: &Model, file: &[u8]) -> Result<f64> {
     let work = || -> Result<f64> {
         decoding.enter()?;
         let mut millis = Vec::new();
         for _ in 0..TIMES {
             let begun = Instant::now();
-            Picture::decode(file, Format::Jpeg)?;
+            Frame::decode(file, Format::Jpeg, model.input(), begun + DECODE_DEADLINE)?;
             millis.push(begun.elapsed().as_secs_f64() * 1e3);
         }
         Ok(percentile(&mut millis, 50))

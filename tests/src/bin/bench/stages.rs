@@ -12,8 +12,8 @@ use dermflow_tests::client::sample_bytes;
 use dermflow_workers::{
     analyse::{analyse, ranked},
     child::Decoding,
-    decode::Picture,
     engine::{self, Question, Runtime},
+    frame::Frame,
     heat,
     model::Model,
     outline::Outline,
@@ -28,14 +28,8 @@ use crate::{
 };
 
 const RUNS: usize = 50;
-const STAGES: [&str; 6] = [
-    "decode",
-    "quality",
-    "model (with squashing)",
-    "domain and outline",
-    "one heat map",
-    "report (with one)",
-];
+const STAGES: [&str; 6] =
+    ["decode and squash", "quality", "model", "domain and outline", "one heat map", "report (with one)"];
 
 /// Medians of [`RUNS`], in milliseconds.
 pub(crate) async fn stages() -> Result<()> {
@@ -62,14 +56,15 @@ pub(crate) async fn stages() -> Result<()> {
                 times[stage].push(begun.elapsed().as_secs_f64() * 1_000.0);
                 (stage, begun) = (stage + 1, Instant::now());
             };
-            let picture = Picture::decode(payload.images[0].as_slice(), entry.format)?;
+            let deadline = Instant::now() + DECODE_DEADLINE;
+            let frame = Frame::decode(payload.images[0].as_slice(), entry.format, model.input(), deadline)?;
             lap();
-            black_box(Quality::of(&picture));
+            black_box(Quality::of(&frame));
             lap();
-            let answer = engine.classify(Question { picture: &picture, digest: "", attempt: 1 })?;
+            let answer = engine.classify(Question { frame: &frame, digest: "", attempt: 1 })?;
             lap();
             let opinion = model.opinion(&answer.logits).context("no opinion")?;
-            let (width, height) = (picture.width(), picture.height());
+            let Frame { width, height, .. } = frame;
             black_box(answer.lesion.and_then(|map| Outline::of(&map, width, height)));
             lap();
             let activation = answer.activation.context("no activation")?;
