@@ -222,7 +222,7 @@ impl Payload {
             if entry.bytes > tail.len() {
                 return Err(EnvelopeError::Malformed("an image is cut short".into()));
             }
-            images.push(tail.split_to(entry.bytes).to_vec().into());
+            images.push(tail.split_to(entry.bytes).into());
         }
         if !tail.is_empty() {
             return Err(EnvelopeError::Malformed("bytes behind the last image".into()));

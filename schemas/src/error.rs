@@ -94,7 +94,7 @@ catalogue! {
     ImageHeader          "image-header"           422 "value"         Never   "The image's header cannot be read."
     ImageTooSmall        "image-too-small"        422 "value"         Never   "The image has too few pixels for an analysis."
     ImageTooLarge        "image-too-large"        422 "value"         Never   "The image has more pixels than this server accepts."
-    ImageKindTooLarge    "image-kind-too-large"   422 "value"         Never   "The image has more pixels than this server accepts of a progressive JPEG, or of a PNG of 16 bits: save it as a baseline JPEG, or as a PNG of 8 bits."
+    ImageKindTooLarge    "image-kind-too-large"   422 "value"         Never   "The image has more pixels than this server accepts of a progressive JPEG, or of a PNG with alpha or of 16 bits: save it as a baseline JPEG, or as a PNG of 8 bits without alpha."
     ImageUndecodable     "image-undecodable"      422 "value"         Never   "The image's header is right but its content cannot be decoded."
     IdempotencyConflict  "idempotency-conflict"   422 "conflict"      Never   "This Idempotency-Key was used with another request."
     PasswordRefused      "password-refused"       422 "value"         Never   "The password is too short, too long, or among the first that an attacker would try."

@@ -4,14 +4,15 @@ use std::fmt;
 
 use aws_lc_rs::digest;
 use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use image::ImageFormat;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{MAX_COSTLY_PIXELS, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS};
+use crate::limits::{MAX_DECODE_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS, MIN_SIDE_PIXELS};
 
-/// An image file's bytes. `Debug` prints their length and the start of their SHA-256, never the bytes.
+/// An image file's bytes, cheap to clone. `Debug` prints their length and the start of their SHA-256, never the bytes.
 #[derive(Clone, PartialEq, Eq)]
-pub struct ImageBytes(Vec<u8>);
+pub struct ImageBytes(Bytes);
 
 impl ImageBytes {
     /// The file.
@@ -30,9 +31,9 @@ impl ImageBytes {
     }
 }
 
-impl From<Vec<u8>> for ImageBytes {
-    fn from(bytes: Vec<u8>) -> Self {
-        Self(bytes)
+impl<B: Into<Bytes>> From<B> for ImageBytes {
+    fn from(bytes: B) -> Self {
+        Self(bytes.into())
     }
 }
 
@@ -99,8 +100,8 @@ pub struct Header {
     pub width: u32,
     /// Rows, in pixels, as stored.
     pub height: u32,
-    /// A progressive JPEG, or a PNG of 16 bits a sample: see [`MAX_COSTLY_PIXELS`].
-    pub is_costly: bool,
+    /// Bytes that a decoder takes for the pixels, see [`MAX_DECODE_BYTES`].
+    pub memory: u64,
 }
 
 /// What is wrong with an image, as far as its Base64 and its header tell.
@@ -126,12 +127,9 @@ pub enum ImageFault {
     /// A side is above [`MAX_SIDE_PIXELS`] or the area above [`MAX_PIXELS`].
     #[error("{0} x {1} pixels, at most {MAX_SIDE_PIXELS} a side and {MAX_PIXELS} in all")]
     TooLarge(u32, u32),
-    /// The area is above [`MAX_COSTLY_PIXELS`], of a kind that takes its decoder too much memory then.
-    #[error(
-        "{0} x {1} pixels, at most {MAX_COSTLY_PIXELS} of a progressive JPEG or a PNG of 16 bits a sample, \
-         {MAX_PIXELS} of a baseline JPEG or a PNG of 8 bits"
-    )]
-    KindTooLarge(u32, u32),
+    /// It is of a kind that takes its decoder more than [`MAX_DECODE_BYTES`], here so many.
+    #[error("{0} bytes of memory to decode it, at most {MAX_DECODE_BYTES}")]
+    KindTooLarge(u64),
 }
 
 /// Decodes strict Base64 (RFC 4648 §4), refusing what would be too large before it is allocated.
@@ -147,7 +145,7 @@ pub fn decode_base64(text: &str) -> Result<ImageBytes, ImageFault> {
     if bytes.len() > MAX_IMAGE_BYTES {
         return Err(ImageFault::TooManyBytes(bytes.len()));
     }
-    Ok(ImageBytes(bytes))
+    Ok(bytes.into())
 }
 
 /// Where the first fault is in what does not decode, which need not be the one that the decoder has met first: a character
@@ -169,7 +167,8 @@ fn first_fault(text: &str) -> usize {
 /// An [`ImageFault`] other than those of Base64.
 pub fn check(image: &ImageBytes) -> Result<Header, ImageFault> {
     let format = Format::sniff(&image.0).ok_or(ImageFault::Format)?;
-    let Header { width, height, is_costly, .. } = header(&image.0, format).ok_or(ImageFault::Header)?;
+    let header = header(&image.0, format).ok_or(ImageFault::Header)?;
+    let Header { width, height, memory, .. } = header;
     if width < MIN_SIDE_PIXELS || height < MIN_SIDE_PIXELS {
         return Err(ImageFault::TooSmall(width, height));
     }
@@ -177,32 +176,40 @@ pub fn check(image: &ImageBytes) -> Result<Header, ImageFault> {
     if width > MAX_SIDE_PIXELS || height > MAX_SIDE_PIXELS || area > MAX_PIXELS {
         return Err(ImageFault::TooLarge(width, height));
     }
-    if is_costly && area > MAX_COSTLY_PIXELS {
-        return Err(ImageFault::KindTooLarge(width, height));
+    if memory > MAX_DECODE_BYTES {
+        return Err(ImageFault::KindTooLarge(memory));
     }
-    Ok(Header { format, width, height, is_costly })
+    Ok(header)
 }
 
 /// What the header of a file says; `None` when it cannot be read.
 pub fn header(file: &[u8], format: Format) -> Option<Header> {
-    let (width, height, is_costly) = match format {
+    let (width, height, memory) = match format {
         Format::Jpeg => jpeg_frame(file)?,
         Format::Png => png_header(file)?,
     };
-    Some(Header { format, width, height, is_costly })
+    Some(Header { format, width, height, memory })
 }
 
-/// Columns and rows of a PNG (third edition, 11.2.1), and whether a sample has 16 bits: `IHDR` comes first. Nothing behind
-/// it is looked at, such as a colour profile that a decoder would unpack on its way.
-fn png_header(file: &[u8]) -> Option<(u32, u32, bool)> {
+/// Columns and rows of a PNG (third edition, 11.2.1), and what its pixels take: `IHDR` comes first. Nothing behind it is
+/// looked at, such as a colour profile that a decoder would unpack on its way.
+fn png_header(file: &[u8]) -> Option<(u32, u32, u64)> {
     let number = |at: usize| Some(u32::from_be_bytes(file.get(at..at + 4)?.try_into().ok()?));
     let is_header = number(8)? == 13 && file.get(12..16)? == b"IHDR" && file.len() >= 33;
-    if is_header { Some((number(16)?, number(20)?, *file.get(24)? == 16)) } else { None }
+    let (width, height, depth) = (number(16)?, number(20)?, *file.get(24)?);
+    let channels = match *file.get(25)? {
+        0 => 1,
+        4 => 2,
+        6 => 4,
+        _ => 3,
+    };
+    let each = (channels * u64::from(depth.div_ceil(8))).max(3);
+    is_header.then_some((width, height, u64::from(width) * u64::from(height) * each))
 }
 
-/// Columns and rows of a JPEG (T.81, B.2.2), and whether it is progressive: from the frame header of a Huffman-coded image
-/// of 8 bits, which the decoder takes, behind any number of other segments.
-fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, bool)> {
+/// Columns and rows of a JPEG (T.81, B.2.2), and what its pixels take: from the frame header of a Huffman-coded image of 8
+/// bits, which the decoder takes, behind any number of other segments.
+fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, u64)> {
     let number = |at: usize| Some(u16::from_be_bytes(file.get(at..at + 2)?.try_into().ok()?));
     let mut at = 2;
     loop {
@@ -216,8 +223,10 @@ fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, bool)> {
             0xff => at += 1,
             kind @ 0xc0..=0xc2 => {
                 let is_frame = number(at + 2)? >= 8 && *file.get(at + 4)? == 8;
-                let size = (number(at + 7)?.into(), number(at + 5)?.into(), kind == 0xc2);
-                return is_frame.then_some(size);
+                let [height, width] = [number(at + 5)?, number(at + 7)?].map(u32::from);
+                let area = u64::from(width) * u64::from(height);
+                let coefficients = if kind == 0xc2 { coefficients(file.get(at + 9..)?, area)? } else { 0 };
+                return is_frame.then_some((width, height, 3 * area + 2 * coefficients));
             }
             // The end, or the image's data, before its frame. Other frames decoders pass over, like anything else.
             0xd9..=0xda => return None,
@@ -226,6 +235,17 @@ fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, bool)> {
             _ => at += 2 + usize::from(number(at + 2)?.max(2)),
         }
     }
+}
+
+/// The coefficients of all components of a JPEG, from their number on (T.81, B.2.2): `area` of those that are sampled as often
+/// as any, fewer of others.
+fn coefficients(frame: &[u8], area: u64) -> Option<u64> {
+    let number = usize::from(*frame.first()?);
+    let sampling = frame.get(1..=3 * number)?.chunks_exact(3).map(|component| component[1]);
+    let sides = sampling.map(|both| (u64::from(both >> 4), u64::from(both & 15)));
+    let most = |side: fn((u64, u64)) -> u64| sides.clone().map(side).max().unwrap_or(0).max(1);
+    let all: u64 = sides.clone().map(|(across, down)| across * down).sum();
+    Some((area * all).div_ceil(most(|sides| sides.0) * most(|sides| sides.1)))
 }
 
 #[cfg(test)]
@@ -237,7 +257,7 @@ mod tests {
     fn png(width: u32, height: u32) -> ImageBytes {
         let mut file = Cursor::new(Vec::new());
         image::GrayImage::new(width, height).write_to(&mut file, ImageFormat::Png).unwrap();
-        ImageBytes(file.into_inner())
+        file.into_inner().into()
     }
 
     #[test]
@@ -274,7 +294,7 @@ mod tests {
 
     #[test]
     fn sizes_are_read_from_the_header_and_held_against_the_limits() {
-        let header = Header { format: Format::Png, width: 80, height: 81, is_costly: false };
+        let header = Header { format: Format::Png, width: 80, height: 81, memory: 3 * 80 * 81 };
         assert_eq!(check(&png(80, 81)), Ok(header));
         assert_eq!(check(&png(79, 100)), Err(ImageFault::TooSmall(79, 100)));
         assert_eq!(check(&png(12_001, 80)), Err(ImageFault::TooLarge(12_001, 80)));
@@ -286,7 +306,7 @@ mod tests {
     /// A header that promises 30,000 x 30,000 pixels is refused without allocating them.
     #[test]
     fn a_bomb_is_refused_by_its_header() {
-        let mut bomb = png(100, 100).0;
+        let mut bomb = png(100, 100).as_slice().to_vec();
         bomb[16..20].copy_from_slice(&30_000u32.to_be_bytes());
         bomb[20..24].copy_from_slice(&30_000u32.to_be_bytes());
         let crc = crc32fast::hash(&bomb[12..29]);
@@ -296,19 +316,43 @@ mod tests {
 
     #[test]
     fn what_takes_more_memory_may_have_fewer_pixels() {
-        let mut jpeg = Cursor::new(Vec::new());
-        image::GrayImage::new(4_000, 4_001).write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();
-        let (jpeg, mut png) = (jpeg.into_inner(), png(4_000, 4_001).0);
-        assert!(check(&jpeg.clone().into()).is_ok() && check(&png.clone().into()).is_ok());
-        let mut progressive = jpeg;
-        let frame = progressive.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
-        progressive[frame + 1] = 0xc2;
-        png[24] = 16;
-        for mut costly in [progressive, png] {
-            let rows = if costly[0] == 0xff { frame + 6 } else { 23 };
-            assert_eq!(check(&costly.clone().into()), Err(ImageFault::KindTooLarge(4_000, 4_001)));
-            costly[rows] -= 1;
-            assert!(check(&costly.into()).is_ok_and(|header| header.is_costly));
+        let mut file = Cursor::new(Vec::new());
+        image::RgbImage::new(4_000, 4_000).write_to(&mut file, ImageFormat::Jpeg).unwrap();
+        let jpeg = file.into_inner();
+        let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        let png = png(4_000, 4_000).0;
+        let memory = |file: &[u8], changes: &[(usize, u8)]| {
+            let mut file = file.to_vec();
+            for (at, byte) in changes {
+                file[*at] = *byte;
+            }
+            match check(&file.into()) {
+                Ok(Header { memory, .. }) => (memory / 16_000_000, true),
+                Err(ImageFault::KindTooLarge(memory)) => (memory / 16_000_000, false),
+                other => panic!("{other:?}"),
+            }
+        };
+        // Depth and colour type.
+        for (depth, colour, expected) in [
+            (1, 0, (3, true)),
+            (8, 0, (3, true)),
+            (8, 3, (3, true)),
+            (8, 4, (3, true)),
+            (8, 6, (4, true)),
+            (16, 0, (3, true)),
+            (16, 4, (4, true)),
+            (16, 2, (6, true)),
+            (16, 6, (8, false)),
+        ] {
+            assert_eq!(memory(&png, &[(24, depth), (25, colour)]), expected, "{depth} {colour}");
+        }
+        let sampling = |first, others| [(frame + 11, first), (frame + 14, others), (frame + 17, others)];
+        assert_eq!(memory(&jpeg, &sampling(0x11, 0x11)), (3, true));
+        for (first, others, expected) in
+            [(0x11, 0x11, (9, false)), (0x21, 0x11, (7, false)), (0x22, 0x11, (6, true))]
+        {
+            let progressive = [&sampling(first, others)[..], &[(frame + 1, 0xc2)]].concat();
+            assert_eq!(memory(&jpeg, &progressive), expected, "{first:x} {others:x}");
         }
     }
 
@@ -320,7 +364,7 @@ mod tests {
         let jpeg = file.into_inner();
         let profile = [&[0xff, 0xff, 0xe2, 0xff, 0xff][..], &vec![7; 65_533]].concat();
         let long = [&jpeg[..2], &profile.repeat(150), &jpeg[2..]].concat();
-        let header = Header { format: Format::Jpeg, width: 90, height: 80, is_costly: false };
+        let header = Header { format: Format::Jpeg, width: 90, height: 80, memory: 3 * 90 * 80 };
         assert_eq!(check(&long.into()), Ok(header));
         let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
         // Lossless, differential, arithmetic: nothing that is decoded.
@@ -337,7 +381,7 @@ mod tests {
 
     #[test]
     fn debug_shows_no_pixel() {
-        let shown = format!("{:?}", ImageBytes(b"secret pixels".to_vec()));
+        let shown = format!("{:?}", ImageBytes::from(b"secret pixels".to_vec()));
         assert!(shown.starts_with("ImageBytes(13 bytes, sha256 "), "{shown}");
         assert!(!shown.contains("secret"));
     }

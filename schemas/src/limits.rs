@@ -12,16 +12,15 @@ pub const MAX_BODY_BYTES: usize = 24 * 1024 * 1024;
 pub const MIN_SIDE_PIXELS: u32 = 80;
 /// The largest side, in pixels.
 pub const MAX_SIDE_PIXELS: u32 = 12_000;
-/// The largest area, in pixels: decoded to RGB it takes 120 MB in a worker.
-pub const MAX_PIXELS: u64 = 40_000_000;
-/// The same of what takes its decoder more than four bytes a pixel, with which it has 200 MB: a progressive JPEG, eight for
-/// four coefficients and three for the pixel, and a PNG of 16 bits a sample, eight.
-pub const MAX_COSTLY_PIXELS: u64 = 16_000_000;
-/// What a decoder may put pixels into: [`MAX_PIXELS`] of 8-bit RGBA.
-pub const MAX_DECODE_BYTES: u64 = 4 * MAX_PIXELS;
-/// Address space of a decoder's process: the most that an image takes, 176 MB, its file twice, and 20 MB for its program.
-pub const DECODER_ADDRESS_SPACE: u64 = 224 * 1024 * 1024;
-/// All images of an attempt in it, and in the one that takes its place: three times what three of 40 megapixels take. A
+/// Bytes that a decoder may take for the pixels of an image: three a pixel, or what the file has of each when that is more,
+/// and of a progressive JPEG two for each coefficient besides. With its file, its program, and its share of the worker,
+/// an executor has 200 MB.
+pub const MAX_DECODE_BYTES: u64 = 110_000_000;
+/// The largest area, in pixels.
+pub const MAX_PIXELS: u64 = MAX_DECODE_BYTES / 3;
+/// Address space of a decoder's process: that, the file twice, 20 MB for its program, and what is squashed to.
+pub const DECODER_ADDRESS_SPACE: u64 = 192 * 1024 * 1024;
+/// All images of an attempt in it, and in the one that takes its place: three times what three of the largest take. A
 /// third of the job timeout at most, so that a decoder which hangs is ended before its executor counts as hung.
 pub const DECODE_DEADLINE: Duration = Duration::from_secs(10);
 /// Attempts at a job over which decoders died or did not finish in time, before its image is to blame: from the second one

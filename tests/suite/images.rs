@@ -15,10 +15,13 @@ use image::{DynamicImage, ImageEncoder, ImageFormat, RgbImage, codecs::jpeg::Jpe
 
 /// From request to answer, when nothing is analysed. A build that is not optimised takes longer.
 const REFUSED_WITHIN: Duration = Duration::from_millis(if cfg!(debug_assertions) { 2_500 } else { 250 });
-/// 40 megapixels.
-const LARGEST: (u32, u32) = (8_000, 5_000);
-/// 16 megapixels.
-const COSTLY: (u16, u16) = (4_000, 4_000);
+/// Just within [`MAX_DECODE_BYTES`](dermflow_schemas::limits::MAX_DECODE_BYTES) with three, four, eight, nine and eleven bytes
+/// a pixel.
+const LARGEST: (u32, u32) = (6_055, 6_055);
+const LARGEST_OF_4: (u32, u32) = (5_244, 5_244);
+const LARGEST_OF_8: (u32, u32) = (3_708, 3_708);
+const LARGEST_OF_9: (u16, u16) = (3_495, 3_495);
+const LARGEST_OF_11: (u16, u16) = (3_162, 3_162);
 /// Resident memory of a worker and its decoders, for each of its [`EXECUTORS`], in kB.
 const MEMORY_KB: u64 = 200_000;
 const EXECUTORS: u64 = 2;
@@ -137,10 +140,19 @@ fn progressive(scans: usize) -> Vec<u8> {
     [&[0xff, 0xd8][..], &quantisers, &frame, &dc, &ac, &first, &again.repeat(scans), &[0xff, 0xd9]].concat()
 }
 
-/// A progressive JPEG of one colour, in as many components at the full size, with `comments` of 64 kB each: its decoder keeps
-/// two bytes of every component for every pixel.
-fn progressive_of((width, height): (u16, u16), components: u8, comments: usize) -> Vec<u8> {
-    let comments = [&[0xff, 0xfe, 0xff, 0xff][..], &vec![0; 65_533]].concat().repeat(comments);
+fn large_jpeg() -> Vec<u8> {
+    encoded(&RgbImage::new(LARGEST.0, LARGEST.1).into(), ImageFormat::Jpeg)
+}
+
+/// 9 MB of them, behind the start of an image.
+fn with_comments(jpeg: &[u8]) -> Vec<u8> {
+    let comments = [&[0xff, 0xfe, 0xff, 0xff][..], &vec![0; 65_533]].concat().repeat(137);
+    [&jpeg[..2], &comments, &jpeg[2..]].concat()
+}
+
+/// A progressive JPEG of one colour, in as many components at the full size: its decoder keeps two bytes of every component
+/// for every pixel.
+fn progressive_of((width, height): (u16, u16), components: u8) -> Vec<u8> {
     let quantisers = [&[0xff, 0xdb, 0, 67, 0][..], &[1; 64]].concat();
     let size = [height.to_be_bytes(), width.to_be_bytes()].concat();
     let frame = [&[0xff, 0xc2, 0, 8 + 3 * components, 8][..], &size, &[components]].concat();
@@ -151,7 +163,7 @@ fn progressive_of((width, height): (u16, u16), components: u8, comments: usize) 
     // Of each block of each component: no difference; a bit.
     let blocks = usize::from(width).div_ceil(8) * usize::from(height).div_ceil(8);
     let data = vec![0; (blocks * usize::from(components)).div_ceil(8)];
-    [&[0xff, 0xd8][..], &comments, &quantisers, &frame, &kinds, &codes, &scan, &data, &[0xff, 0xd9]].concat()
+    [&[0xff, 0xd8][..], &quantisers, &frame, &kinds, &codes, &scan, &data, &[0xff, 0xd9]].concat()
 }
 
 /// JPEGs that nothing here decodes: lossless, differential, arithmetic-coded, and of 12 bits a sample.
@@ -211,9 +223,9 @@ fn profile_bomb(png: &[u8]) -> Vec<u8> {
     png_with(png, &[chunk(*b"iCCP", &[b"profile\0\0", &zeros(100_000_000)[..]].concat())])
 }
 
-/// 160 MB of pixels, and that.
+/// 110 MB of pixels, and that.
 pub(crate) fn memory_bomb() -> Vec<u8> {
-    profile_bomb(&flat_png(LARGEST.0, LARGEST.1, RGBA))
+    profile_bomb(&flat_png(LARGEST_OF_4.0, LARGEST_OF_4.1, RGBA))
 }
 
 /// An APNG that promises a million frames of the largest size.
@@ -252,22 +264,28 @@ type Case<'a> = (&'a str, Vec<u8>, &'a [(u16, &'a str)]);
 fn sizes() -> Vec<Case<'static>> {
     vec![
         ("the largest size in one bit", flat_png(LARGEST.0, LARGEST.1, BLACK_OR_WHITE), &[(200, "")]),
-        ("the largest size with alpha", flat_png(LARGEST.0, LARGEST.1, RGBA), &[(200, "")]),
-        ("the largest size in grey with alpha", flat_png(LARGEST.0, LARGEST.1, GREY_AND_ALPHA), &[(200, "")]),
-        ("the largest size in 16 bits with alpha", flat_png(4_000, 4_000, RGBA_16), &[(200, "")]),
-        ("a row more", flat_png(4_000, 4_001, RGBA_16), &[(422, "image-kind-too-large")]),
-        ("the largest progressive one", progressive_of(COSTLY, 3, 0), &[(200, "")]),
-        ("in four colours, with 9 MB of comments", progressive_of(COSTLY, 4, 140), &[(200, "")]),
+        ("a row more", flat_png(LARGEST.0, LARGEST.1 + 1, BLACK_OR_WHITE), &[(422, "image-too-large")]),
+        ("a JPEG with 9 MB of comments", with_comments(&large_jpeg()), &[(200, "")]),
+        ("in grey with alpha", flat_png(LARGEST.0, LARGEST.1, GREY_AND_ALPHA), &[(200, "")]),
+        ("with alpha", flat_png(LARGEST_OF_4.0, LARGEST_OF_4.1, RGBA), &[(200, "")]),
+        ("in 16 bits with alpha", flat_png(LARGEST_OF_8.0, LARGEST_OF_8.1, RGBA_16), &[(200, "")]),
         (
-            "progressive, of the size that a baseline JPEG may have",
-            progressive_of((8_000, 5_000), 1, 0),
+            "a row more",
+            flat_png(LARGEST_OF_8.0, LARGEST_OF_8.1 + 1, RGBA_16),
             &[(422, "image-kind-too-large")],
         ),
+        ("progressive", progressive_of(LARGEST_OF_9, 3), &[(200, "")]),
         (
-            "a height that comes behind the pixels",
-            progressive_of((4_000, 0), 1, 0),
-            &[(422, "image-too-small")],
+            "progressive in four colours, with 9 MB of comments",
+            with_comments(&progressive_of(LARGEST_OF_11, 4)),
+            &[(200, "")],
         ),
+        (
+            "progressive, of the size that a baseline JPEG may have",
+            progressive_of((6_055, 6_055), 1),
+            &[(422, "image-kind-too-large")],
+        ),
+        ("a height that comes behind the pixels", progressive_of((4_000, 0), 1), &[(422, "image-too-small")]),
     ]
 }
 

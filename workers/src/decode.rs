@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use dermflow_schemas::{
     image::{Format, header},
-    limits::{MAX_COSTLY_PIXELS, MAX_DECODE_BYTES, MAX_PIXELS, MAX_SIDE_PIXELS},
+    limits::{MAX_DECODE_BYTES, MAX_SIDE_PIXELS},
 };
 use fast_image_resize::{
     FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
@@ -25,8 +25,8 @@ pub enum DecodeError {
     /// A JPEG without its end; decoders would fill in grey.
     #[error("the file is cut short")]
     CutShort,
-    /// More than so many pixels, [`MAX_PIXELS`] or [`MAX_COSTLY_PIXELS`].
-    #[error("the image has more than {0} pixels")]
+    /// It would take so much memory, more than [`MAX_DECODE_BYTES`].
+    #[error("it takes {0} bytes of memory")]
     TooLarge(u64),
     /// One of these, as the decoder's process says it.
     #[error("{0}")]
@@ -65,7 +65,7 @@ impl Picture {
         if format == Format::Jpeg && !jpeg_ends(file.as_ref()) {
             return Err(DecodeError::CutShort);
         }
-        let is_costly = header(file.as_ref(), format).is_none_or(|header| header.is_costly);
+        let memory = header(file.as_ref(), format).map_or(0, |header| header.memory);
         let mut limits = Limits::default();
         limits.max_image_width = Some(MAX_SIDE_PIXELS);
         limits.max_image_height = Some(MAX_SIDE_PIXELS);
@@ -74,9 +74,10 @@ impl Picture {
         reader.limits(limits.clone());
         let mut decoder = reader.into_decoder()?;
         let (width, height) = decoder.dimensions();
-        let most = if is_costly { MAX_COSTLY_PIXELS } else { MAX_PIXELS };
-        if u64::from(width) * u64::from(height) > most {
-            return Err(DecodeError::TooLarge(most));
+        // A PNG may have more channels than its header says, when a colour of it is none.
+        let memory = memory.max(decoder.total_bytes()).max(u64::from(width) * u64::from(height) * 3);
+        if memory > MAX_DECODE_BYTES {
+            return Err(DecodeError::TooLarge(memory));
         }
         limits.reserve(decoder.total_bytes())?;
         decoder.set_limits(limits)?;
@@ -149,7 +150,7 @@ pub(crate) fn fit(width: u32, height: u32, side: u32) -> (u32, u32) {
     (scaled(width), scaled(height))
 }
 
-/// What a JPEG or a PNG decodes to becomes 8-bit RGB in place: of [`MAX_PIXELS`], both would take up to 280 MB. There is
+/// What a JPEG or a PNG decodes to becomes 8-bit RGB in place: both would take twice as much. There is
 /// room for either.
 fn to_rgb(bytes: &mut Vec<u8>, pixels: usize, color: ColorType) {
     let (channels, wide) = (usize::from(color.channel_count()), usize::from(color.bytes_per_pixel()));
@@ -273,15 +274,15 @@ pub(crate) mod tests {
             Picture::decode(gray(12_001, 80), Format::Png),
             Err(DecodeError::Image(ImageError::Limits(_)))
         ));
-        let too_large = |file: &[u8], format| match Picture::decode(file, format) {
-            Err(DecodeError::TooLarge(most)) => most,
+        let too_large = |file: &[u8]| match Picture::decode(file, Format::Png) {
+            Err(DecodeError::TooLarge(memory)) => memory,
             other => panic!("{other:?}"),
         };
-        assert_eq!(too_large(&gray(8_000, 5_001), Format::Png), MAX_PIXELS);
-        let deep = DynamicImage::new_luma16(4_000, 4_001);
+        assert_eq!(too_large(&gray(8_000, 5_001)), 3 * 8_000 * 5_001);
+        let deep = DynamicImage::new_rgba16(4_000, 4_000);
         let mut file = Cursor::new(Vec::new());
         deep.write_to(&mut file, image::ImageFormat::Png).unwrap();
-        assert_eq!(too_large(&file.into_inner(), Format::Png), MAX_COSTLY_PIXELS);
+        assert_eq!(too_large(&file.into_inner()), 8 * 4_000 * 4_000);
         assert!(Picture::decode(png(96, 80), Format::Jpeg).is_err());
     }
 

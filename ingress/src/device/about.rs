@@ -3,7 +3,7 @@
 use dermflow_schemas::{
     fhir::CANONICAL,
     limits::{
-        MAX_BODY_BYTES, MAX_COSTLY_PIXELS, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, MAX_SIDE_PIXELS,
+        MAX_BODY_BYTES, MAX_DECODE_BYTES, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_PIXELS, MAX_SIDE_PIXELS,
         MIN_SIDE_PIXELS,
     },
 };
@@ -26,7 +26,7 @@ pub(crate) fn information() -> Value {
             "minimumSidePixels": MIN_SIDE_PIXELS,
             "maximumSidePixels": MAX_SIDE_PIXELS,
             "maximumPixels": MAX_PIXELS,
-            "maximumPixelsProgressiveOr16Bit": MAX_COSTLY_PIXELS,
+            "maximumDecodedBytes": MAX_DECODE_BYTES,
             "contentTypes": ["image/jpeg", "image/png"],
         },
     })
