@@ -62,6 +62,12 @@ pub const MAX_CONNECTIONS: usize = 1_024;
 pub const SHED_CONNECTIONS: usize = 64;
 /// Of them, those of one network, unless ingress is told otherwise.
 pub const NETWORK_CONNECTIONS: usize = 512;
+/// Places of connections that a network goes without, and for how long, for each connection that was ended as it flooded us
+/// with frames of HTTP/2: after 32 of them it is let in again when the first is forgotten. The next one would be as bad,
+/// and begin with a handshake.
+pub const FLOOD_PLACES: usize = 16;
+/// See [`FLOOD_PLACES`].
+pub const FLOOD_MEMORY: Duration = Duration::from_mins(1);
 /// Jobs that are recorded in one transaction and published together: those that came in while the group before
 /// them was on its way.
 pub const GROUP_JOBS: usize = 64;

@@ -9,6 +9,7 @@ pub mod client;
 pub mod cluster;
 pub mod directory;
 pub mod fhir;
+pub mod flood;
 pub mod form;
 pub mod lab;
 pub mod model;

@@ -14,16 +14,17 @@ use dermflow_local::{
     servers::python_packages,
     stack::{Ports, repo},
 };
-use dermflow_schemas::limits::{NETWORK_CONNECTIONS, WRITE_TIMEOUT};
+use dermflow_schemas::limits::{FLOOD_PLACES, NETWORK_CONNECTIONS, WRITE_TIMEOUT};
 use dermflow_tests::{
     client::{Client, sample},
+    flood,
     lab::{Lab, Setup},
     wait::eventually,
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde_json::Value;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, copy, sink, split},
     net::{TcpSocket, TcpStream},
     process::Command,
     task::JoinSet,
@@ -140,6 +141,50 @@ async fn one_address_does_not_take_every_connection() -> Result<()> {
     };
     eventually("who left makes room", SOON, served).await?;
     lab.stop().await
+}
+
+// Who floods us over HTTP/2, in whatever way, loses its connection, and after some of them comes in no more; others do, and
+// who is in already stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_floods_is_let_in_no_more() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let mut config = lab.tls(rustls::ALL_VERSIONS)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = TlsConnector::from(Arc::new(config));
+    let inside = Client::from_source(&lab.ca(), &lab.url(0), "127.0.0.2".parse()?)?;
+    assert_eq!(inside.get(PATH).await?.status, 200);
+    let mut floods = 0;
+    let shut_out = loop {
+        let stream = from_other_address(&lab).await?;
+        let Ok(stream) = connector.connect("localhost".try_into()?, stream).await else { break floods };
+        let burst = if floods % 2 == 0 { flood::reset } else { flood::endless };
+        timeout(SOON, until_ended(stream, burst)).await.context("a flood goes on")?;
+        floods += 1;
+        ensure!(floods <= NETWORK_CONNECTIONS, "a flood is let in again and again");
+    };
+    println!("shut out after {shut_out} floods");
+    assert!(shut_out >= NETWORK_CONNECTIONS / FLOOD_PLACES, "{shut_out}");
+    assert!(lab.metric(TURNED_AWAY).await > Some(0.0));
+    assert_eq!(inside.get(PATH).await?.status, 200);
+    assert_eq!(Client::new(&lab.ca(), &lab.url(0))?.get(PATH).await?.status, 200);
+    lab.stop().await
+}
+
+/// Floods a connection until the server has ended it.
+async fn until_ended(stream: TlsStream<TcpStream>, burst: impl Fn(u32) -> Vec<u8>) {
+    let (mut answers, mut stream) = split(stream);
+    let write = async {
+        stream.write_all(&flood::preface()).await?;
+        for n in 0.. {
+            stream.write_all(&burst(n)).await?;
+        }
+        std::io::Result::Ok(())
+    };
+    let mut nowhere = sink();
+    tokio::select! {
+        _ = copy(&mut answers, &mut nowhere) => {}
+        _ = write => {}
+    }
 }
 
 async fn from_other_address(lab: &Lab) -> Result<TcpStream> {

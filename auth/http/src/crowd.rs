@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 
+use dermflow_schemas::limits::{FLOOD_MEMORY, FLOOD_PLACES};
 use prometheus::{IntCounter, Registry};
+use tokio::time::sleep;
 
 use crate::{
     metrics::add,
@@ -30,6 +32,15 @@ impl Crowd {
             self.turned_away.inc();
         }
         place
+    }
+
+    /// Takes [`FLOOD_PLACES`] from a network for [`FLOOD_MEMORY`]. What it has is left to it.
+    pub(crate) fn punish(&self, address: IpAddr) {
+        let places: Vec<_> = (0..FLOOD_PLACES).map(|_| self.shares.add(network(address))).collect();
+        tokio::spawn(async move {
+            sleep(FLOOD_MEMORY).await;
+            drop(places);
+        });
     }
 }
 
@@ -71,5 +82,19 @@ mod tests {
         let first = admit("192.0.2.7");
         assert!(first.is_some() && admit("::ffff:192.0.2.7").is_none() && admit("192.0.2.8").is_some());
         assert_eq!(turned_away.get(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_floods_goes_without_for_a_while() {
+        let crowd = Crowd::new(2 * FLOOD_PLACES, IntCounter::new("turned_away", "Turned away.").unwrap());
+        let [flooding, other] = ["192.0.2.7", "192.0.2.8"].map(|address| address.parse().unwrap());
+        let admits = |address| crowd.admit(address).is_some();
+        crowd.punish(flooding);
+        assert!(admits(flooding));
+        crowd.punish(flooding);
+        assert!(!admits(flooding) && admits(other));
+        sleep(FLOOD_MEMORY).await;
+        tokio::task::yield_now().await;
+        assert!(admits(flooding));
     }
 }

@@ -15,7 +15,7 @@ use crate::{
 /// How many connections a listener takes from one network, and which balancers are in front of it. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Door {
-    crowd: Crowd,
+    pub(crate) crowd: Crowd,
     pub(crate) balancers: Balancers,
     /// Counts connections of balancers that do not say where they come from.
     unnamed: Option<IntCounter>,

@@ -4,6 +4,7 @@
 //! ALPN, so that there is no reading ahead to guess it.
 
 use std::{
+    error::Error,
     fmt, io,
     net::{IpAddr, SocketAddr},
     path::Path,
@@ -251,14 +252,15 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                         refused(origin, error).await;
                         hang_up(stream).await;
                     }
-                    return;
+                    return End::Ordinary;
                 }
-                Err(_) => return,
+                Err(_) => return End::Ordinary,
             };
             let session = stream.get_ref().1;
             if session.alpn_protocol() == Some(ACME_TLS) {
                 // It has seen what it came for.
-                return hang_up(stream).await;
+                hang_up(stream).await;
+                return End::Ordinary;
             }
             let is_h2 = session.alpn_protocol() == Some(b"h2");
             let shows = Shows(Arc::new(tls.shown(session.peer_certificates())));
@@ -282,7 +284,8 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
             let connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
             let conversation = converse(connection, spoke, is_h2, &stop);
             // A peer of HTTP/2 may leave an answer waiting for as long as it likes.
-            let _ = timeout(if is_surplus { HEADER_TIMEOUT } else { Duration::MAX }, conversation).await;
+            let end = timeout(if is_surplus { HEADER_TIMEOUT } else { Duration::MAX }, conversation).await;
+            end.unwrap_or(End::Ordinary)
         }
     };
     accept(listener, door, stop, serve).await;
@@ -292,12 +295,12 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
 /// long: requests in flight are answered first, and over HTTP/2 the peer is told, so that none is lost on its way.
 ///
 /// `spoke` changes with each request.
-async fn converse<C: GracefulConnection>(
+async fn converse<C: GracefulConnection<Error = Box<dyn Error + Send + Sync>>>(
     mut connection: Pin<&mut C>,
     mut spoke: watch::Receiver<bool>,
     is_h2: bool,
     stop: &CancellationToken,
-) {
+) -> End {
     // Between two requests of HTTP/1.1, hyper keeps the time.
     let idle = if is_h2 { IDLE_TIMEOUT } else { Duration::MAX };
     let silence = async {
@@ -307,8 +310,8 @@ async fn converse<C: GracefulConnection>(
         }
     };
     tokio::select! {
-        // What a peer does wrong on its own connection is its own affair.
-        _ = connection.as_mut() => return,
+        // What else a peer does wrong on its own connection is its own affair.
+        end = connection.as_mut() => return End::of(end),
         () = stop.cancelled() => {}
         () = silence => {}
     }
@@ -316,6 +319,26 @@ async fn converse<C: GracefulConnection>(
     // Who has never sent a request may not even read that.
     if timeout(HANG_UP_TIMEOUT, connection.as_mut()).await.is_err() && *spoke.borrow() {
         let _ = timeout(LAST_ANSWERS, connection).await;
+    }
+    End::Ordinary
+}
+
+/// How a connection came to its end.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    Ordinary,
+    /// We had enough of its frames: of streams that are reset at once (CVE-2023-44487), of headers without an end.
+    Flood,
+}
+
+impl End {
+    fn of(end: Result<(), Box<dyn Error + Send + Sync>>) -> Self {
+        let Err(error) = end else { return Self::Ordinary };
+        let is_flood =
+            |error: &h2::Error| error.is_library() && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+        // Hyper's error has it as its cause.
+        let cause = error.source().and_then(|cause| cause.downcast_ref());
+        if cause.is_some_and(is_flood) { Self::Flood } else { Self::Ordinary }
     }
 }
 
@@ -399,7 +422,7 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
             });
             let builder = builder(false);
             let stream = TokioIo::new(Patient::new(stream));
-            converse(pin!(builder.serve_connection(stream, service)), spoke, false, &stop).await;
+            converse(pin!(builder.serve_connection(stream, service)), spoke, false, &stop).await
         }
     };
     accept(listener, door, stop, serve).await;
@@ -407,9 +430,9 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
 
 /// Hands each connection to its own task: [`MAX_CONNECTIONS`] at once, and [`SHED_CONNECTIONS`] beyond them, of which
 /// `serve` is told that they are surplus; more wait in the kernel's queue. One that does not get through the door is closed;
-/// until a balancer has said where it comes from, it has one of those places. When it is time to stop, those that are open
+/// until a balancer has said where it comes from, it has one of those places. Who floods goes without some. When it is time to stop, those that are open
 /// have [`INGRESS_DRAIN`] to come to their end.
-async fn accept<F: Future<Output = ()> + Send + 'static>(
+async fn accept<F: Future<Output = End> + Send + 'static>(
     listener: TcpListener,
     door: Door,
     stop: CancellationToken,
@@ -438,7 +461,11 @@ async fn accept<F: Future<Output = ()> + Send + 'static>(
                 let (door, serve) = (door.clone(), serve.clone());
                 tasks.spawn(async move {
                     if let Some(Entered { stream, origin, place }) = door.enter(stream, peer.ip()).await {
-                        serve(stream, origin, is_surplus).await;
+                        let end = serve(stream, origin, is_surplus).await;
+                        // A balancer's connection carries the requests of others, too.
+                        if end == End::Flood && !door.balancers.forwards(origin) {
+                            door.crowd.punish(origin);
+                        }
                         drop(place);
                     }
                     drop(permit);

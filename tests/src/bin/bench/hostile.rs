@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use dermflow_schemas::limits::MAX_BODY_BYTES;
 use dermflow_tests::{
     client::sample,
+    flood,
     lab::{Lab, Setup},
 };
 use tokio::{
@@ -30,16 +31,6 @@ const STALLED: usize = 500;
 const BODIES: usize = 100;
 /// Connections of an attack on HTTP/2.
 const FLOODS: usize = 16;
-/// Frames that are written at once.
-const BURST: u32 = 100;
-
-/// Types and flags of HTTP/2 frames (RFC 9113 §6).
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
 
 #[derive(Debug, Clone, Copy)]
 enum Attack {
@@ -111,8 +102,8 @@ async fn begin(lab: &Lab, attack: Attack) -> Result<Siege> {
                 Attack::Handshakes => stalled(address, &arrived).await,
                 Attack::Headers => drip(address, &http1, &head, &arrived).await,
                 Attack::Bodies => slow(address, &http1, &head, &arrived).await,
-                Attack::RapidReset => flood(address, &http2, &arrived, reset).await,
-                Attack::Continuation => flood(address, &http2, &arrived, endless).await,
+                Attack::RapidReset => flood_with(address, &http2, &arrived, flood::reset).await,
+                Attack::Continuation => flood_with(address, &http2, &arrived, flood::endless).await,
             }
         }
     })
@@ -132,15 +123,14 @@ async fn drip(address: SocketAddr, tls: &TlsConnector, head: &str, arrived: &Arr
 }
 
 /// Bursts of frames, one after the other, until the server has had enough; what it says is read and thrown away.
-async fn flood(
+async fn flood_with(
     address: SocketAddr,
     tls: &TlsConnector,
     arrived: &Arrived,
     burst: impl Fn(u32) -> Vec<u8> + Send,
 ) -> Result<()> {
     let (mut answers, mut stream) = split(handshake(address, tls).await?);
-    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
-    stream.write_all(&frame(SETTINGS, 0, 0, &[])).await?;
+    stream.write_all(&flood::preface()).await?;
     arrived.note();
     let write = async {
         for n in 0.. {
@@ -154,38 +144,4 @@ async fn flood(
         read = copy(&mut answers, &mut nowhere) => read.map(drop).context("read"),
         written = write => written,
     }
-}
-
-/// Requests, each of which is taken back at once.
-fn reset(n: u32) -> Vec<u8> {
-    const CANCEL: [u8; 4] = [0, 0, 0, 8];
-    let path = b"/.well-known/jwks.json";
-    // RFC 7541: GET, https, and literals that are not indexed for authority and path.
-    let mut block = vec![0x82, 0x87, 0x01, 9];
-    block.extend(b"localhost");
-    block.extend([0x04, path.len() as u8]);
-    block.extend(path);
-    let request = |stream| {
-        [frame(HEADERS, END_STREAM | END_HEADERS, stream, &block), frame(RST_STREAM, 0, stream, &CANCEL)]
-            .concat()
-    };
-    (0..BURST).flat_map(|request_of| request((n * BURST + request_of) * 2 + 1)).collect()
-}
-
-/// The beginning of a header, and then more and more of it.
-fn endless(n: u32) -> Vec<u8> {
-    // A literal that is not indexed, of a new name.
-    let field = [&[0, 1, b'x', 100][..], &[b'y'; 100]].concat();
-    let fields = field.repeat(10);
-    let frames = (0..BURST).map(|of| match (n, of) {
-        (0, 0) => frame(HEADERS, END_STREAM, 1, &[&[0x82, 0x87][..], &fields].concat()),
-        _ => frame(CONTINUATION, 0, 1, &fields),
-    });
-    frames.flatten().collect()
-}
-
-/// RFC 9113 §4.1.
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = (payload.len() as u32).to_be_bytes();
-    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
