@@ -365,6 +365,7 @@ impl Siege {
         count: usize,
         harm: impl Fn(usize, Arrived) -> F + Clone + Send + 'static,
     ) -> Result<Self> {
+        SIEGES.fetch_add(1, Ordering::Relaxed);
         let (mut clients, times) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
         let mut there = Vec::new();
         for n in 0..count {
@@ -403,12 +404,15 @@ pub(crate) fn analyze_head(lab: &Lab, announced: usize) -> String {
     )
 }
 
-/// From other addresses than that of who is measured, as one may have only so many connections.
+/// Sieges so far.
+static SIEGES: AtomicUsize = AtomicUsize::new(0);
+
+/// From four addresses that only this siege has: one may have only so many connections, and is not let in when it was bad.
 async fn connect(address: std::net::SocketAddr) -> Result<TcpStream> {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
-    let last = 2 + COUNT.fetch_add(1, Ordering::Relaxed) % 4;
+    let (siege, last) = (SIEGES.load(Ordering::Relaxed), 2 + COUNT.fetch_add(1, Ordering::Relaxed) % 4);
     let socket = TcpSocket::new_v4()?;
-    socket.bind(([127, 0, 0, last as u8], 0).into())?;
+    socket.bind(([127, 0, siege as u8, last as u8], 0).into())?;
     Ok(socket.connect(address).await?)
 }
 
