@@ -191,27 +191,37 @@ pub fn header(file: &[u8], format: Format) -> Option<Header> {
     Some(Header { format, width, height, memory })
 }
 
-/// Columns and rows of a PNG (third edition, 11.2.1), and what its pixels take: `IHDR` comes first. Nothing behind it is
-/// looked at, such as a colour profile that a decoder would unpack on its way.
+/// Columns and rows of a PNG (third edition, 11.2.1), and what its pixels take: `IHDR` comes first, and before the pixels a
+/// `tRNS`, if a colour of it is none. Nothing is unpacked, such as a colour profile.
 fn png_header(file: &[u8]) -> Option<(u32, u32, u64)> {
     let number = |at: usize| Some(u32::from_be_bytes(file.get(at..at + 4)?.try_into().ok()?));
     let is_header = number(8)? == 13 && file.get(12..16)? == b"IHDR" && file.len() >= 33;
     let (width, height, depth) = (number(16)?, number(20)?, *file.get(24)?);
-    let channels = match *file.get(25)? {
-        0 => 1,
-        4 => 2,
-        6 => 4,
-        _ => 3,
+    let mut at = 33;
+    let has_transparency = loop {
+        match file.get(at + 4..at + 8) {
+            Some(b"tRNS") => break true,
+            None | Some(b"IDAT") => break false,
+            Some(_) => at = at.saturating_add(number(at)? as usize).saturating_add(12),
+        }
+    };
+    let channels = match (*file.get(25)?, has_transparency) {
+        (0, false) => 1,
+        (0, true) | (4, _) => 2,
+        (2 | 3, false) => 3,
+        _ => 4,
     };
     let each = (channels * u64::from(depth.div_ceil(8))).max(3);
-    is_header.then_some((width, height, u64::from(width) * u64::from(height) * each))
+    let area = u64::from(width).saturating_mul(height.into());
+    is_header.then_some((width, height, area.saturating_mul(each)))
 }
 
 /// Columns and rows of a JPEG (T.81, B.2.2), and what its pixels take: from the frame header of a Huffman-coded image of 8
-/// bits, which the decoder takes, behind any number of other segments.
+/// bits, which the decoder takes, behind any number of other segments, and from the first scan. One that comes in several
+/// scans has all of its coefficients kept.
 fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, u64)> {
     let number = |at: usize| Some(u16::from_be_bytes(file.get(at..at + 2)?.try_into().ok()?));
-    let mut at = 2;
+    let (mut at, mut frame) = (2, None);
     loop {
         if *file.get(at)? != 0xff {
             // Decoders pass over what some cameras leave between segments.
@@ -221,15 +231,24 @@ fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, u64)> {
         match *file.get(at + 1)? {
             // Any number of these may stand before a marker.
             0xff => at += 1,
-            kind @ 0xc0..=0xc2 => {
-                let is_frame = number(at + 2)? >= 8 && *file.get(at + 4)? == 8;
-                let [height, width] = [number(at + 5)?, number(at + 7)?].map(u32::from);
-                let area = u64::from(width) * u64::from(height);
-                let coefficients = if kind == 0xc2 { coefficients(file.get(at + 9..)?, area)? } else { 0 };
-                return is_frame.then_some((width, height, 3 * area + 2 * coefficients));
+            kind @ 0xc0..=0xc2 if frame.is_none() => {
+                let length = number(at + 2)?;
+                if length < 8 || *file.get(at + 4)? != 8 {
+                    return None;
+                }
+                frame = Some((at, kind == 0xc2));
+                at += 2 + usize::from(length);
             }
-            // The end, or the image's data, before its frame. Other frames decoders pass over, like anything else.
-            0xd9..=0xda => return None,
+            0xda => {
+                let (frame, is_progressive) = frame?;
+                let [height, width] = [number(frame + 5)?, number(frame + 7)?].map(u32::from);
+                let area = u64::from(width) * u64::from(height);
+                let is_kept = is_progressive || file.get(at + 4)? < file.get(frame + 9)?;
+                let coefficients = if is_kept { coefficients(file.get(frame + 9..)?, area)? } else { 0 };
+                return Some((width, height, 3 * area + 2 * coefficients));
+            }
+            // Other frames decoders pass over, like anything else.
+            0xd9 => return None,
             // What is escaped is no marker.
             0x00 => at += 2,
             _ => at += 2 + usize::from(number(at + 2)?.max(2)),
@@ -237,8 +256,8 @@ fn jpeg_frame(file: &[u8]) -> Option<(u32, u32, u64)> {
     }
 }
 
-/// The coefficients of all components of a JPEG, from their number on (T.81, B.2.2): `area` of those that are sampled as often
-/// as any, fewer of others.
+/// The coefficients of all components of a JPEG, from their number on (T.81, B.2.2): `area` of those that are sampled as
+/// often as any, fewer of others.
 fn coefficients(frame: &[u8], area: u64) -> Option<u64> {
     let number = usize::from(*frame.first()?);
     let sampling = frame.get(1..=3 * number)?.chunks_exact(3).map(|component| component[1]);
@@ -307,6 +326,8 @@ mod tests {
     #[test]
     fn a_bomb_is_refused_by_its_header() {
         let mut bomb = png(100, 100).as_slice().to_vec();
+        let largest = [&bomb[..16], &[0xff; 8], &bomb[24..]].concat();
+        assert_eq!(check(&largest.into()), Err(ImageFault::TooLarge(u32::MAX, u32::MAX)));
         bomb[16..20].copy_from_slice(&30_000u32.to_be_bytes());
         bomb[20..24].copy_from_slice(&30_000u32.to_be_bytes());
         let crc = crc32fast::hash(&bomb[12..29]);
@@ -319,7 +340,8 @@ mod tests {
         let mut file = Cursor::new(Vec::new());
         image::RgbImage::new(4_000, 4_000).write_to(&mut file, ImageFormat::Jpeg).unwrap();
         let jpeg = file.into_inner();
-        let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        let [frame, scan] =
+            [0xc0, 0xda].map(|marker| jpeg.windows(2).position(|pair| pair == [0xff, marker]).unwrap());
         let png = png(4_000, 4_000).0;
         let memory = |file: &[u8], changes: &[(usize, u8)]| {
             let mut file = file.to_vec();
@@ -346,13 +368,20 @@ mod tests {
         ] {
             assert_eq!(memory(&png, &[(24, depth), (25, colour)]), expected, "{depth} {colour}");
         }
+        let clear = [&png[..33], b"\0\0\0\x02tRNS\0\0\0\0\0\0", &png[33..]].concat();
+        for (colour, expected) in [(0, 3), (2, 4), (3, 4)] {
+            assert_eq!(memory(&clear, &[(25, colour)]), (expected, true), "{colour}");
+        }
         let sampling = |first, others| [(frame + 11, first), (frame + 14, others), (frame + 17, others)];
         assert_eq!(memory(&jpeg, &sampling(0x11, 0x11)), (3, true));
         for (first, others, expected) in
             [(0x11, 0x11, (9, false)), (0x21, 0x11, (7, false)), (0x22, 0x11, (6, true))]
         {
-            let progressive = [&sampling(first, others)[..], &[(frame + 1, 0xc2)]].concat();
-            assert_eq!(memory(&jpeg, &progressive), expected, "{first:x} {others:x}");
+            // Progressive, or the first scan has one component.
+            for kept in [(frame + 1, 0xc2), (scan + 4, 1)] {
+                let changes = [&sampling(first, others)[..], &[kept]].concat();
+                assert_eq!(memory(&jpeg, &changes), expected, "{first:x} {others:x} {kept:?}");
+            }
         }
     }
 

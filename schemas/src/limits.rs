@@ -13,8 +13,8 @@ pub const MIN_SIDE_PIXELS: u32 = 80;
 /// The largest side, in pixels.
 pub const MAX_SIDE_PIXELS: u32 = 12_000;
 /// Bytes that a decoder may take for the pixels of an image: three a pixel, or what the file has of each when that is more,
-/// and of a progressive JPEG two for each coefficient besides. With its file, its program, and its share of the worker,
-/// an executor has 200 MB.
+/// and of a JPEG that is progressive, or comes in several scans, two for each coefficient besides. With its file, its
+/// program, and its share of a worker that has two, an executor has 200 MB.
 pub const MAX_DECODE_BYTES: u64 = 110_000_000;
 /// The largest area, in pixels.
 pub const MAX_PIXELS: u64 = MAX_DECODE_BYTES / 3;
@@ -62,12 +62,11 @@ pub const MAX_CONNECTIONS: usize = 1_024;
 pub const SHED_CONNECTIONS: usize = 64;
 /// Of them, those of one network, unless ingress is told otherwise.
 pub const NETWORK_CONNECTIONS: usize = 512;
-/// Places of connections that a network goes without, and for how long, for each connection that was ended as it flooded us
-/// with frames of HTTP/2: after 32 of them it is let in again when the first is forgotten. The next one would be as bad,
-/// and begin with a handshake.
-pub const FLOOD_PLACES: usize = 16;
-/// See [`FLOOD_PLACES`].
-pub const FLOOD_MEMORY: Duration = Duration::from_mins(1);
+/// Connections that one network may end by breaking HTTP/2, with floods of frames for example, before it is let in no more
+/// until the first of them is forgotten: the next one would be as bad, and begin with a handshake.
+pub const BROKEN_CONNECTIONS: usize = 32;
+/// How long such an end is remembered.
+pub const BROKEN_MEMORY: Duration = Duration::from_mins(1);
 /// Jobs that are recorded in one transaction and published together: those that came in while the group before
 /// them was on its way.
 pub const GROUP_JOBS: usize = 64;

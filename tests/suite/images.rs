@@ -22,7 +22,7 @@ const LARGEST_OF_4: (u32, u32) = (5_244, 5_244);
 const LARGEST_OF_8: (u32, u32) = (3_708, 3_708);
 const LARGEST_OF_9: (u16, u16) = (3_495, 3_495);
 const LARGEST_OF_11: (u16, u16) = (3_162, 3_162);
-/// Resident memory of a worker and its decoders, for each of its [`EXECUTORS`], in kB.
+/// Resident memory of a worker and its decoders, for each of its [`EXECUTORS`], in kB. (A single one takes 240 MB.)
 const MEMORY_KB: u64 = 200_000;
 const EXECUTORS: u64 = 2;
 
@@ -166,6 +166,23 @@ fn progressive_of((width, height): (u16, u16), components: u8) -> Vec<u8> {
     [&[0xff, 0xd8][..], &quantisers, &frame, &kinds, &codes, &scan, &data, &[0xff, 0xd9]].concat()
 }
 
+/// A baseline JPEG of one colour whose three components come one after the other: its decoder keeps as much of it.
+fn in_several_scans((width, height): (u16, u16)) -> Vec<u8> {
+    let quantisers = [&[0xff, 0xdb, 0, 67, 0][..], &[1; 64]].concat();
+    let size = [height.to_be_bytes(), width.to_be_bytes()].concat();
+    let frame = [&[0xff, 0xc0, 0, 17, 8][..], &size, &[3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0]].concat();
+    let code = |class: u8| [&[0xff, 0xc4, 0, 20, class, 1][..], &[0; 15], &[0]].concat();
+    let codes = [code(0), code(0x10)].concat();
+    // Of each block: no difference, no coefficients; a bit each.
+    let blocks = usize::from(width).div_ceil(8) * usize::from(height).div_ceil(8);
+    let scans = (1..=3).flat_map(|id| {
+        let head = [0xff, 0xda, 0, 8, 1, id, 0, 0, 63, 0];
+        head.into_iter().chain(vec![0; (blocks * 2).div_ceil(8)])
+    });
+    let scans: Vec<u8> = scans.collect();
+    [&[0xff, 0xd8][..], &quantisers, &frame, &codes, &scans, &[0xff, 0xd9]].concat()
+}
+
 /// JPEGs that nothing here decodes: lossless, differential, arithmetic-coded, and of 12 bits a sample.
 fn odd_jpegs() -> impl Iterator<Item = Vec<u8>> {
     let file = jpeg();
@@ -275,6 +292,8 @@ fn sizes() -> Vec<Case<'static>> {
             &[(422, "image-kind-too-large")],
         ),
         ("progressive", progressive_of(LARGEST_OF_9, 3), &[(200, "")]),
+        ("in several scans", in_several_scans(LARGEST_OF_9), &[(200, "")]),
+        ("in several scans, larger", in_several_scans((3_496, 3_496)), &[(422, "image-kind-too-large")]),
         (
             "progressive in four colours, with 9 MB of comments",
             with_comments(&progressive_of(LARGEST_OF_11, 4)),

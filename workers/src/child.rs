@@ -2,9 +2,9 @@
 //! image that it had in hand and nothing else.
 //!
 //! The worker starts its own program again as `worker decode-child`, at once, and keeps it. They talk over a socket: a file
-//! goes in, a [`Frame`] or a reason comes out, so that the worker never has a whole image in its memory. The child may open no file and no connection, and has
-//! [`limits::DECODER_ADDRESS_SPACE`] for itself. One that dies is replaced, and the image tried once more, as somebody may
-//! have killed an innocent one; then the attempt at its job is given up.
+//! goes in, a [`Frame`] or a reason comes out, so that the worker never has a whole image in its memory. The child may open
+//! no file and no connection, and has [`limits::DECODER_ADDRESS_SPACE`] for itself. One that dies is replaced, and the image
+//! tried once more, as somebody may have killed an innocent one; then the attempt at its job is given up.
 
 use std::{
     cell::RefCell,

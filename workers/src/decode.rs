@@ -71,16 +71,13 @@ impl Picture {
         limits.max_image_height = Some(MAX_SIDE_PIXELS);
         limits.max_alloc = Some(MAX_DECODE_BYTES);
         let mut reader = ImageReader::with_format(Cursor::new(file), format.decoder());
-        reader.limits(limits.clone());
+        reader.limits(limits);
         let mut decoder = reader.into_decoder()?;
         let (width, height) = decoder.dimensions();
-        // A PNG may have more channels than its header says, when a colour of it is none.
         let memory = memory.max(decoder.total_bytes()).max(u64::from(width) * u64::from(height) * 3);
         if memory > MAX_DECODE_BYTES {
             return Err(DecodeError::TooLarge(memory));
         }
-        limits.reserve(decoder.total_bytes())?;
-        decoder.set_limits(limits)?;
         let (orientation, color) = (decoder.orientation()?, decoder.color_type());
         let (pixels, length) = (width as usize * height as usize, decoder.total_bytes() as usize);
         let mut bytes = vec![0; length.max(3 * pixels)];

@@ -561,7 +561,7 @@ pub(crate) mod tests {
         refused(&SIMULATED.replace("low = 0.85", "low = 0.92"), "metric auc");
         refused(&format!("{SIMULATED}\n{input}"), "either [input] and [output]");
         refused(&onnx.replace("[1, 1, 1]", "[1, 0, 1]"), "deviation above zero");
-        refused(&onnx.replace("width = 8", "width = 0"), "between 1 and 2048");
+        refused(&onnx.replace("width = 8", "width = 0"), "between 1 and 1024");
         let nowhere = Model::load(Path::new("/nowhere"), false).err().map(|error| error.to_string());
         assert!(nowhere.unwrap_or_default().starts_with("/nowhere/model.toml: No such file"));
     }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use dermflow_schemas::limits::{FLOOD_MEMORY, FLOOD_PLACES};
+use dermflow_schemas::limits::{BROKEN_CONNECTIONS, BROKEN_MEMORY};
 use prometheus::{IntCounter, Registry};
 use tokio::time::sleep;
 
@@ -34,11 +34,12 @@ impl Crowd {
         place
     }
 
-    /// Takes [`FLOOD_PLACES`] from a network for [`FLOOD_MEMORY`]. What it has is left to it.
+    /// A connection was ended as its peer broke HTTP/2: for [`BROKEN_MEMORY`] its network goes without the places that it
+    /// has none of after [`BROKEN_CONNECTIONS`]. What it has is left to it.
     pub(crate) fn punish(&self, address: IpAddr) {
-        let places: Vec<_> = (0..FLOOD_PLACES).map(|_| self.shares.add(network(address))).collect();
+        let places = self.shares.add(network(address), self.shares.most().div_ceil(BROKEN_CONNECTIONS));
         tokio::spawn(async move {
-            sleep(FLOOD_MEMORY).await;
+            sleep(BROKEN_MEMORY).await;
             drop(places);
         });
     }
@@ -85,15 +86,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_floods_goes_without_for_a_while() {
-        let crowd = Crowd::new(2 * FLOOD_PLACES, IntCounter::new("turned_away", "Turned away.").unwrap());
+    async fn who_breaks_connections_goes_without_for_a_while() {
+        let crowd = Crowd::new(2, IntCounter::new("turned_away", "Turned away.").unwrap());
         let [flooding, other] = ["192.0.2.7", "192.0.2.8"].map(|address| address.parse().unwrap());
         let admits = |address| crowd.admit(address).is_some();
         crowd.punish(flooding);
         assert!(admits(flooding));
         crowd.punish(flooding);
         assert!(!admits(flooding) && admits(other));
-        sleep(FLOOD_MEMORY).await;
+        sleep(BROKEN_MEMORY).await;
         tokio::task::yield_now().await;
         assert!(admits(flooding));
     }

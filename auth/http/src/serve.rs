@@ -317,28 +317,30 @@ async fn converse<C: GracefulConnection<Error = Box<dyn Error + Send + Sync>>>(
     }
     connection.as_mut().graceful_shutdown();
     // Who has never sent a request may not even read that.
-    if timeout(HANG_UP_TIMEOUT, connection.as_mut()).await.is_err() && *spoke.borrow() {
-        let _ = timeout(LAST_ANSWERS, connection).await;
+    let mut end = timeout(HANG_UP_TIMEOUT, connection.as_mut()).await;
+    if end.is_err() && *spoke.borrow() {
+        end = timeout(LAST_ANSWERS, connection).await;
     }
-    End::Ordinary
+    end.map_or(End::Ordinary, End::of)
 }
 
 /// How a connection came to its end.
 #[derive(Debug, PartialEq, Eq)]
 enum End {
     Ordinary,
-    /// We had enough of its frames: of streams that are reset at once (CVE-2023-44487), of headers without an end.
-    Flood,
+    /// One side gave it up as the other broke HTTP/2 (RFC 9113 §7). So end streams that are reset at once
+    /// (CVE-2023-44487), and headers without an end.
+    Broken,
 }
 
 impl End {
     fn of(end: Result<(), Box<dyn Error + Send + Sync>>) -> Self {
         let Err(error) = end else { return Self::Ordinary };
-        let is_flood =
-            |error: &h2::Error| error.is_library() && error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+        let is_broken =
+            |error: &h2::Error| error.is_go_away() && error.reason() != Some(h2::Reason::NO_ERROR);
         // Hyper's error has it as its cause.
         let cause = error.source().and_then(|cause| cause.downcast_ref());
-        if cause.is_some_and(is_flood) { Self::Flood } else { Self::Ordinary }
+        if cause.is_some_and(is_broken) { Self::Broken } else { Self::Ordinary }
     }
 }
 
@@ -430,7 +432,7 @@ pub async fn redirect<F: Future<Output = ()> + Send + 'static>(
 
 /// Hands each connection to its own task: [`MAX_CONNECTIONS`] at once, and [`SHED_CONNECTIONS`] beyond them, of which
 /// `serve` is told that they are surplus; more wait in the kernel's queue. One that does not get through the door is closed;
-/// until a balancer has said where it comes from, it has one of those places. Who floods goes without some. When it is time to stop, those that are open
+/// until a balancer has said where it comes from, it has one of those places. When it is time to stop, those that are open
 /// have [`INGRESS_DRAIN`] to come to their end.
 async fn accept<F: Future<Output = End> + Send + 'static>(
     listener: TcpListener,
@@ -463,7 +465,8 @@ async fn accept<F: Future<Output = End> + Send + 'static>(
                     if let Some(Entered { stream, origin, place }) = door.enter(stream, peer.ip()).await {
                         let end = serve(stream, origin, is_surplus).await;
                         // A balancer's connection carries the requests of others, too.
-                        if end == End::Flood && !door.balancers.forwards(origin) {
+                        if end == End::Broken && !door.balancers.forwards(origin) {
+                            tracing::info!(%origin, "a connection was ended as its peer broke HTTP/2");
                             door.crowd.punish(origin);
                         }
                         drop(place);

@@ -33,13 +33,18 @@ impl<K: Eq + Hash + Clone> Shares<K> {
             return None;
         }
         *count += 1;
-        Some(Share { caller, held: self.held.clone() })
+        Some(Share { caller, count: 1, held: self.held.clone() })
     }
 
-    /// One more for `caller`, who had room before, until it is dropped.
-    pub fn add(&self, caller: K) -> Share<K> {
-        *lock(&self.held).entry(caller.clone()).or_default() += 1;
-        Share { caller, held: self.held.clone() }
+    /// So many more for `caller`, whatever it has, until they are dropped.
+    pub fn add(&self, caller: K, count: usize) -> Share<K> {
+        *lock(&self.held).entry(caller.clone()).or_default() += count;
+        Share { caller, count, held: self.held.clone() }
+    }
+
+    /// How many a caller may have.
+    pub fn most(&self) -> usize {
+        self.most
     }
 
     /// Whether `caller` may have one more.
@@ -48,10 +53,11 @@ impl<K: Eq + Hash + Clone> Shares<K> {
     }
 }
 
-/// One that a caller has.
+/// One that a caller has, or several.
 #[derive(Debug)]
 pub struct Share<K: Eq + Hash> {
     caller: K,
+    count: usize,
     held: Arc<Mutex<HashMap<K, usize>>>,
 }
 
@@ -59,7 +65,7 @@ impl<K: Eq + Hash> Drop for Share<K> {
     fn drop(&mut self) {
         let mut held = lock(&self.held);
         if let Some(count) = held.get_mut(&self.caller) {
-            *count -= 1;
+            *count -= self.count;
             if *count == 0 {
                 held.remove(&self.caller);
             }
@@ -82,7 +88,7 @@ mod tests {
         assert!(first.is_some() && second.is_some() && shares.take('a').is_none());
         assert!(shares.take('b').is_some());
         assert!(!shares.has_room(&'a') && shares.has_room(&'b'));
-        drop((shares.add('a'), first));
+        drop((shares.add('a', 1), first));
         assert!(shares.has_room(&'a'));
         let third = shares.take('a');
         assert!(third.is_some());

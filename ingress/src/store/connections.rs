@@ -40,7 +40,7 @@ impl Connections {
     /// The next connection that is free.
     pub(crate) async fn get(&self) -> Result<Object, PoolError> {
         let client = ASKING.try_with(Origin::user).ok().flatten();
-        let _waiting = client.map(|client| self.waiting.add(client));
+        let _waiting = client.map(|client| self.waiting.add(client, 1));
         self.pool.get().await
     }
 

@@ -5,7 +5,7 @@ use dermflow_schemas::fhir::Language;
 use super::{Class, Document, Indicator, Input, Metric, Names};
 
 /// The largest input side, in pixels: a decoder has the memory to squash to that, and not to much more.
-pub(crate) const MAX_INPUT_SIDE: u32 = 2_048;
+pub(crate) const MAX_INPUT_SIDE: u32 = 1_024;
 /// What the ids of other resources in a report begin with.
 const RESERVED: [&str; 8] =
     ["device", "image", "heatmap", "quality", "domain", "modality", "classification", "extent"];
