@@ -29,6 +29,8 @@ FOLDER = Path(__file__).parent
 TARGET_SENSITIVITY = 0.90  # of the thresholds of referral, on the val split
 CALIBRATION_BINS = 15
 SEED = 20261121
+AGES = [0, 40, 60, 75]  # years, where the bands of the subgroups begin
+FEWEST = 10  # images with, and without, what a figure of a subgroup is about
 # What --check lets pass: another CPU's kernels move a probability by about 1e-6, and so at most a few images.
 TOLERANCE = 0.002
 
@@ -124,13 +126,13 @@ class Data:
         if not rows:
             sys.exit(f"{name}: no rows for split {split}")
         self.files = [root / name / r["file"] for r in rows]
-        self.labels = np.array([r[label] for r in rows])
+        self.rows, self.labels = rows, np.array([r[label] for r in rows])
         names = [r[group] for r in rows] if group else range(len(rows))
         _, self.groups = np.unique(list(names), return_inverse=True)
 
     def keep(self, chosen):
         self.files = [f for f, c in zip(self.files, chosen) if c]
-        self.labels = self.labels[chosen]
+        self.rows, self.labels = [r for r, c in zip(self.rows, chosen) if c], self.labels[chosen]
         _, self.groups = np.unique(self.groups[chosen], return_inverse=True)
 
     def draw(self, random):
@@ -249,6 +251,45 @@ def with_intervals(functions, parts, resamples):
         for code, function in functions.items():
             samples[code].append(function(weights))
     return {c: (f(whole), *np.nanpercentile(samples[c], [2.5, 97.5]).tolist()) for c, f in functions.items()}
+
+
+def groups(data):
+    """{what they are told apart by: {name: which images}}; what labels.csv has no word for is a group, too."""
+
+    def band(age):
+        if not age:
+            return "unknown"
+        number = int(np.searchsorted(AGES, float(age), "right")) - 1
+        last = number == len(AGES) - 1
+        return f"{AGES[number]} and older" if last else f"{AGES[number]} to {AGES[number + 1] - 1}"
+
+    kinds = {"age": "age_approx", "sex": "sex", "place": "localization", "diagnosis by": "dx_type"}
+    for kind, column in kinds.items():
+        values = np.array([band(r[column]) if kind == "age" else r[column] or "unknown" for r in data.rows])
+        names = sorted(set(values), key=lambda name: (name == "unknown", name))
+        yield kind, {name: values == name for name in names}
+
+
+def subgroups(model, data, probabilities, threshold, resamples):
+    """[[kind, group, images, malignant ones, melanomas, figure or None, ...]]: sensitivity and specificity for malignancy at
+    the threshold, and melanoma AUC, each in the group alone."""
+    malignant, melanoma = model.positive("malignancy", data), data.labels == "mel"
+    above, score = model.indicated("malignancy", probabilities) >= threshold, probabilities[:, model.codes.index("mel")]
+    functions, rows = {}, []
+    for kind, members in groups(data):
+        for name, of in members.items():
+            yes, no, mel = of & malignant, of & ~malignant, of & melanoma
+            row = [kind, name, *(int(m.sum()) for m in (of, yes, mel))]
+            rows.append(row)
+            if yes.sum() >= FEWEST:
+                functions[kind, name, "sensitivity"] = lambda w, m=yes: mean(above[m], w[m])
+            if no.sum() >= FEWEST:
+                functions[kind, name, "specificity"] = lambda w, m=no: mean(~above[m], w[m])
+            if min(mel.sum(), (of & ~melanoma).sum()) >= FEWEST:
+                area = Auc(score[of], melanoma[of])
+                functions[kind, name, "auc"] = lambda w, m=of, area=area: area(w[m])
+    found = with_intervals(functions, [data], resamples)
+    return [row + [found.get((*row[:2], figure)) for figure in ("sensitivity", "specificity", "auc")] for row in rows]
 
 
 def compare(model, data, usual, changed):
@@ -431,6 +472,7 @@ def evaluate(model, root, resamples):
         result[column] = {
             "thresholds": thresholds,
             "figures": figures,
+            "subgroups": subgroups(model, test, p[test], thresholds["malignancy"], resamples),
             "other pixels": {
                 name: compare(model, test, p[test], model.probabilities(rows, adjust)) for name, rows in changed.items()
             },
@@ -454,12 +496,23 @@ def evaluate(model, root, resamples):
 
 
 def gain(model, other, root, resamples):
-    """What `model` has more than `other`, as served, on the same images and the same samples of lesions."""
-    test = Data(root, "ham10000", "test", group="lesion_id")
-    both = [classification(model, test, m.probabilities(m.logits(test.files))) for m in (model, other)]
+    """What `model` has more than `other`, on the same images and the same samples of lesions: {which priors: figures}."""
+    test, foreign = Data(root, "ham10000", "test", group="lesion_id"), Data(root, "isic2017", "test")
+    logits = {(m, d): m.logits(d.files) for m in (model, other) for d in (test, foreign)}
     codes = ["top1-sensitivity", "top1-accuracy", "macro-auc", "melanoma-auc", "malignancy-auc", "calibration-error"]
-    functions = {c: lambda w, c=c: both[0][c](w) - both[1][c](w) for c in codes}
-    return with_intervals(functions, [test], resamples)
+    result = {}
+    for name, own, its in (("as served", True, True), ("both without priors", False, False), ("only it without", True, False)):
+        adjust = {model: own, other: its}
+        both = [classification(model, test, m.probabilities(logits[m, test], adjust[m])) for m in (model, other)]
+        functions = {c: lambda w, c=c, both=both: both[0][c](w) - both[1][c](w) for c in codes}
+        result[name] = with_intervals(functions, [test], resamples)
+        p = [m.probabilities(logits[m, foreign], adjust[m]) for m in (model, other)]
+        functions = {}
+        for figure, code in (("melanoma", "mel"), ("keratosis", "bkl")):
+            a, b = (Auc(rows[:, model.codes.index(code)], foreign.labels == code) for rows in p)
+            functions[f"isic2017-{figure}-auc"] = lambda w, a=a, b=b: a(w) - b(w)
+        result[name] |= with_intervals(functions, [foreign], resamples)
+    return result
 
 
 def milliseconds(model, file, runs=200):
@@ -486,6 +539,11 @@ def show(result):
         for kind in ("other pixels", "refused as no skin"):
             for name, value in result[column][kind].items():
                 print(f"  {kind}: {name}: {value}")
+    print("\nadjusted, malignancy threshold:")
+    print("| group | images | malignant | melanomas | sensitivity | specificity | melanoma AUC |\n|---|---|---|---|---|---|---|")
+    for kind, name, *counts in result["adjusted"]["subgroups"]:
+        cells = [n if isinstance(n, int) else "{:.3f} ({:.3f} to {:.3f})".format(*n) if n else "too few" for n in counts]
+        print(f"| {kind}: {name} | " + " | ".join(map(str, cells)) + " |")
 
 
 def differences(model, found):
@@ -509,14 +567,20 @@ def main():
     parser.add_argument("--model", type=Path, default=FOLDER, help="the model's folder [default: this one]")
     parser.add_argument("--worker", type=Path, help="the worker's program [default: the one in target]")
     parser.add_argument("--json", type=Path, help="write everything here too")
-    parser.add_argument("--against", type=Path, help="only how much better than the version in this folder it is")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        help="only the differences from the version in this folder: as served, both without priors, and only it without",
+    )
     parser.add_argument("--check", action="store_true", help="compare with model.toml")
     given = parser.parse_args()
     model = Model(given.model, given.threads, given.worker)
     if given.against:
         other = Model(given.against, given.threads, given.worker)
-        for code, values in gain(model, other, given.data, given.resamples).items():
-            print("{}: {:+.3f} ({:+.3f} to {:+.3f})".format(code, *values))
+        found = gain(model, other, given.data, given.resamples)
+        print("| figure | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
+        for code in found["as served"]:
+            print(f"| {code} | " + " | ".join("{:+.3f} ({:.3f} to {:.3f})".format(*c[code]) for c in found.values()) + " |")
         return
     result = evaluate(model, given.data, given.resamples)
     show(result)

@@ -149,7 +149,7 @@ def recoloured(random, image):
         values = (values - mean) * random.uniform(0.75, 1.3) + mean
         grey = values.mean(2, keepdims=True)
         values = (values - grey) * random.uniform(0.6, 1.4) + grey
-        values = values * random.uniform(0.75, 1.25) * random.uniform(0.92, 1.08, 3)
+        values = values * (random.uniform(0.75, 1.25) * random.uniform(0.92, 1.08, 3)).astype(np.float32)
         values = np.clip(values, 0, 1) ** random.uniform(0.8, 1.25)
     if random.random() < 0.1:  # the dark corners of a dermatoscope
         y, x = np.mgrid[-1 : 1 : values.shape[0] * 1j, -1 : 1 : values.shape[1] * 1j]

@@ -41,7 +41,7 @@ class Convolution(nn.Module):
             before, after = (self.conv.kernel_size[0] - 2) // 2, (self.conv.kernel_size[0] - 1) // 2
             x = functional.pad(x, (before, after, before, after))
         x = self.norm(self.conv(x))
-        return x if self.linear else functional.relu6(x)
+        return x if self.linear else functional.relu6(x, inplace=True)
 
 
 class Block(nn.Module):
