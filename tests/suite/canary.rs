@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 use anyhow::{Context, Result, ensure};
 use dermflow_schemas::{envelope::JobHeader, id::JobId, image::hex, limits::MAX_ATTEMPTS, queue};
 use dermflow_tests::{
-    client::{Answer, Client, observations, sample, sample_bytes, send},
+    client::{Answer, Client, distribution, observations, sample, sample_bytes, send},
     lab::{Lab, Setup, Worker},
     model::{Folder, initializers},
     wait::eventually,
@@ -18,6 +18,8 @@ use dermflow_workers::{
 use futures_util::{StreamExt, stream};
 use reqwest::Method;
 use serde_json::{Value, json};
+
+use crate::models::has_dot_products;
 
 const LONG: Duration = Duration::from_mins(2);
 const DERM7: &str = "workers/models/derm7";
@@ -164,6 +166,39 @@ async fn a_request_names_its_model() -> Result<()> {
             lab.metric(&format!("dermflow_job_model_seconds_count{{{labels}}}")).await > Some(1.0),
             "{labels}"
         );
+    }
+    lab.stop().await
+}
+
+// The default model and the same in 8 bits, side by side in one worker: each answers to its name, nearly alike.
+#[tokio::test(flavor = "multi_thread")]
+async fn eight_bits_are_served_beside_the_default_model() -> Result<()> {
+    if !has_dot_products()? {
+        println!("nothing is shown: this processor has no VNNI");
+        return Ok(());
+    }
+    let names = ["derm7", "derm7-int8"];
+    let folders = names.map(|name| dermflow_local::stack::repo().join("workers/models").join(name));
+    let digests = folders.iter().map(|folder| Ok(Model::load(folder, false)?.digest));
+    let digests = digests.collect::<Result<Vec<_>>>()?;
+    let lab = Lab::start(with(&folders.map(|folder| folder.display().to_string()))).await?;
+    for image in ["ham10000-mel.jpg", "ham10000-bcc.jpg", "isic2017-nv.png", "pad-ufes-bcc.jpg"] {
+        let mut found = Vec::new();
+        for (name, digest) in names.iter().zip(&digests) {
+            let mut request = sample(image);
+            let asked = json!({"name": "model", "valueString": name});
+            request["parameter"].as_array_mut().context("no parameters")?.push(asked);
+            let answer = lab.client().analyze(&request, &[]).await?;
+            ensure!(answer.status == 200, "{}", answer.text);
+            let identifier = &device(&answer.body)?["identifier"][0]["value"];
+            ensure!(*identifier == format!("sha256:{digest}"), "{name}: {identifier}");
+            let classes = distribution(observations(&answer.body, "condition-distribution")[0]);
+            found.push(BTreeMap::from_iter(classes));
+        }
+        ensure!(found[0].keys().eq(found[1].keys()), "{found:?}");
+        let off = found[0].iter().map(|(code, p)| (p - found[1][code]).abs()).fold(0.0, f64::max);
+        println!("{image}: off by {off} per cent");
+        ensure!(off > 0.0 && off <= 15.0, "{image}: {off} per cent, {found:?}");
     }
     lab.stop().await
 }

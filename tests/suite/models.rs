@@ -8,7 +8,7 @@ use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dermflow_local::{
     servers::{Given, Servers},
-    stack::repo,
+    stack::{programs, repo},
 };
 use dermflow_schemas::{
     envelope::{ImageEntry, Manifest, Payload},
@@ -32,6 +32,7 @@ use dermflow_workers::{
 };
 use serde_json::{Value, json};
 use time::OffsetDateTime;
+use tokio::process::Command;
 
 const LONG: Duration = Duration::from_mins(1);
 
@@ -148,9 +149,19 @@ async fn a_worker_that_cannot_work_says_why() -> Result<()> {
 
 /// The default model in this process.
 async fn derm7() -> Result<(Model, Box<dyn Engine>)> {
+    loaded(&runtime().await?, "derm7")
+}
+
+/// What every model of a process shares.
+async fn runtime() -> Result<Runtime> {
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
-    let model = Model::load(&repo().join("workers/models/derm7"), false)?;
-    let engine = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?()?;
+    Ok(Runtime::new(&servers.onnxruntime))
+}
+
+/// A model of this repository in this process.
+fn loaded(runtime: &Runtime, name: &str) -> Result<(Model, Box<dyn Engine>)> {
+    let model = Model::load(&repo().join("workers/models").join(name), false)?;
+    let engine = engine::factory(&model, runtime)?()?;
     Ok((model, engine))
 }
 
@@ -197,6 +208,106 @@ async fn the_numbers_are_those_of_the_training_pipeline() -> Result<()> {
     println!("{images_seen} images, the largest difference: {worst:?}");
     assert_eq!(images_seen, 200);
     assert!(worst.0 <= TOLERANCE, "{worst:?}");
+    Ok(())
+}
+
+/// The frames of a file as `worker pixels` writes it: binary PPM of 8 bits, one behind the other.
+fn ppm(mut stream: &[u8]) -> Result<Vec<image::RgbImage>> {
+    let mut frames = Vec::new();
+    while !stream.is_empty() {
+        let head = stream.splitn(4, |byte| *byte == b'\n').take(3).map(std::str::from_utf8);
+        let head: Vec<&str> = head.collect::<Result<_, _>>()?;
+        let [magic @ "P6", size, most @ "255"] = head[..] else { anyhow::bail!("no head: {head:?}") };
+        let (width, height) = size.split_once(' ').context("no size")?;
+        let (width, height) = (width.parse()?, height.parse()?);
+        let start = [magic, size, most].iter().map(|line| line.len() + 1).sum::<usize>();
+        let end = start + width as usize * height as usize * 3;
+        let pixels = stream.get(start..end).context("cut short")?;
+        frames.push(image::RgbImage::from_raw(width, height, pixels.to_vec()).context("no frame")?);
+        stream = &stream[end..];
+    }
+    Ok(frames)
+}
+
+// The pixels that training and evaluation take from the program are those that the service's decoder and squashing make;
+// of PNG, those that another decoder makes. A file that the service refuses ends it, named, behind the frames before it.
+#[tokio::test]
+async fn training_has_the_pixels_of_the_service() -> Result<()> {
+    let pixels = async |options: &[&str], files: &[PathBuf]| {
+        Command::new(programs()?.join("worker"))
+            .arg("pixels")
+            .args(options)
+            .args(files)
+            .output()
+            .await
+            .context("worker pixels")
+    };
+    let mut files = Vec::new();
+    for folder in [images(), repo().join("tests/parity")] {
+        let found = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+        files.extend(
+            found.into_iter().filter(|file| file.extension().is_some_and(|e| e == "jpg" || e == "png")),
+        );
+    }
+    ensure!(files.len() == 209, "{} files", files.len());
+    let (own, squashed) = (pixels(&[], &files).await?, pixels(&["--size", "192", "160"], &files).await?);
+    let (own, squashed) = (ppm(&own.stdout)?, ppm(&squashed.stdout)?);
+    ensure!(own.len() == files.len() && squashed.len() == files.len());
+    for ((file, own), squashed) in files.iter().zip(&own).zip(&squashed) {
+        let bytes = fs::read(file)?;
+        let name = file.file_name().context("no name")?.to_string_lossy();
+        let picture = Picture::decode(&bytes, format_of(&name))?;
+        ensure!(*squashed == picture.squash(192, 160), "{name}, squashed");
+        ensure!(*own == picture.squash(picture.width(), picture.height()), "{name}");
+        if format_of(&name) == Format::Png {
+            ensure!(*own == image::load_from_memory(&bytes)?.to_rgb8(), "{name}, decoded by another");
+        }
+    }
+
+    let refused = pixels(&[], &[files[0].clone(), images().join("README.md"), files[1].clone()]).await?;
+    ensure!(!refused.status.success() && ppm(&refused.stdout)? == own[..1], "{refused:?}");
+    ensure!(String::from_utf8_lossy(&refused.stderr).contains("README.md"), "{refused:?}");
+    Ok(())
+}
+
+/// Whether this processor adds up products of 8-bit numbers without overflow (VNNI on x86-64), without which
+/// `derm7-int8` is not for it.
+pub(crate) fn has_dot_products() -> Result<bool> {
+    Ok(!cfg!(target_arch = "x86_64") || fs::read_to_string("/proc/cpuinfo")?.contains("vnni"))
+}
+
+// The network in 8 bits says nearly what the one that it was made from says: of the 200 images of the comparison above.
+#[tokio::test]
+async fn eight_bits_say_nearly_the_same() -> Result<()> {
+    if !has_dot_products()? {
+        println!("nothing is shown: this processor has no VNNI");
+        return Ok(());
+    }
+    let runtime = runtime().await?;
+    let (model, mut engine) = loaded(&runtime, "derm7")?;
+    let (small, mut small_engine) = loaded(&runtime, "derm7-int8")?;
+    let folder = repo().join("tests/parity");
+    let table = fs::read_to_string(folder.join("expected.csv"))?;
+    let (mut most, mut same_first) = (Vec::new(), 0);
+    for name in table.lines().skip(1).filter_map(|line| line.split(',').next()) {
+        let picture = Picture::decode(&fs::read(folder.join(name))?, format_of(name))?;
+        let conditions = |model: &Model, engine: &mut dyn Engine| -> Result<Vec<f64>> {
+            let answer = engine.classify(Question { picture: &picture, digest: "", attempt: 1 })?;
+            Ok(model.opinion(&answer.logits).context("no opinion")?.conditions)
+        };
+        let both = [conditions(&model, &mut *engine)?, conditions(&small, &mut *small_engine)?];
+        most.push(both[0].iter().zip(&both[1]).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max));
+        let first = |p: &[f64]| (0..p.len()).max_by(|a, b| p[*a].total_cmp(&p[*b]));
+        same_first += usize::from(first(&both[0]) == first(&both[1]));
+    }
+    most.sort_by(f64::total_cmp);
+    let (median, worst) = (most[most.len() / 2], most[most.len() - 1]);
+    println!(
+        "{same_first} of {} first choices, a probability by {median:.3}, at most {worst:.3}",
+        most.len()
+    );
+    ensure!(most.len() == 200 && same_first >= 180 && median <= 0.04 && worst <= 0.4);
+    ensure!(median > 0.0, "these are the same network");
     Ok(())
 }
 
