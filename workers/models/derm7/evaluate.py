@@ -472,7 +472,6 @@ def evaluate(model, root, resamples):
         result[column] = {
             "thresholds": thresholds,
             "figures": figures,
-            "subgroups": subgroups(model, test, p[test], thresholds["malignancy"], resamples),
             "other pixels": {
                 name: compare(model, test, p[test], model.probabilities(rows, adjust)) for name, rows in changed.items()
             },
@@ -484,6 +483,8 @@ def evaluate(model, root, resamples):
             }
             | {name: f"{rows.sum()} of {len(rows)}" for name, rows in refused.items()},
         }
+        if adjust:
+            result[column]["subgroups"] = subgroups(model, test, p[test], thresholds["malignancy"], resamples)
     if "outline" in model.outputs:
         drawn = Data(root, "ham10000", "val", group="lesion_id")
         drawn.keep(np.array([mask_of(root, f).exists() for f in drawn.files]))

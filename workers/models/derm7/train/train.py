@@ -149,11 +149,12 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True, help="folder for decoded images, 2 GB")
     parser.add_argument("--start", type=Path, required=True, help="a version of model.onnx, or a finished stage")
-    parser.add_argument("--blend", nargs=2, metavar=("FILE", "SHARE"), help="a version mixed into it")
+    parser.add_argument("--blend", nargs=2, metavar=("FILE", "SHARE"), help="a version, or a stage, mixed into it")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--worker", type=Path, help="the worker's program [default: the one in target]")
     parser.add_argument("--side", type=int, default=192)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--least", type=float, default=data.LEAST, help="of the sides of an image, that is cut out")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--threads", type=int, default=2)
@@ -172,6 +173,10 @@ def main():
         from_onnx(network, given.start, given.blend, squashed(lesions[0].images[np.sort(chosen)], given.side))
     else:
         network.load_state_dict(torch.load(given.start)["average"])
+        for file, share in [given.blend] if given.blend else []:
+            for mine, other in zip(network.state_dict().values(), torch.load(file)["average"].values()):
+                if mine.is_floating_point():
+                    mine.lerp_(other, float(share))
     network = network.to(memory_format=torch.channels_last)
     average = average.to(memory_format=torch.channels_last)
     average.load_state_dict(network.state_dict())
@@ -196,7 +201,7 @@ def main():
         save(0)
     # Another stage sees other draws.
     first = (given.side * 10_000 + done) * BATCH
-    draws = data.Draws(lesions, objects, given.side, given.seed, first, (given.steps - done) * BATCH)
+    draws = data.Draws(lesions, objects, given.side, given.seed, first, (given.steps - done) * BATCH, given.least)
     batches = torch.utils.data.DataLoader(draws, BATCH, num_workers=1, prefetch_factor=4)
     losses, started = [], time.monotonic()
     for step, (images, masks, labels) in enumerate(batches, done):
