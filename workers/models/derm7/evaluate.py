@@ -155,7 +155,8 @@ class Auc:
     def __call__(self, weights):
         yes = np.bincount(self.rank, weights * self.positive, self.size)
         no = np.bincount(self.rank, weights * ~self.positive, self.size)
-        return float((yes * (np.cumsum(no) - no / 2)).sum() / (yes.sum() * no.sum()))
+        pairs = yes.sum() * no.sum()
+        return float((yes * (np.cumsum(no) - no / 2)).sum() / pairs) if pairs else float("nan")
 
 
 def calibration_error(confidence, right, weights):

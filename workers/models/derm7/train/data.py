@@ -19,7 +19,6 @@ SMALLEST = 80  # pixels of the shorter side; the service refuses less
 UNKNOWN = 255  # in a mask: nobody drew one
 ISIC2017_WEIGHT = 1.5  # how much likelier than one of HAM10000 an image is drawn
 SYNTHETIC_SHARE = 0.45  # of what is drawn as "other"; the rest are objects
-LEAST = 0.68  # of a side of an image, that is cut out
 MARGIN = 64  # pixels reflected around an image, so that turning it leaves no empty corners
 KERNELS = [Image.Resampling.BICUBIC, Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.HAMMING]
 
@@ -64,9 +63,9 @@ def masks(folder, rows):
 class Draws:
     """Training image number `i`, with its label and mask: the same for the same seed and `i`."""
 
-    def __init__(self, lesions, objects, side, seed, start, length, least=LEAST):
+    def __init__(self, lesions, objects, side, seed, start, length):
         self.lesions, self.objects = lesions, objects
-        self.side, self.seed, self.start, self.length, self.least = side, seed, start, length, least
+        self.side, self.seed, self.start, self.length = side, seed, start, length
         counts = np.bincount(np.concatenate([s.labels for s in lesions + [objects]]), minlength=len(CODES))
         self.prior = np.sqrt(counts) / np.sqrt(counts).sum()
         where = np.array([(d, i) for d, s in enumerate(lesions) for i in range(len(s.labels))])
@@ -91,17 +90,17 @@ class Draws:
             image = synthetic(random, self.lesions[0].images)
         else:
             image = self.objects.images[random.integers(len(self.objects.images))]
-        image, mask = distorted(random, image, mask, self.side, self.least)
+        image, mask = distorted(random, image, mask, self.side)
         return image.transpose(2, 0, 1), mask, label
 
 
-def distorted(random, image, mask, side, least):
+def distorted(random, image, mask, side):
     """Turned, cut, recoloured and squashed: uint8 [side, side, 3] and uint8 [side / 4, side / 4]."""
     rows, columns = image.shape[:2]
     if random.random() < 0.08:
         image = with_marks(random, image, random.integers(1, 6))
     frame = Image.fromarray(np.pad(image, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), "reflect"))
-    scale, aspect = random.uniform(least, 1.05), np.exp(random.uniform(-0.12, 0.12))
+    scale, aspect = random.uniform(0.68, 1.05), np.exp(random.uniform(-0.12, 0.12))
     half = np.array([columns * scale * aspect, rows * scale / aspect]) / 2
     slack = np.maximum(np.array([columns, rows]) / 2 - half, 0)
     centre = np.array([columns, rows]) / 2 + random.uniform(-1, 1, 2) * slack + MARGIN

@@ -23,7 +23,7 @@ from pixels import decoded, program
 from train import squashed
 
 # The power of the prior of training that is taken out of the answers: 0 ranks best, 1 finds the rare classes most often.
-PRIOR_SHARE = 0.5
+PRIOR_SHARE = 0.25
 DERMOSCOPIC = 600  # images of each data set against which the photographs are told apart
 PENALTY = 3e-3
 SIZES = [None, (224, 168), (256, 256)]  # a photograph as published, and as the data sets store theirs

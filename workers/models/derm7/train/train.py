@@ -154,7 +154,6 @@ def main():
     parser.add_argument("--worker", type=Path, help="the worker's program [default: the one in target]")
     parser.add_argument("--side", type=int, default=192)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--least", type=float, default=data.LEAST, help="of the sides of an image, that is cut out")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--threads", type=int, default=2)
@@ -201,7 +200,7 @@ def main():
         save(0)
     # Another stage sees other draws.
     first = (given.side * 10_000 + done) * BATCH
-    draws = data.Draws(lesions, objects, given.side, given.seed, first, (given.steps - done) * BATCH, given.least)
+    draws = data.Draws(lesions, objects, given.side, given.seed, first, (given.steps - done) * BATCH)
     batches = torch.utils.data.DataLoader(draws, BATCH, num_workers=1, prefetch_factor=4)
     losses, started = [], time.monotonic()
     for step, (images, masks, labels) in enumerate(batches, done):
