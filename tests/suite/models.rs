@@ -292,7 +292,8 @@ async fn eight_bits_say_nearly_the_same() -> Result<()> {
     for name in table.lines().skip(1).filter_map(|line| line.split(',').next()) {
         let picture = Picture::decode(&fs::read(folder.join(name))?, format_of(name))?;
         let conditions = |model: &Model, engine: &mut dyn Engine| -> Result<Vec<f64>> {
-            let answer = engine.classify(Question { picture: &picture, digest: "", attempt: 1 })?;
+            let frame = Frame::of(&picture, model.input());
+            let answer = engine.classify(Question { frame: &frame, digest: "", attempt: 1 })?;
             Ok(model.opinion(&answer.logits).context("no opinion")?.conditions)
         };
         let both = [conditions(&model, &mut *engine)?, conditions(&small, &mut *small_engine)?];
