@@ -22,7 +22,7 @@ pub struct Frame {
     pub height: u32,
     /// The whole of it, squashed to a model's input.
     pub squashed: RgbImage,
-    /// The whole of it with its ratio, see [`Frame::thumbnail_size`].
+    /// The whole of it with its ratio, its longer side 256 pixels at most.
     pub thumbnail: RgbImage,
 }
 
