@@ -10,9 +10,11 @@ code: 0 when no check failed.
 
 import argparse
 import ast
+import contextlib
 import json
 import random
 import sys
+import threading
 from collections import Counter
 
 CHECKS = [
@@ -29,14 +31,15 @@ CHECKS = [
 ]
 
 
-PARSE = ast.parse
+PARSE, ALONE = ast.parse, threading.RLock()
 
 
 def parse_again(*arguments, **named):
-    """ast.parse, once more where CPython 3.11 has miscounted its own depth (python/cpython#106905)."""
-    try:
-        return PARSE(*arguments, **named)
-    except SystemError:
+    """ast.parse, by one thread at a time and again, as CPython 3.11 counts the depth of all together (python/cpython#106905)."""
+    with ALONE:
+        for _ in range(9):
+            with contextlib.suppress(SystemError):
+                return PARSE(*arguments, **named)
         return PARSE(*arguments, **named)
 
 

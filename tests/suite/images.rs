@@ -293,7 +293,7 @@ fn sizes() -> Vec<Case<'static>> {
         ),
         ("progressive", progressive_of(LARGEST_OF_9, 3), &[(200, "")]),
         ("in several scans", in_several_scans(LARGEST_OF_9), &[(200, "")]),
-        ("in several scans, larger", in_several_scans((3_496, 3_496)), &[(422, "image-kind-too-large")]),
+        ("in several scans, larger", in_several_scans((3_496, 3_497)), &[(422, "image-kind-too-large")]),
         (
             "progressive in four colours, with 9 MB of comments",
             with_comments(&progressive_of(LARGEST_OF_11, 4)),

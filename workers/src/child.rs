@@ -14,6 +14,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
     },
+    panic,
     path::PathBuf,
     process::{Child, Command, Stdio},
     thread,
@@ -274,8 +275,10 @@ pub fn serve() -> io::Result<()> {
         let mut file = vec![0; length as usize];
         socket.read_exact(&mut file)?;
         let format = if format == [1] { Format::Png } else { Format::Jpeg };
-        let picture = Picture::decode(file, format);
-        answer(&mut socket, picture.map(|picture| Frame::of(&picture, (columns, rows))))?;
+        // A library that panics over a file does so again.
+        let frame = panic::catch_unwind(|| Ok(Frame::of(&Picture::decode(file, format)?, (columns, rows))))
+            .unwrap_or_else(|_| Err(DecodeError::Told("its decoder panicked".into())));
+        answer(&mut socket, frame)?;
     }
     drop((ignored, context));
     Ok(())
