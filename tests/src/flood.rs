@@ -4,6 +4,7 @@
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
@@ -29,6 +30,13 @@ pub fn reset(n: u32) -> Vec<u8> {
             .concat()
     };
     (0..BURST).flat_map(|request_of| request((n * BURST + request_of) * 2 + 1)).collect()
+}
+
+/// The same, behind word that we give the connection up, for which the server could take its end.
+pub fn reset_after_goaway(n: u32) -> Vec<u8> {
+    // The last stream is 0, the error internal.
+    let goaway = if n == 0 { frame(GOAWAY, 0, 0, &[0, 0, 0, 0, 0, 0, 0, 2]) } else { Vec::new() };
+    [goaway, reset(n)].concat()
 }
 
 /// The burst number `n` of a header without an end.
