@@ -185,12 +185,18 @@ fn simulated_toml(
     )
 }
 
-/// From then on PostgreSQL logs every change with its parameters: what our programs tell it is looked through as well.
+/// PostgreSQL logs every change with its parameters: what our programs tell it is looked through as well.
 const LOG_STATEMENTS: [&str; 3] = [
     "ALTER SYSTEM SET log_statement = 'mod'",
     "ALTER SYSTEM SET log_parameter_max_length = 1024",
     "SELECT pg_reload_conf()",
 ];
+
+fn log_more(process: &mut Process, log: Option<&str>) {
+    if let Some(log) = log {
+        process.set_env("RUST_LOG", log);
+    }
+}
 
 /// What a system consists of.
 #[expect(clippy::struct_excessive_bools, reason = "each is something that a test may want besides")]
@@ -202,8 +208,8 @@ pub struct Setup {
     pub workers: Vec<Worker>,
     /// Seconds until the broker hands a silent worker's job to another.
     pub ack_wait: u64,
-    /// `RUST_LOG` of ingress and workers.
-    pub log: &'static str,
+    /// `RUST_LOG` of our programs, beside which PostgreSQL logs statements, too. `None`: all log as they do in service.
+    pub log: Option<&'static str>,
     /// JetStream's `sync_interval`.
     pub sync_interval: &'static str,
     /// Servers of the broker; each message is on all of them.
@@ -237,7 +243,7 @@ impl Default for Setup {
             replicas: 1,
             workers: Vec::new(),
             ack_wait: 30,
-            log: "debug",
+            log: Some("debug"),
             sync_interval: "always",
             brokers: 1,
             plain_broker: false,
@@ -272,7 +278,7 @@ pub struct Lab {
     stack: Stack,
     client: Client,
     sql: tokio_postgres::Client,
-    log: &'static str,
+    log: Option<&'static str>,
     cluster: Cluster,
     proxies: Vec<Proxy>,
     standby: Option<Postgres>,
@@ -324,11 +330,11 @@ impl Lab {
         }
         for _ in 0..setup.replicas {
             let ingress = stack.add_ingress(Ports::free()?, &flags)?;
-            ingress.process.set_env("RUST_LOG", setup.log);
+            log_more(&mut ingress.process, setup.log);
             ingress.process.spawn_ready(READY_WITHIN).await?;
         }
         let sql = stack.postgres.connect(SUPERUSER).await?;
-        for setting in LOG_STATEMENTS {
+        for setting in LOG_STATEMENTS.iter().filter(|_| setup.log.is_some()) {
             sql.batch_execute(setting).await?;
         }
         let client = register(&stack, "demo").await?;
@@ -337,6 +343,14 @@ impl Lab {
             lab.start_worker(worker).await?;
         }
         Ok(lab)
+    }
+
+    /// A system that logs what it does in service, which is little, to be measured.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn in_service(setup: Setup) -> Result<Self> {
+        Box::pin(Self::start(Setup { log: None, ..setup })).await
     }
 
     /// Stops everything in order, looks through all logs, and removes the folder.
@@ -427,7 +441,7 @@ impl Lab {
     /// When it does not become ready.
     pub async fn restart_operate(&mut self) -> Result<()> {
         let operate = self.stack.operate.as_mut().context("no operators' process")?;
-        operate.process.set_env("RUST_LOG", self.log);
+        log_more(&mut operate.process, self.log);
         operate.process.spawn_ready(READY_WITHIN).await
     }
 
@@ -446,7 +460,7 @@ impl Lab {
     /// When it does not become ready.
     pub async fn start_registration(&mut self) -> Result<()> {
         let registration = self.stack.add_registration(ports::free()?, ports::free()?)?;
-        registration.process.set_env("RUST_LOG", self.log);
+        log_more(&mut registration.process, self.log);
         registration.process.spawn_ready(READY_WITHIN).await
     }
 
@@ -699,7 +713,7 @@ impl Lab {
     /// When it does not become ready.
     pub async fn start_ingress(&mut self, ports: Ports, flags: &[&str]) -> Result<()> {
         let ingress = self.stack.add_ingress(ports, flags)?;
-        ingress.process.set_env("RUST_LOG", self.log);
+        log_more(&mut ingress.process, self.log);
         ingress.process.spawn_ready(READY_WITHIN).await
     }
 
@@ -720,7 +734,7 @@ impl Lab {
         let ingress = self.stack.add_ingress(Ports::free()?, &[])?;
         ingress.process.set_env("LD_PRELOAD", &library.display().to_string());
         ingress.process.set_env("CLOCK_SHIFT_SECONDS", &seconds.to_string());
-        ingress.process.set_env("RUST_LOG", self.log);
+        log_more(&mut ingress.process, self.log);
         ingress.process.spawn_ready(READY_WITHIN).await
     }
 
@@ -801,7 +815,7 @@ impl Lab {
         for worker in workers {
             let flags = worker.flags(&self.stack.state, self.stack.workers.len())?;
             let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-            self.stack.add_worker(&flags)?.set_env("RUST_LOG", self.log);
+            log_more(self.stack.add_worker(&flags)?, self.log);
         }
         let start = self.stack.workers[first..].iter_mut().map(|worker| worker.spawn_ready(READY_WITHIN));
         futures_util::future::try_join_all(start).await?;

@@ -16,7 +16,7 @@ const PATIENT: &str = "PSEUDONYM-81237";
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_a_patient_is_logged_or_stored_in_clear() -> Result<()> {
     let workers = vec![Worker::derm7()];
-    let mut lab = Lab::start(Setup { workers, log: "trace", ..Setup::default() }).await?;
+    let mut lab = Lab::start(Setup { workers, log: Some("trace"), ..Setup::default() }).await?;
     let image = sample_bytes("ham10000-mel.jpg");
     let base64 = STANDARD.encode(&image);
     let mut request = sample("ham10000-mel.jpg");

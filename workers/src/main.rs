@@ -90,10 +90,11 @@ const GOLDEN: &str = "golden";
 const PIXELS: &str = "pixels";
 
 fn main() -> ExitCode {
-    give_back_memory();
+    let decoder = env::args_os().nth(1).is_some_and(|first| first == child::ARGUMENT);
+    keep_freed_memory(if decoder { DECODER_KEEPS } else { WORKER_KEEPS });
     process::init();
     log_panics();
-    if env::args_os().nth(1).is_some_and(|first| first == child::ARGUMENT) {
+    if decoder {
         // The worker says what became of it.
         return if child::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
@@ -110,21 +111,26 @@ fn main() -> ExitCode {
     })
 }
 
+/// Bytes of the largest block of memory that a worker keeps once it is freed, and a decoder, for whom it is most of a
+/// photograph: what goes back to the system has to be filled with zeros by it the next time.
+const WORKER_KEEPS: i32 = 1 << 20;
+const DECODER_KEEPS: i32 = 8 << 20;
+
 /// What glibc keeps of freed memory, it keeps for each thread, and once a large block was freed it keeps blocks of up to
-/// 32 MB: with two copies of a model that is as much again as they take. Larger ones than this, its first threshold, go back
-/// to the system now.
+/// 32 MB: with two copies of a model that is as much again as they take. Blocks larger than this go back at once now, and
+/// smaller ones when more than two of this size are free.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn give_back_memory() {
-    const LARGE: i32 = 128 * 1024;
+fn keep_freed_memory(block: i32) {
     #[expect(unsafe_code, reason = "the allocator has no other way to be told")]
-    // SAFETY: a setting, before there is a second thread. A system that does not take it goes on without.
+    // SAFETY: settings, before there is a second thread. A system that does not take them goes on without.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, block);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * block);
     }
 }
 
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn give_back_memory() {}
+fn keep_freed_memory(_: i32) {}
 
 fn write_golden(arguments: &ArgMatches) -> anyhow::Result<()> {
     let options = GoldenOptions::from_arg_matches(arguments)?;

@@ -144,7 +144,7 @@ pub(crate) async fn burst(model: &Path) -> Result<()> {
     let bare = bare_rate(model, &photographs).await?;
     let requests = photographs.iter().map(|file| parameters(std::slice::from_ref(file)).to_string());
     let bodies = Arc::new(requests.collect::<Vec<_>>());
-    let lab = Lab::start(Setup { workers: vec![Worker::model(model); 2], ..Setup::default() }).await?;
+    let lab = Lab::in_service(Setup { workers: vec![Worker::model(model); 2], ..Setup::default() }).await?;
     let alone = lab.register("alone").await?;
     submit_all(alone, bodies.clone(), SMALL, 4).await?;
     until_ended(&lab, Duration::from_mins(1)).await?;
@@ -285,7 +285,7 @@ async fn honest(lab: &Lab, promises: Vec<(String, String, String)>) -> Result<()
 
 /// The queue holds [`CAP`] jobs and nobody works: exactly the excess is refused, soon.
 async fn capped(bodies: &Arc<Vec<String>>) -> Result<()> {
-    let lab = Lab::start(Setup::without_workers()).await?;
+    let lab = Lab::in_service(Setup::without_workers()).await?;
     let jetstream = lab.jetstream().await?;
     let mut config = jetstream.get_stream("JOBS").await?.cached_info().config.clone();
     config.max_messages = CAP as i64;

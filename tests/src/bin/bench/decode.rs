@@ -56,7 +56,7 @@ pub(crate) async fn decode() -> Result<()> {
     let executors = cores.to_string();
     let workers = [Worker::derm7().decoding_in_process(), Worker::derm7()];
     let workers = workers.map(|worker| worker.arg("--executors", &executors));
-    let mut lab = Lab::start(Setup { workers: workers.into(), ..Setup::default() }).await?;
+    let mut lab = Lab::in_service(Setup { workers: workers.into(), ..Setup::default() }).await?;
     lab.stop_worker(1).await?;
     let mut ratios = Vec::new();
     for n in 1..=BLOCKS {

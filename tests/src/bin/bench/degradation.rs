@@ -104,7 +104,7 @@ async fn poison(long: bool) -> Result<()> {
     const BLOCK: usize = 400;
     let pairs = if long { 10 } else { 3 };
     let workers = vec![Worker::simulated(50).fault("nan").on(&sample_bytes(BAD)); 4];
-    let lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let lab = Lab::in_service(Setup { workers, ..Setup::default() }).await?;
     let pids = lab.pids();
     let mut mixed = vec![sample(GOOD).to_string(); BLOCK];
     for (n, file) in poisons().iter().enumerate() {
@@ -176,7 +176,7 @@ async fn abort(long: bool) -> Result<()> {
     const ACK_WAIT: u64 = 2;
     let jobs = if long { 2_000 } else { 400 };
     let workers = vec![Worker::simulated(20).fault("abort").on(&sample_bytes(BAD)); 2];
-    let mut lab = Lab::start(Setup { workers, ack_wait: ACK_WAIT, ..Setup::default() }).await?;
+    let mut lab = Lab::in_service(Setup { workers, ack_wait: ACK_WAIT, ..Setup::default() }).await?;
     let submitting = tokio::spawn(submit_all(lab.client().clone(), good(), jobs, 16));
     let fatal = offer(lab.client(), request(&sample_bytes(BAD))).await?;
     ensure!(fatal.is_accepted(), "{} {}", fatal.status, fatal.code);
@@ -221,7 +221,7 @@ async fn slow_worker(long: bool) -> Result<()> {
     let time = Duration::from_secs(if long { 60 } else { 8 });
     let body = sample(GOOD).to_string();
     let workers = vec![Worker::simulated(MODEL_MS); 3];
-    let mut lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let mut lab = Lab::in_service(Setup { workers, ..Setup::default() }).await?;
     open_loop(lab.client(), &body, PER_SECOND, Duration::from_secs(2)).await?;
     let p95 = |sent: &[Sent]| {
         let others = sent.iter().filter(|sent| sent.model < (5 * MODEL_MS) as f64);
@@ -267,7 +267,7 @@ async fn in_flight(lab: &Lab) -> Result<usize> {
 
 async fn no_workers(long: bool) -> Result<()> {
     let (cap, excess) = if long { (5_000, 500) } else { (300, 100) };
-    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let mut lab = Lab::in_service(Setup::without_workers()).await?;
     let jetstream = lab.jetstream().await?;
     let mut config = jetstream.get_stream(JOBS).await?.cached_info().config.clone();
     config.max_messages = cap as i64;
@@ -286,7 +286,7 @@ async fn no_workers(long: bool) -> Result<()> {
 async fn slow_clients(long: bool) -> Result<()> {
     let (blocks, jobs) = if long { (7, 1_000) } else { (3, 300) };
     let lab =
-        Arc::new(Lab::start(Setup { workers: vec![Worker::simulated(1); 2], ..Setup::default() }).await?);
+        Arc::new(Lab::in_service(Setup { workers: vec![Worker::simulated(1); 2], ..Setup::default() }).await?);
     let honest = async || {
         let offered = offer_all(lab.client().clone(), good(), jobs, 4).await?;
         let refused = offered.iter().filter(|offered| !offered.is_accepted()).count();
@@ -467,7 +467,7 @@ async fn hang_up(long: bool) -> Result<()> {
     const MODEL_MS: u64 = 1_000;
     let callers = if long { 256 } else { 16 };
     let workers = vec![Worker::simulated(MODEL_MS); 4];
-    let lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let lab = Lab::in_service(Setup { workers, ..Setup::default() }).await?;
     let body = sample(GOOD).to_string();
     let mut calls = JoinSet::new();
     for _ in 0..callers {
@@ -499,7 +499,7 @@ async fn hang_up(long: bool) -> Result<()> {
 }
 
 async fn paused_broker(pause: Duration) -> Result<()> {
-    let mut lab = Lab::start(Setup { workers: vec![Worker::simulated(5); 2], ..Setup::default() }).await?;
+    let mut lab = Lab::in_service(Setup { workers: vec![Worker::simulated(5); 2], ..Setup::default() }).await?;
     let (client, ledger) = (lab.client().clone(), Ledger::default());
     ledger.submit_all(&client, 0..100, 8).await?;
     lab.pause_nats();

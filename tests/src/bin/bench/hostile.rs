@@ -50,7 +50,7 @@ const ATTACKS: [(Attack, &str); 5] = [
 ];
 
 pub(crate) async fn hostile() -> Result<()> {
-    let lab = Arc::new(Lab::start(Setup::simulated(20)).await?);
+    let lab = Arc::new(Lab::in_service(Setup::simulated(20)).await?);
     let body = sample("ham10000-nv.jpg").to_string();
     let honest = async || p99(&open_loop(lab.client(), &body, PER_SECOND, BLOCK).await?);
     honest().await?;

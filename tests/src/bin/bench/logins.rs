@@ -34,7 +34,7 @@ const PER_SECOND: f64 = 20.0;
 const TIMED: usize = 150;
 
 pub(crate) async fn logins() -> Result<()> {
-    let lab = Lab::start(Setup::simulated(20)).await?;
+    let lab = Lab::in_service(Setup::simulated(20)).await?;
     let mut users = Vec::new();
     for n in 0..USERS {
         let name = format!("user-{n}");

@@ -120,7 +120,7 @@ fn derm7() -> PathBuf {
 /// Closed loop, [`IN_FLIGHT`] at once, against in-process loops with our own decode code.
 async fn sustained(model: &Path) -> Result<()> {
     let cores = thread::available_parallelism()?.get();
-    let lab = Lab::start(Setup { workers: vec![Worker::model(model); cores], ..Setup::default() }).await?;
+    let lab = Lab::in_service(Setup { workers: vec![Worker::model(model); cores], ..Setup::default() }).await?;
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Arc::new(Model::load(model, false)?);
     let make = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?;
@@ -173,7 +173,7 @@ async fn pipeline(client: &Client, time: Duration) -> Result<f64> {
 async fn latency() -> Result<()> {
     for sync_interval in ["always", "2m"] {
         let setup = Setup { sync_interval, ..Setup::simulated(SIMULATED_MS) };
-        let lab = Lab::start(setup).await?;
+        let lab = Lab::in_service(setup).await?;
         let body = sample(IMAGES[0]).to_string();
         let mut added = Vec::new();
         for n in 0..REQUESTS + 50 {

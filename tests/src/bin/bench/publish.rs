@@ -68,7 +68,7 @@ impl Way {
 
 /// Publications into the stream of jobs, then accepted jobs, all with `sync_interval: always`.
 pub(crate) async fn publish() -> Result<()> {
-    let lab = Lab::start(Setup::without_workers()).await?;
+    let lab = Lab::in_service(Setup::without_workers()).await?;
     let publisher = Publisher::new(lab.jetstream().await?);
     let mut rates = WAYS.map(|_| Vec::new());
     for _ in 0..ROUNDS {
@@ -121,7 +121,7 @@ async fn published(publisher: &Publisher, way: Way) -> Result<f64> {
 
 /// One by one on [`CONNECTIONS`] connections, against the lines of one upload.
 async fn accepts() -> Result<()> {
-    let lab = Lab::start(Setup::without_workers()).await?;
+    let lab = Lab::in_service(Setup::without_workers()).await?;
     let image = sample_bytes("ham10000-nv.jpg");
     let bodies = Arc::new(vec![parameters(std::slice::from_ref(&image)).to_string()]);
     let (mut single, mut lines) = (Vec::new(), Vec::new());

@@ -50,7 +50,7 @@ fn worth(workers: usize, seconds: f64) -> usize {
 
 /// The rate of `count` workers while there is a backlog.
 async fn steady(count: usize) -> Result<()> {
-    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let mut lab = Lab::in_service(Setup::without_workers()).await?;
     let jobs = upload(lab.client(), &sample_bytes(IMAGE), worth(count, 12.0)).await?;
     lab.start_workers(workers(count)).await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -73,7 +73,7 @@ async fn steady(count: usize) -> Result<()> {
 /// From `few` to `many` workers, then half of them are told to leave, come back, and are killed.
 pub(crate) async fn elastic(few: usize, many: usize) -> Result<()> {
     let half = many / 2;
-    let mut lab = Lab::start(Setup { ack_wait: ACK_WAIT, ..Setup::without_workers() }).await?;
+    let mut lab = Lab::in_service(Setup { ack_wait: ACK_WAIT, ..Setup::without_workers() }).await?;
     let jobs = upload(lab.client(), &sample_bytes(IMAGE), worth(many, 16.0)).await?;
     lab.start_workers(workers(few)).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;

@@ -32,7 +32,7 @@ struct Sample {
 /// `time` at 90 % of the capacity.
 pub(crate) async fn soak(time: Duration) -> Result<()> {
     let workers = vec![Worker::simulated(MODEL_MS); WORKERS];
-    let lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let lab = Lab::in_service(Setup { workers, ..Setup::default() }).await?;
     let body = sample("ham10000-nv.jpg").to_string();
     let rate = LOAD * WORKERS as f64 * 1e3 / MODEL_MS as f64;
     open_loop(lab.client(), &body, rate, WARM_UP).await?;

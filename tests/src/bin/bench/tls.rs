@@ -58,7 +58,7 @@ struct Target {
 }
 
 pub(crate) async fn tls() -> Result<()> {
-    let lab = Lab::start(Setup::simulated(MODEL_MS)).await?;
+    let lab = Lab::in_service(Setup::simulated(MODEL_MS)).await?;
     lab.auth(&["user", "quota", "demo", "--requests", "60000000", "--images", "60000000"])?;
     let mut config = lab.tls(rustls::ALL_VERSIONS)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];

@@ -67,7 +67,7 @@ fn verification() -> Result<()> {
 
 /// In turn, over one connection.
 async fn existence() -> Result<()> {
-    let lab = Lab::start(Setup::without_workers()).await?;
+    let lab = Lab::in_service(Setup::without_workers()).await?;
     let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
     let mut stranger = lab.register("stranger").await?;
     let token = stranger.token().to_owned();

@@ -69,7 +69,7 @@ async fn upload_to(client: &Client, path: &str, name: &str, image: &[u8], lines:
 pub(crate) async fn parallel(bytes: usize) -> Result<()> {
     let image = photographs(1)?.remove(0);
     let lines = bytes / (image.len() * 4 / 3) / PARALLEL;
-    let lab = Lab::start(Setup::without_workers()).await?;
+    let lab = Lab::in_service(Setup::without_workers()).await?;
     let (_, pid) =
         lab.pids().into_iter().find(|(name, _)| name.starts_with("ingress")).context("no ingress")?;
     let shared = upload_to(lab.client(), "/batches", "first", &image, 16).await?;
@@ -94,7 +94,7 @@ pub(crate) async fn parallel(bytes: usize) -> Result<()> {
 pub(crate) async fn memory(bytes: usize) -> Result<()> {
     let image = photographs(1)?.remove(0);
     let lines = bytes / (image.len() * 4 / 3);
-    let lab = Lab::start(Setup::without_workers()).await?;
+    let lab = Lab::in_service(Setup::without_workers()).await?;
     let (_, pid) =
         lab.pids().into_iter().find(|(name, _)| name.starts_with("ingress")).context("no ingress")?;
     // What the first lines bring into being is there while ingress is idle, too.
