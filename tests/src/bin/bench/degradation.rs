@@ -285,8 +285,9 @@ async fn no_workers(long: bool) -> Result<()> {
 
 async fn slow_clients(long: bool) -> Result<()> {
     let (blocks, jobs) = if long { (7, 1_000) } else { (3, 300) };
-    let lab =
-        Arc::new(Lab::in_service(Setup { workers: vec![Worker::simulated(1); 2], ..Setup::default() }).await?);
+    let lab = Arc::new(
+        Lab::in_service(Setup { workers: vec![Worker::simulated(1); 2], ..Setup::default() }).await?,
+    );
     let honest = async || {
         let offered = offer_all(lab.client().clone(), good(), jobs, 4).await?;
         let refused = offered.iter().filter(|offered| !offered.is_accepted()).count();
@@ -499,7 +500,8 @@ async fn hang_up(long: bool) -> Result<()> {
 }
 
 async fn paused_broker(pause: Duration) -> Result<()> {
-    let mut lab = Lab::in_service(Setup { workers: vec![Worker::simulated(5); 2], ..Setup::default() }).await?;
+    let mut lab =
+        Lab::in_service(Setup { workers: vec![Worker::simulated(5); 2], ..Setup::default() }).await?;
     let (client, ledger) = (lab.client().clone(), Ledger::default());
     ledger.submit_all(&client, 0..100, 8).await?;
     lab.pause_nats();

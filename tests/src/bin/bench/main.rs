@@ -120,7 +120,8 @@ fn derm7() -> PathBuf {
 /// Closed loop, [`IN_FLIGHT`] at once, against in-process loops with our own decode code.
 async fn sustained(model: &Path) -> Result<()> {
     let cores = thread::available_parallelism()?.get();
-    let lab = Lab::in_service(Setup { workers: vec![Worker::model(model); cores], ..Setup::default() }).await?;
+    let lab =
+        Lab::in_service(Setup { workers: vec![Worker::model(model); cores], ..Setup::default() }).await?;
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
     let model = Arc::new(Model::load(model, false)?);
     let make = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?;
