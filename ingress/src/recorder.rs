@@ -9,6 +9,7 @@ use dermflow_schemas::{
     id::JobId,
     limits::{
         MAX_WAITERS, NOTES_HELD, NOTES_TOGETHER, PUBLISH_DEADLINE, RECORD_BATCH, RECORD_BYTES, RECORD_GROUPS,
+        RECORD_INTERVAL,
     },
     queue,
     seal::Sealed,
@@ -16,7 +17,7 @@ use dermflow_schemas::{
 use futures_util::{FutureExt, StreamExt};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -89,6 +90,7 @@ fn size((_, report): &Received) -> usize {
 
 /// Drains RESULTS until `stop`, whatever fails on the way. The recorders of all replicas share the work.
 pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
+    let mut next = Instant::now();
     while !stop.is_cancelled() {
         let mut messages = match subscribe(&app).await {
             Ok(messages) => messages,
@@ -101,10 +103,12 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
         loop {
             let first = tokio::select! {
                 () = stop.cancelled() => return,
-                next = messages.next() => next,
+                first = messages.next() => first,
             };
             match first {
                 Some(Ok(first)) => {
+                    sleep_until(next).await;
+                    next = Instant::now() + RECORD_INTERVAL;
                     let batch = ready_too(first, &mut messages);
                     record_batch(&app, batch, &stop).await;
                 }

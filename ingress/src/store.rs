@@ -226,9 +226,12 @@ impl Store {
             let attempts: Vec<i32> = notes.iter().map(|note| note.attempt as i32).collect();
             let times: Vec<OffsetDateTime> = notes.iter().map(|note| note.started_at).collect();
             let connection = self.pool.get().await?;
-            let update = "UPDATE jobs SET state = 'running', started_at = note.at, attempts = note.attempt \
-                      FROM unnest($1::uuid[], $2::int[], $3::timestamptz[]) AS note (id, attempt, at) \
-                      WHERE jobs.id = note.id AND state = ANY($4) AND attempts < note.attempt";
+            // Locked in order of their ids, as by every transaction with several jobs.
+            let update = "WITH note AS (SELECT n.* FROM unnest($1::uuid[], $2::int[], $3::timestamptz[]) \
+                      AS n (id, attempt, at) JOIN jobs ON jobs.id = n.id \
+                      WHERE state = ANY($4) AND attempts < n.attempt ORDER BY n.id FOR UPDATE OF jobs) \
+                      UPDATE jobs SET state = 'running', started_at = note.at, attempts = note.attempt \
+                      FROM note WHERE jobs.id = note.id AND state = ANY($4) AND attempts < note.attempt";
             let update = connection.prepare_cached(update).await?;
             connection.execute(&update, &[&ids, &attempts, &times, &open_states(Event::Started)]).await?;
             Ok(())

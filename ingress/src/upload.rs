@@ -370,7 +370,7 @@ async fn accept(
     };
     let submitted = submit(app.clone(), submission).await?;
     if upload.mending {
-        app.store.admit_lines(upload.batch, &[&custom_id]).await?;
+        app.store.admit_line(upload.batch, &custom_id).await?;
     }
     Ok(submitted.job)
 }

@@ -72,8 +72,9 @@ pub const BROKEN_MEMORY: Duration = Duration::from_mins(1);
 pub const GROUP_JOBS: usize = 64;
 /// Bytes of such a group, unless a single job has more.
 pub const GROUP_BYTES: usize = 12 * 1024 * 1024;
-/// Groups on their way at once, of each lane and per ingress process.
-pub const GROUPS: usize = 4;
+/// Groups on their way at once, of each lane and per ingress process: one forms while the other waits for a disk. With
+/// more of them each is smaller, and what a transaction and a sync cost is paid for fewer jobs.
+pub const GROUPS: usize = 2;
 /// What a group may lack of [`PUBLISH_DEADLINE`]: who has waited longer for one is refused before anything is recorded,
 /// and does not cost the others of the group their time.
 pub const GROUP_LEAST: Duration = Duration::from_millis(500);
@@ -371,6 +372,9 @@ pub const MAX_LETTERS: usize = 100_000;
 pub const NOTES_TOGETHER: Duration = Duration::from_millis(100);
 /// Notes that are held meanwhile at most.
 pub const NOTES_HELD: usize = 4_096;
+/// Between two transactions with results that nobody waits for: one that comes alone is recorded at once, and those of a
+/// burst share what a transaction costs.
+pub const RECORD_INTERVAL: Duration = Duration::from_millis(50);
 /// Results recorded in one transaction.
 pub const RECORD_BATCH: usize = 64;
 /// Bytes of them, unless a single result has more: well within [`DATABASE_DEADLINE`]. And more than [`MAX_MESSAGE_BYTES`],

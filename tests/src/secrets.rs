@@ -1,4 +1,5 @@
-//! What no log may hold: everything secret that a test has sent or was given, noted on the way, and what looks like it.
+//! What no log may hold: everything secret that a test has sent or was given, noted on the way, and what looks like it. And
+//! what no test may cause.
 
 use std::{
     collections::BTreeSet,
@@ -27,6 +28,8 @@ const LOOKS: [&str; 7] =
     ["/9j/4", "iVBORw0KGgo", "eyJhbGci", "eyJ0eXAi", r"\xffd8ff", r"\x89504e47", "PRIVATE KEY-----"];
 /// Whose logs are looked through: those of our programs, and of the servers that they use.
 const PROGRAMS: [&str; 6] = ["ingress", "worker", "operate", "registration", "nats-server", "postgres"];
+/// What PostgreSQL says when transactions wait for each other: one of them fails, and its caller waits a second for that.
+const DEADLOCK: &str = "deadlock detected";
 /// Members and fields whose values are secrets.
 const SECRET: [&str; 9] = [
     "password",
@@ -156,7 +159,9 @@ pub(crate) fn look(state: &Path) -> Result<()> {
         if PROGRAMS.iter().any(|program| name.starts_with(program)) {
             let log = fs::read(&path)?;
             bytes += log.len();
-            leak(&String::from_utf8_lossy(&log), &noted).with_context(|| path.display().to_string())?;
+            let log = String::from_utf8_lossy(&log);
+            leak(&log, &noted).with_context(|| path.display().to_string())?;
+            ensure!(!log.contains(DEADLOCK), "{}: {DEADLOCK}", path.display());
         }
     }
     ensure!(bytes > 0, "the logs in {} are empty", state.display());

@@ -214,11 +214,13 @@ impl Store {
         .await
     }
 
-    /// Lines that were refused once and are accepted now.
-    pub(crate) async fn admit_lines(&self, batch: Uuid, custom_ids: &[&str]) -> Result<()> {
+    /// A line that may have been refused once is accepted now.
+    pub(crate) async fn admit_line(&self, batch: Uuid, custom_id: &str) -> Result<()> {
         within(async {
-            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND custom_id = ANY($2)";
-            self.pool.get().await?.execute(delete, &[&batch, &custom_ids]).await?;
+            let connection = self.pool.get().await?;
+            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND custom_id = $2";
+            let delete = connection.prepare_cached(delete).await?;
+            connection.execute(&delete, &[&batch, &custom_id]).await?;
             Ok(())
         })
         .await
