@@ -100,7 +100,7 @@ impl Lines {
     /// A whole line from the buffer, if there is one, with the part of the memory that stands for it.
     fn take(&mut self) -> Option<Next> {
         loop {
-            let feed = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n');
+            let feed = memchr::memchr(b'\n', &self.buffer[self.searched..]);
             let end = match feed {
                 Some(position) => self.searched + position,
                 None if self.ended && !self.buffer.is_empty() => self.buffer.len(),

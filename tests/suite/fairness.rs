@@ -155,6 +155,18 @@ async fn no_caller_waits_beside_a_backlog() -> Result<()> {
     lab.stop().await
 }
 
+// Two replicas record what six workers begin and end, the same jobs at the same time: no two transactions wait for each
+// other, which the end of the test would find in the log of PostgreSQL.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_of_a_burst_do_not_wait_in_a_circle() -> Result<()> {
+    const BACKLOG: usize = 600;
+    let mut lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
+    submit(lab.client(), BACKLOG).await?;
+    lab.start_workers(vec![Worker::simulated(1); 6]).await?;
+    until_all_ended(&lab).await?;
+    lab.stop().await
+}
+
 // An idle worker starts a bulk job because it was woken, not because it looked.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wake_up_starts_a_job_at_once() -> Result<()> {
