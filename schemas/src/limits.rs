@@ -72,9 +72,9 @@ pub const BROKEN_MEMORY: Duration = Duration::from_mins(1);
 pub const GROUP_JOBS: usize = 64;
 /// Bytes of such a group, unless a single job has more.
 pub const GROUP_BYTES: usize = 12 * 1024 * 1024;
-/// Groups on their way at once, of each lane and per ingress process: one forms while the other waits for a disk. With
-/// more of them each is smaller, and what a transaction and a sync cost is paid for fewer jobs.
-pub const GROUPS: usize = 2;
+/// Groups on their way at once, of each lane and per ingress process. With more of them each is smaller, what a transaction
+/// and a sync cost is paid for fewer jobs, and those of one client wait for each other all the same, at its load's lock.
+pub const GROUPS: usize = 1;
 /// What a group may lack of [`PUBLISH_DEADLINE`]: who has waited longer for one is refused before anything is recorded,
 /// and does not cost the others of the group their time.
 pub const GROUP_LEAST: Duration = Duration::from_millis(500);
@@ -98,7 +98,7 @@ pub const MAX_CUSTOM_ID_CHARS: usize = 255;
 /// of all a 503.
 pub const MAX_UPLOADS: usize = 64;
 /// Bytes of lines that one upload has in hand; beyond it, the client's socket waits. One line may have more.
-pub const UPLOAD_BYTES: usize = 8 * 1024 * 1024;
+pub const UPLOAD_BYTES: usize = 5 * 1024 * 1024;
 /// Lines that one upload has in hand.
 pub const UPLOAD_LINES: usize = 64;
 /// How long a line of an upload waits for the client's quota, or for the queue, to have room again.
