@@ -111,21 +111,21 @@ fn main() -> ExitCode {
     })
 }
 
-/// Bytes of the largest block of memory that a worker keeps once it is freed, and a decoder, for whom it is most of a
-/// photograph: what goes back to the system has to be filled with zeros by it the next time.
-const WORKER_KEEPS: i32 = 1 << 20;
-const DECODER_KEEPS: i32 = 8 << 20;
+/// Bytes of the largest block of memory that a worker keeps once it is freed, and a decoder, for whom it is the whole of an
+/// ordinary image: what goes back to the system has to be filled with zeros by it the next time.
+const WORKER_KEEPS: i32 = 128 << 10;
+const DECODER_KEEPS: i32 = 1 << 20;
 
 /// What glibc keeps of freed memory, it keeps for each thread, and once a large block was freed it keeps blocks of up to
 /// 32 MB: with two copies of a model that is as much again as they take. Blocks larger than this go back at once now, and
-/// smaller ones when more than two of this size are free.
+/// smaller ones when so much is free at the end of the heap.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn keep_freed_memory(block: i32) {
     #[expect(unsafe_code, reason = "the allocator has no other way to be told")]
     // SAFETY: settings, before there is a second thread. A system that does not take them goes on without.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, block);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * block);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, block);
     }
 }
 
