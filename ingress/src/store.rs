@@ -226,7 +226,7 @@ impl Store {
             let attempts: Vec<i32> = notes.iter().map(|note| note.attempt as i32).collect();
             let times: Vec<OffsetDateTime> = notes.iter().map(|note| note.started_at).collect();
             let connection = self.pool.get().await?;
-            // Locked in order of their ids, as by every transaction with several jobs.
+            // Locked in order of their ids, as results of the same jobs are.
             let update = "WITH note AS (SELECT n.* FROM unnest($1::uuid[], $2::int[], $3::timestamptz[]) \
                       AS n (id, attempt, at) JOIN jobs ON jobs.id = n.id \
                       WHERE state = ANY($4) AND attempts < n.attempt ORDER BY n.id FOR UPDATE OF jobs) \
