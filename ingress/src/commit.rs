@@ -13,11 +13,11 @@ use dermflow_schemas::{
     error::{ApiError, Code},
     id::{ClientId, JobId},
     job::Lane,
-    limits::{GROUP_BYTES, GROUP_JOBS, GROUP_LEAST, GROUP_QUEUE, GROUPS, PUBLISH_DEADLINE},
+    limits::{GROUP_BYTES, GROUP_JOBS, GROUP_LEAST, GROUP_QUEUE, PUBLISH_DEADLINE},
     queue::{Message, PublishError},
 };
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{mpsc, oneshot},
     time::{Instant, timeout_at},
 };
 
@@ -113,12 +113,11 @@ impl Entries {
     }
 }
 
-/// Forms groups of a lane and commits them, [`GROUPS`] at once, until every [`Commits`] is gone.
+/// Forms groups of a lane and commits one after the other, until every [`Commits`] is gone. With several at once each would
+/// be smaller, so that what a transaction and a sync cost is paid for fewer jobs; and those of one client wait for each other
+/// all the same, for the lock on its load.
 pub(crate) async fn run(app: Arc<App>, mut entries: Entries) {
-    let groups = Arc::new(Semaphore::new(GROUPS));
-    loop {
-        let Ok(permit) = groups.clone().acquire_owned().await else { return };
-        let Some(first) = entries.next().await else { return };
+    while let Some(first) = entries.next().await {
         let (mut bytes, mut group) = (size(&first), vec![first]);
         while group.len() < GROUP_JOBS
             && bytes < GROUP_BYTES
@@ -128,10 +127,10 @@ pub(crate) async fn run(app: Arc<App>, mut entries: Entries) {
             group.push(next);
         }
         let app = app.clone();
-        tokio::spawn(async move {
-            commit(&app, group).await;
-            drop(permit);
-        });
+        // A task of its own: what panics takes its group with it, and not the lane.
+        if let Err(error) = tokio::spawn(async move { commit(&app, group).await }).await {
+            tracing::error!(%error, "a group was not committed");
+        }
     }
 }
 
@@ -211,8 +210,7 @@ async fn publish(
     messages: Vec<Message>,
     end: Instant,
 ) -> Vec<Result<(), Problem>> {
-    let Some(first) = fresh.first() else { return Vec::new() };
-    let lane = first.header.lane;
+    let Some(lane) = fresh.first().map(|fresh| fresh.header.lane) else { return Vec::new() };
     let clients: HashSet<ClientId> = fresh.iter().map(|fresh| fresh.header.client).collect();
     let left = end.saturating_duration_since(Instant::now());
     let published = app.publisher_of(lane).publish_all(messages, left).await;

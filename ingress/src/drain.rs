@@ -48,6 +48,13 @@ pub(crate) struct Place {
 }
 
 impl View {
+    /// From when on ended jobs count, looking at them `now`: what ended before there was a queue says nothing of how fast one
+    /// drains.
+    fn since(&self, now: OffsetDateTime) -> OffsetDateTime {
+        let window = now - DRAIN_WINDOW;
+        self.busy_since.map_or(window, |busy_since| busy_since.max(window))
+    }
+
     /// Jobs a second, of one client or of all; `None` when none ended of late.
     fn rate(&self, client: Option<ClientId>) -> Option<f64> {
         let ended: i64 = self
@@ -56,9 +63,8 @@ impl View {
             .filter(|flow| client.is_none_or(|client| flow.client == client))
             .map(|flow| flow.ended)
             .sum();
-        // What was measured before the first job came in says nothing about the speed.
         let busy = (self.at? - self.busy_since?).as_seconds_f64();
-        (ended > 0).then(|| ended as f64 / busy.clamp(1.0, DRAIN_WINDOW.as_secs_f64()))
+        (ended > 0 && busy > 0.0).then(|| ended as f64 / busy.min(DRAIN_WINDOW.as_secs_f64()))
     }
 
     fn open(&self) -> i64 {
@@ -137,7 +143,8 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
             _ = tick.tick() => {}
         }
         let now = clock::now();
-        match app.store.flows(now - DRAIN_WINDOW).await {
+        let since = app.drain.view().since(now);
+        match app.store.flows(since).await {
             Ok(flows) => {
                 let mut view = app.drain.view.write().unwrap_or_else(PoisonError::into_inner);
                 let busy = flows.iter().any(|flow| flow.open > 0);
@@ -182,6 +189,18 @@ mod tests {
         assert_eq!(wait_for(600.0, Some(100.0)), Duration::from_secs(6));
         assert_eq!(wait_for(600.0, None), DRAIN_UNKNOWN);
         assert_eq!(wait_for(1e9, Some(0.1)), MAX_RETRY_AFTER);
+    }
+
+    /// Jobs that ended while there was no queue took no time of it.
+    #[test]
+    fn only_what_ended_since_there_is_a_queue_counts() {
+        let at = OffsetDateTime::UNIX_EPOCH;
+        let begun = View { busy_since: Some(at), ..view(vec![flow(1, 500, 110)]) };
+        assert_eq!(begun.rate(None), None);
+        let (now, long_ago) = (at + Duration::from_secs(2), at - Duration::from_hours(1));
+        assert_eq!(begun.since(now), at);
+        assert_eq!(View { busy_since: Some(long_ago), ..begun.clone() }.since(now), now - DRAIN_WINDOW);
+        assert_eq!(View::default().since(now), now - DRAIN_WINDOW);
     }
 
     #[test]

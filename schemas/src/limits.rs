@@ -72,10 +72,6 @@ pub const BROKEN_MEMORY: Duration = Duration::from_mins(1);
 pub const GROUP_JOBS: usize = 64;
 /// Bytes of such a group, unless a single job has more.
 pub const GROUP_BYTES: usize = 12 * 1024 * 1024;
-/// Groups on their way at once, of each lane and per ingress process. With more of them each is smaller, so that what a
-/// transaction and a sync cost is paid for fewer jobs; and groups of one client wait for each other all the same, for the
-/// lock on its load.
-pub const GROUPS: usize = 1;
 /// What a group may lack of [`PUBLISH_DEADLINE`]: who has waited longer for one is refused before anything is recorded,
 /// and does not cost the others of the group their time.
 pub const GROUP_LEAST: Duration = Duration::from_millis(500);

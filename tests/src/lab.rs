@@ -142,7 +142,7 @@ impl Worker {
     }
 
     fn flags(&self, state: &State, number: usize) -> Result<Vec<String>> {
-        let mut flags = vec!["--executors".to_owned(), "1".to_owned()];
+        let mut flags: Vec<_> = ["--executors", "1", "--reserved-executors", "0"].map(str::to_owned).into();
         if !self.args.contains(&"--model".to_owned()) {
             let folder = match &self.model {
                 Model::Folder(folder) => folder.clone(),

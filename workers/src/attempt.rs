@@ -44,6 +44,7 @@ use crate::{
 };
 
 /// What every attempt needs.
+#[derive(Clone)]
 pub struct Attempts {
     /// Into the streams.
     pub publisher: Publisher,
@@ -59,8 +60,8 @@ pub struct Attempts {
     pub timing: Timing,
     /// What was withdrawn.
     pub cancels: Cancels,
-    /// Who may run beside whom.
-    pub quarantine: Quarantine,
+    /// Who may run beside whom, of all jobs of the process.
+    pub quarantine: Arc<Quarantine>,
 }
 
 /// How an attempt ended.

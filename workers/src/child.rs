@@ -21,7 +21,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dermflow_schemas::{image::Format, limits};
+use dermflow_schemas::{
+    image::{Format, header},
+    limits,
+};
 use image::RgbImage;
 use rustix::{
     process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit},
@@ -32,6 +35,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     decode::{DecodeError, Picture},
     frame::Frame,
+    memory,
     model::MAX_INPUT_SIDE,
 };
 
@@ -275,6 +279,11 @@ pub fn serve() -> io::Result<()> {
         let mut file = vec![0; length as usize];
         socket.read_exact(&mut file)?;
         let format = if format == [1] { Format::Png } else { Format::Jpeg };
+        if header(&file, format).is_some_and(|header| header.memory <= memory::ORDINARY) {
+            memory::keep_much();
+        } else {
+            memory::keep_little();
+        }
         // A library that panics over a file does so again.
         let frame = panic::catch_unwind(|| Ok(Frame::of(&Picture::decode(file, format)?, (columns, rows))))
             .unwrap_or_else(|_| Err(DecodeError::Told("its decoder panicked".into())));

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// How the loop ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum End {
     /// It was told to stop, and every job is finished.
     Drained,
@@ -38,6 +38,17 @@ pub enum End {
     CutOff,
     /// An executor hung: the process must be started anew.
     Hung,
+}
+
+impl End {
+    /// Of a loop in which an executor `hung` or none, and which `drained` within the grace or not.
+    pub(crate) fn of(hung: bool, drained: bool) -> Self {
+        match (hung, drained) {
+            (true, _) => Self::Hung,
+            (false, true) => Self::Drained,
+            (false, false) => Self::CutOff,
+        }
+    }
 }
 
 /// Every line, and what runs.
@@ -66,14 +77,14 @@ impl Consumer {
         watch: Watch,
         executors: Executors,
         count: NonZeroUsize,
-        attempts: Attempts,
+        attempts: Arc<Attempts>,
     ) -> Self {
         Self {
             pulls,
             watch,
             schedule: Schedule::new(RandomState::new().hash_one(std::process::id())),
             executors,
-            attempts: Arc::new(attempts),
+            attempts,
             places: Arc::new(Semaphore::new(count.get() + 1)),
             slot: None,
             running: JoinSet::new(),
@@ -101,11 +112,7 @@ impl Consumer {
         // What waits for an executor in hand gets it.
         self.slot = None;
         let drained = timeout(grace, self.drain()).await.is_ok();
-        match (hung.is_cancelled(), drained) {
-            (true, _) => End::Hung,
-            (false, true) => End::Drained,
-            (false, false) => End::CutOff,
-        }
+        End::of(hung.is_cancelled(), drained)
     }
 
     /// Makes the request that the executor allows which is free, or soon will be: one source after the other without

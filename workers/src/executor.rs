@@ -103,7 +103,7 @@ impl Pace {
 
 impl Executors {
     /// Starts `count` threads, each with a decoder and with an engine of each factory of its own, and waits until all have
-    /// them.
+    /// them. They and their decoders are `nice`: 0 to 19, the higher the more they let others go first, see nice(2).
     ///
     /// # Errors
     /// When an engine cannot be made, or a decoder cannot be started.
@@ -111,6 +111,7 @@ impl Executors {
         count: NonZeroUsize,
         factories: &[Factory],
         decoding: &Decoding,
+        nice: i32,
     ) -> Result<Self, EngineError> {
         // Never full: whoever hands over work holds a slot.
         let (work, queue) = sync_channel(count.get());
@@ -122,7 +123,11 @@ impl Executors {
             let pace = pace.clone();
             thread::Builder::new()
                 .name(format!("executor-{number}"))
-                .spawn(move || serve(&queue, &factories, &decoding, &pace, ready))
+                .spawn(move || {
+                    // Of this thread alone, and of what it starts. It goes on as well without.
+                    let _ = rustix::process::nice(nice);
+                    serve(&queue, &factories, &decoding, &pace, ready);
+                })
                 .map_err(|error| EngineError::Runtime(error.to_string()))?;
             starting.push(started);
         }
@@ -270,8 +275,9 @@ mod tests {
             counter.fetch_add(1, Ordering::SeqCst);
             Ok(Box::new(Silent))
         });
-        let executors =
-            Executors::start(NonZeroUsize::new(count).unwrap(), &[factory], &Decoding::Here).await.unwrap();
+        let executors = Executors::start(NonZeroUsize::new(count).unwrap(), &[factory], &Decoding::Here, 0)
+            .await
+            .unwrap();
         (executors, made)
     }
 
@@ -365,7 +371,7 @@ mod tests {
             })
         });
         let one = NonZeroUsize::new(1).unwrap();
-        let executors = Executors::start(one, &factories, &Decoding::Here).await.unwrap();
+        let executors = Executors::start(one, &factories, &Decoding::Here, 0).await.unwrap();
         for (model, expected) in [(1, [1, 1]), (0, [1, 2]), (1, [1, 2])] {
             let slot = executors.slot().await.unwrap();
             assert_eq!(executors.run(slot, LIMIT, model, |_| 7).await, Ok(7));
@@ -385,7 +391,7 @@ mod tests {
     #[tokio::test]
     async fn an_engine_that_cannot_be_made_is_an_error_at_start() {
         let factory: Factory = Arc::new(|| Err(EngineError::Misfit("as planned".into())));
-        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &[factory], &Decoding::Here).await;
+        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &[factory], &Decoding::Here, 0).await;
         assert!(matches!(failed, Err(EngineError::Misfit(_))));
     }
 }

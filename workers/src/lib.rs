@@ -9,10 +9,11 @@
 //! does.
 //!
 //! `schedule`, `fair` (whom to ask: pure), `watch` (who has jobs), `pull` (the requests), `cancel` (what was
-//! withdrawn); `consume` (the loop) → `attempt` (one message) → `executor` (a thread, its engine and `child`, its decoder's
-//! process) → `analyse` → `report`; `model` is a model's folder, `golden` what it must say, `models` which one a job is for;
-//! `quality` is how good an image is, `outline` what a report says of a lesion's place,
-//! `heat` what speaks for a class, and `language` how it is said. `pixels` is what models are trained on.
+//! withdrawn); `consume` (the loop), `reserved` (a smaller one, for callers who wait) → `attempt` (one message) → `executor`
+//! (a thread, its engine and `child`, its decoder's process) → `analyse` → `report`; `model` is a model's folder, `golden`
+//! what it must say, `models` which one a job is for; `quality` is how good an image is, `outline` what a report says of a
+//! lesion's place, `heat` what speaks for a class, and `language` how it is said. `pixels` is what models are trained on, and
+//! `memory` what a process keeps of what it has freed.
 
 pub mod analyse;
 pub mod attempt;
@@ -27,6 +28,7 @@ pub mod frame;
 pub mod golden;
 pub mod heat;
 pub mod language;
+pub mod memory;
 pub mod model;
 pub mod models;
 pub mod outline;
@@ -35,6 +37,7 @@ pub mod pull;
 pub mod quality;
 pub mod quarantine;
 pub mod report;
+pub mod reserved;
 pub mod resize;
 pub mod schedule;
 #[cfg(test)]

@@ -26,16 +26,18 @@ use dermflow_workers::{
     engine::{self, Factory, Runtime},
     executor::Executors,
     golden::{self, Golden},
+    memory,
     model::Model,
     models::{Models, Offer},
     pixels,
     pull::{Pull, find},
-    quarantine::Quarantine,
-    schedule::{LINES, Source},
+    reserved::Reserved,
+    schedule::{LINES, Line, Source},
     timing::Timing,
     watch::Watch,
 };
 use sd_notify::NotifyState;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 /// Analyses skin images from the queue.
@@ -59,6 +61,10 @@ struct Options {
     /// Jobs worked on at once, one thread and one copy of each model each [default: one per core].
     #[arg(long, env = "DERMFLOW_EXECUTORS")]
     executors: Option<NonZeroUsize>,
+    /// As many more for synchronous requests alone, which bulk jobs then neither keep waiting nor slow down much: the other
+    /// executors let them have the processor first. 0 saves their copies of each model.
+    #[arg(long, env = "DERMFLOW_RESERVED_EXECUTORS", default_value_t = 1)]
+    reserved_executors: usize,
     /// The ONNX Runtime's library: a path, or a name that the system's loader finds.
     #[arg(long, env = "ORT_DYLIB_PATH", default_value = "libonnxruntime.so")]
     ort_dylib: PathBuf,
@@ -86,12 +92,15 @@ struct GoldenOptions {
     tolerance: f64,
 }
 
+/// How nice executors are, and their decoders, when others are reserved for callers who wait, see nice(2).
+const NICE: i32 = 15;
+
 const GOLDEN: &str = "golden";
 const PIXELS: &str = "pixels";
 
 fn main() -> ExitCode {
     let decoder = env::args_os().nth(1).is_some_and(|first| first == child::ARGUMENT);
-    keep_freed_memory(if decoder { DECODER_KEEPS } else { WORKER_KEEPS });
+    memory::keep_little();
     process::init();
     log_panics();
     if decoder {
@@ -110,27 +119,6 @@ fn main() -> ExitCode {
         ExitCode::FAILURE
     })
 }
-
-/// Bytes of the largest block of memory that a worker keeps once it is freed, and a decoder, for whom it is the whole of an
-/// ordinary image: what goes back to the system has to be filled with zeros by it the next time.
-const WORKER_KEEPS: i32 = 128 << 10;
-const DECODER_KEEPS: i32 = 1 << 20;
-
-/// What glibc keeps of freed memory, it keeps for each thread, and once a large block was freed it keeps blocks of up to
-/// 32 MB: with two copies of a model that is as much again as they take. Blocks larger than this go back at once now, and
-/// smaller ones when so much is free at the end of the heap.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn keep_freed_memory(block: i32) {
-    #[expect(unsafe_code, reason = "the allocator has no other way to be told")]
-    // SAFETY: settings, before there is a second thread. A system that does not take them goes on without.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, block);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, block);
-    }
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn keep_freed_memory(_: i32) {}
 
 fn write_golden(arguments: &ArgMatches) -> anyhow::Result<()> {
     let options = GoldenOptions::from_arg_matches(arguments)?;
@@ -161,24 +149,30 @@ async fn run(options: Options) -> anyhow::Result<ExitCode> {
     tokio::select! {
         biased;
         () = stop.cancelled() => Ok(ExitCode::SUCCESS),
-        consumer = prepare(&options) => {
-            let (consumer, client, grace) = consumer?;
+        prepared = prepare(&options) => {
+            let (consumer, reserved, client, grace) = prepared?;
             sd_notify::notify(&[NotifyState::Ready]).context("cannot notify the supervisor")?;
             tracing::info!("ready");
-            Ok(work(consumer, client, stop, grace).await)
+            Ok(work(consumer, reserved, client, stop, grace).await)
         }
     }
 }
 
 /// Everything that can be wrong with the surroundings shows here, before the first job is asked for.
-async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duration)> {
-    let count = executors(options)?;
+async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Vec<Reserved>, Client, Duration)> {
+    let (count, reserved) = executors(options)?;
     let keys = Keyring::obtain(&options.sealing).await?;
     let (models, factories) = load(options)?;
     let decoding =
         if options.decode_in_process { Decoding::Here } else { Decoding::InChild(OWN_PROGRAM.into()) };
-    let executors = Executors::start(count, &factories, &decoding).await?;
-    tracing::info!(executors = count, "loaded");
+    // Without reserved ones there is nobody to let go first.
+    let nice = if reserved.is_some() { NICE } else { 0 };
+    let executors = Executors::start(count, &factories, &decoding, nice).await?;
+    let of_their_own = match reserved {
+        Some(count) => Some(Executors::start(count, &factories, &decoding, 0).await?),
+        None => None,
+    };
+    tracing::info!(executors = count, reserved, "loaded");
     let broker = || format!("broker {}", options.nats.nats_url);
     let client = options.nats.connect().await.map_err(flat).with_context(broker)?;
     let context = queue::context(client.clone());
@@ -192,16 +186,25 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Client, Duratio
     cancels.listen(&client).await.map_err(flat)?;
     models.answer(&client).await.map_err(flat)?;
     let attempts = Attempts {
-        publisher: Publisher::new(context),
+        publisher: Publisher::new(context.clone()),
         client: client.clone(),
         keys,
         models: Arc::new(models),
         executors: executors.clone(),
         timing,
         cancels,
-        quarantine: Quarantine::default(),
+        quarantine: Arc::default(),
     };
-    Ok((Consumer::new(pulls, watch, executors, count, attempts), client, timing.grace))
+    let mut waiting = Vec::new();
+    if let (Some(count), Some(executors)) = (reserved, of_their_own) {
+        let attempts = Arc::new(Attempts { executors, ..attempts.clone() });
+        for _ in 0..count.get() {
+            let pull = Pull::open(&client, context.clone(), Line::Interactive).await.map_err(flat)?;
+            waiting.push(Reserved::new(pull, attempts.clone()));
+        }
+    }
+    let consumer = Consumer::new(pulls, watch, executors, count, Arc::new(attempts));
+    Ok((consumer, waiting, client, timing.grace))
 }
 
 /// The models, and what makes an engine of each. Each has made one, so that what is wrong with it is told with its folder.
@@ -222,13 +225,15 @@ fn load(options: &Options) -> anyhow::Result<(Models, Vec<Factory>)> {
     Ok((Models::new(models).context("--model")?, factories))
 }
 
-fn executors(options: &Options) -> anyhow::Result<NonZeroUsize> {
+/// How many for all jobs, and how many more for those that somebody waits for.
+fn executors(options: &Options) -> anyhow::Result<(NonZeroUsize, Option<NonZeroUsize>)> {
     let count = match options.executors {
         Some(count) => count,
         None => std::thread::available_parallelism().context("cannot count the cores: give --executors")?,
     };
-    anyhow::ensure!(count.get() <= MAX_EXECUTORS, "at most {MAX_EXECUTORS} executors, not {count}");
-    Ok(count)
+    let all = count.get().saturating_add(options.reserved_executors);
+    anyhow::ensure!(all <= MAX_EXECUTORS, "at most {MAX_EXECUTORS} executors, not {all}");
+    Ok((count, NonZeroUsize::new(options.reserved_executors)))
 }
 
 /// The broker's errors quote their causes already.
@@ -256,8 +261,24 @@ async fn open_lines(client: &Client, context: &JetStream) -> Result<[Pull; LINES
     Ok([open(LINES[0]).await?, open(LINES[1]).await?, open(LINES[2]).await?])
 }
 
-async fn work(consumer: Consumer, client: Client, stop: CancellationToken, grace: Duration) -> ExitCode {
-    let end = consumer.run(stop, grace).await;
+async fn work(
+    consumer: Consumer,
+    reserved: Vec<Reserved>,
+    client: Client,
+    stop: CancellationToken,
+    grace: Duration,
+) -> ExitCode {
+    let mut loops = JoinSet::new();
+    loops.spawn(consumer.run(stop.clone(), grace));
+    for one in reserved {
+        loops.spawn(one.run(stop.clone(), grace));
+    }
+    let mut end = End::Drained;
+    while let Some(ended) = loops.join_next().await {
+        // Whichever ends first, by a hung executor or by a panic, ends the process, and so the others.
+        stop.cancel();
+        end = end.max(ended.unwrap_or(End::CutOff));
+    }
     // Acks are handed to the connection, not awaited: they must leave before the process does.
     let _ = tokio::time::timeout(Duration::from_secs(5), client.flush()).await;
     match end {

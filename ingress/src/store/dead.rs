@@ -212,7 +212,8 @@ impl Store {
     pub(crate) async fn objects_removed(&self, jobs: &[JobId]) -> Result<()> {
         within(async {
             let ids: Vec<Uuid> = jobs.iter().map(|job| job.uuid()).collect();
-            let update = "UPDATE jobs SET claim_check = false WHERE id = ANY($1)";
+            let update = "UPDATE jobs SET claim_check = false WHERE id IN \
+                          (SELECT id FROM jobs WHERE id = ANY($1) ORDER BY id FOR UPDATE)";
             self.pool.get().await?.execute(update, &[&ids]).await?;
             Ok(())
         })

@@ -151,7 +151,9 @@ impl Store {
             let mut connection = self.pool.get().await?;
             let transaction = connection.transaction().await?;
             let ids: Vec<Uuid> = jobs.iter().map(|job| job.uuid()).collect();
-            let erase = "DELETE FROM jobs WHERE id = ANY($1) AND finished_at IS NOT NULL RETURNING client";
+            let erase = "DELETE FROM jobs WHERE id IN \
+                         (SELECT id FROM jobs WHERE id = ANY($1) AND finished_at IS NOT NULL ORDER BY id FOR UPDATE) \
+                         RETURNING client";
             let rows = transaction.query(erase, &[&ids]).await?;
             let clients: Vec<Uuid> = rows.iter().map(|row| row.get(0)).collect();
             note(&transaction, ("sweeper", Action::JobsErased), &clients, now).await?;

@@ -34,8 +34,8 @@ const CONNECTIONS: usize = 16;
 const IMAGE_BYTES: usize = 138_000;
 /// Different images.
 const IMAGES: usize = 16;
-/// Synchronous requests before the burst.
-const IDLE: usize = 20;
+/// Synchronous requests before the burst: about as many as during it.
+const IDLE: usize = 60;
 /// Jobs in hand when the queue is capped.
 const CAP: usize = 1_000;
 
@@ -144,7 +144,8 @@ pub(crate) async fn burst(model: &Path) -> Result<()> {
     let bare = bare_rate(model, &photographs).await?;
     let requests = photographs.iter().map(|file| parameters(std::slice::from_ref(file)).to_string());
     let bodies = Arc::new(requests.collect::<Vec<_>>());
-    let lab = Lab::in_service(Setup { workers: vec![Worker::model(model); 2], ..Setup::default() }).await?;
+    let worker = Worker::model(model).arg("--reserved-executors", "1");
+    let lab = Lab::in_service(Setup { workers: vec![worker; 2], ..Setup::default() }).await?;
     let alone = lab.register("alone").await?;
     submit_all(alone, bodies.clone(), SMALL, 4).await?;
     until_ended(&lab, Duration::from_mins(1)).await?;
