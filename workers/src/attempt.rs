@@ -44,7 +44,6 @@ use crate::{
 };
 
 /// What every attempt needs.
-#[derive(Clone)]
 pub struct Attempts {
     /// Into the streams.
     pub publisher: Publisher,
@@ -61,7 +60,7 @@ pub struct Attempts {
     /// What was withdrawn.
     pub cancels: Cancels,
     /// Who may run beside whom, of all jobs of the process.
-    pub quarantine: Arc<Quarantine>,
+    pub quarantine: Quarantine,
 }
 
 /// How an attempt ended.

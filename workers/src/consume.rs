@@ -11,7 +11,8 @@ use std::{
 use async_nats::jetstream::{AckKind, Message};
 use dermflow_schemas::{
     id::ClientId,
-    limits::{ASK_AHEAD, BULK_RETRY, BULK_RETRY_MAX},
+    job::Lane,
+    limits::{ASK_AHEAD, BULK_RETRY, BULK_RETRY_MAX, PULL_ANSWER, PULL_EXPIRES},
     queue,
 };
 use tokio::{
@@ -28,6 +29,9 @@ use crate::{
     schedule::{LINES, Line, Schedule, Source},
     watch::{News, Watch},
 };
+
+/// How long an open request may still bring a job: with a broker that is gone, it never ends.
+pub(crate) const LAST_ANSWER: Duration = PULL_EXPIRES.saturating_add(PULL_ANSWER);
 
 /// How the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -212,14 +216,16 @@ impl Consumer {
         source
     }
 
-    /// Starts an attempt. Without an executor in hand it waits for one, kept alive meanwhile: in the queue before this
-    /// loop, which would otherwise get the next executor for a job that is not here yet, and might wait for that with
+    /// Starts an attempt: who waits for it gets a reserved executor, if one is free. Without an executor in hand it waits for
+    /// one, kept alive meanwhile: in the queue before this loop, which would otherwise get the next executor for a job that is not here yet, and might wait for that with
     /// the executor in hand.
     fn start(&mut self, message: Message, source: Source, place: OwnedSemaphorePermit) {
         let attempts = self.attempts.clone();
-        let turn: Turn = match self.slot.take() {
+        let lane = if source == Source::Interactive { Lane::Interactive } else { Lane::Bulk };
+        let reserved = if lane == Lane::Interactive { self.executors.reserved_now() } else { None };
+        let turn: Turn = match reserved.or_else(|| self.slot.take()) {
             Some(slot) => Box::pin(ready(Some(slot))),
-            None => self.executors.turn(),
+            None => self.executors.turn(lane),
         };
         let client = match source {
             Source::Bulk(client) => Some(client),
@@ -235,7 +241,7 @@ impl Consumer {
     /// Takes what open requests still deliver, and waits for what runs.
     async fn drain(&mut self) {
         while self.pulls.iter().any(Pull::is_asked) {
-            let answer = next(&mut self.pulls).await;
+            let Ok(answer) = timeout(LAST_ANSWER, next(&mut self.pulls)).await else { break };
             self.heard(answer).await;
         }
         while let Some(ended) = self.running.join_next().await {

@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use dermflow_schemas::job::Lane;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
     task::coop::unconstrained,
@@ -42,6 +43,8 @@ pub enum ExecutorError {
 #[derive(Debug)]
 pub struct Slot {
     _permit: OwnedSemaphorePermit,
+    /// To the executors that it is one of.
+    work: SyncSender<(Work, Slot)>,
 }
 
 /// Work for an engine of the model with this number.
@@ -51,12 +54,24 @@ type Work = (usize, Box<dyn FnOnce(&mut dyn Engine) + Send>);
 /// end.
 pub type Turn = Pin<Box<dyn Future<Output = Option<Slot>> + Send>>;
 
+/// How nice executors are, and their decoders, when others are reserved for callers who wait, see nice(2): these get three
+/// times as much of a core that both want. Not more, as what decodes has a deadline.
+const NICE: i32 = 5;
+
 /// Executor threads. A clone uses the same ones; they end when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct Executors {
+    all: Pool,
+    /// For interactive jobs alone.
+    reserved: Option<Pool>,
+    hung: CancellationToken,
+}
+
+/// Threads that take work from one queue.
+#[derive(Debug, Clone)]
+struct Pool {
     slots: Arc<Semaphore>,
     work: SyncSender<(Work, Slot)>,
-    hung: CancellationToken,
     pace: Arc<Pace>,
 }
 
@@ -101,13 +116,8 @@ impl Pace {
     }
 }
 
-impl Executors {
-    /// Starts `count` threads, each with a decoder and with an engine of each factory of its own, and waits until all have
-    /// them. They and their decoders are `nice`: 0 to 19, the higher the more they let others go first, see nice(2).
-    ///
-    /// # Errors
-    /// When an engine cannot be made, or a decoder cannot be started.
-    pub async fn start(
+impl Pool {
+    async fn start(
         count: NonZeroUsize,
         factories: &[Factory],
         decoding: &Decoding,
@@ -134,41 +144,87 @@ impl Executors {
         for started in starting {
             started.await.unwrap_or_else(|_| Err(EngineError::Network("panicked while loading".into())))?;
         }
-        let slots = Arc::new(Semaphore::new(count.get()));
-        Ok(Self { slots, work, hung: CancellationToken::new(), pace })
+        Ok(Self { slots: Arc::new(Semaphore::new(count.get())), work, pace })
     }
 
-    /// Waits for a free executor. Who drops this has lost its place in the queue.
+    async fn slot(&self) -> Option<Slot> {
+        self.slots.clone().acquire_owned().await.ok().map(|permit| self.of(permit))
+    }
+
+    fn of(&self, permit: OwnedSemaphorePermit) -> Slot {
+        Slot { _permit: permit, work: self.work.clone() }
+    }
+}
+
+impl Executors {
+    /// Starts `count` threads, each with a decoder and with an engine of each factory of its own, and `reserved` ones besides,
+    /// and waits until all have them.
+    ///
+    /// # Errors
+    /// When an engine cannot be made, or a decoder cannot be started.
+    pub async fn start(
+        count: NonZeroUsize,
+        reserved: Option<NonZeroUsize>,
+        factories: &[Factory],
+        decoding: &Decoding,
+    ) -> Result<Self, EngineError> {
+        // Without reserved ones there is nobody to let go first.
+        let nice = if reserved.is_some() { NICE } else { 0 };
+        let all = Pool::start(count, factories, decoding, nice).await?;
+        let reserved = match reserved {
+            Some(count) => Some(Pool::start(count, factories, decoding, 0).await?),
+            None => None,
+        };
+        Ok(Self { all, reserved, hung: CancellationToken::new() })
+    }
+
+    /// Waits for a free executor that is not reserved. Who drops this has lost its place in the queue.
     pub async fn slot(&self) -> Option<Slot> {
         tokio::select! {
             biased;
             () = self.hung.cancelled() => None,
-            permit = self.slots.clone().acquire_owned() => permit.ok().map(|permit| Slot { _permit: permit }),
+            slot = self.all.slot() => slot,
         }
     }
 
-    /// Queues for an executor now, not when the turn is first waited for.
-    pub fn turn(&self) -> Turn {
+    /// A reserved executor, if there is one that is free.
+    pub fn reserved_now(&self) -> Option<Slot> {
+        let pool = self.reserved.as_ref()?;
+        pool.slots.clone().try_acquire_owned().ok().map(|permit| pool.of(permit))
+    }
+
+    /// Queues for an executor now, not when the turn is first waited for; an interactive job for a reserved one as well, and
+    /// has whichever is free first.
+    pub fn turn(&self, lane: Lane) -> Turn {
         let executors = self.clone();
         // What this task has done before must not keep it from queueing.
-        let mut turn: Turn = Box::pin(unconstrained(async move { executors.slot().await }));
+        let mut turn: Turn = Box::pin(unconstrained(async move {
+            match executors.reserved.as_ref().filter(|_| lane == Lane::Interactive) {
+                None => executors.slot().await,
+                Some(reserved) => tokio::select! {
+                    biased;
+                    slot = reserved.slot() => slot,
+                    slot = executors.slot() => slot,
+                },
+            }
+        }));
         match turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(slot) => Box::pin(ready(slot)),
             Poll::Pending => turn,
         }
     }
 
-    /// Whether an executor that has work should be free in `lead`, or before.
+    /// Whether an executor that has work, and is not reserved, should be free in `lead`, or before.
     pub fn is_soon_free(&self, lead: Duration) -> bool {
-        self.pace.next().is_some_and(|at| at <= Instant::now() + lead)
+        self.all.pace.next().is_some_and(|at| at <= Instant::now() + lead)
     }
 
     /// Waits for that; for ever when none has work.
     pub async fn soon_free(&self, lead: Duration) {
         loop {
-            let mut begun = std::pin::pin!(self.pace.begun.notified());
+            let mut begun = std::pin::pin!(self.all.pace.begun.notified());
             begun.as_mut().enable();
-            match self.pace.next() {
+            match self.all.pace.next() {
                 None => begun.await,
                 Some(at) => tokio::select! {
                     () = sleep_until(at.checked_sub(lead).unwrap_or(at)) => return,
@@ -201,7 +257,7 @@ impl Executors {
                 let _ = reply.send(work(engine));
             }),
         );
-        self.work.try_send((work, slot)).map_err(|_| ExecutorError::Panicked)?;
+        slot.work.clone().try_send((work, slot)).map_err(|_| ExecutorError::Panicked)?;
         let Ok(reply) = timeout(limit, done).await else {
             self.hung.cancel();
             return Err(ExecutorError::Hung);
@@ -275,9 +331,10 @@ mod tests {
             counter.fetch_add(1, Ordering::SeqCst);
             Ok(Box::new(Silent))
         });
-        let executors = Executors::start(NonZeroUsize::new(count).unwrap(), &[factory], &Decoding::Here, 0)
-            .await
-            .unwrap();
+        let executors =
+            Executors::start(NonZeroUsize::new(count).unwrap(), None, &[factory], &Decoding::Here)
+                .await
+                .unwrap();
         (executors, made)
     }
 
@@ -311,7 +368,7 @@ mod tests {
     async fn who_queued_first_is_first_though_nobody_has_waited_yet() {
         let (executors, _) = executors(1).await;
         let busy = executors.slot().await;
-        let turn = executors.turn();
+        let turn = executors.turn(Lane::Bulk);
         let mut later = std::pin::pin!(executors.slot());
         assert!(poll!(&mut later).is_pending());
         drop(busy);
@@ -320,7 +377,28 @@ mod tests {
         assert!(first.is_some());
         drop(first);
         assert!(later.await.is_some());
-        assert!(executors.turn().await.is_some(), "a turn that came at once is kept");
+        assert!(executors.turn(Lane::Bulk).await.is_some(), "a turn that came at once is kept");
+    }
+
+    /// Bulk never gets a reserved executor; an interactive job gets whichever is free first.
+    #[tokio::test]
+    async fn a_reserved_executor_is_for_interactive_jobs() {
+        let factory: Factory = Arc::new(|| Ok(Box::new(Silent)));
+        let one = NonZeroUsize::new(1).unwrap();
+        let executors = Executors::start(one, Some(one), &[factory], &Decoding::Here).await.unwrap();
+        let busy = executors.turn(Lane::Bulk).await.unwrap();
+        let mut bulk = executors.turn(Lane::Bulk);
+        assert!(poll!(&mut bulk).is_pending());
+        let reserved = executors.turn(Lane::Interactive).await.unwrap();
+        assert!(executors.reserved_now().is_none() && poll!(&mut bulk).is_pending());
+        drop(bulk);
+        let mut interactive = executors.turn(Lane::Interactive);
+        assert!(poll!(&mut interactive).is_pending());
+        assert_eq!(executors.run(reserved, LIMIT, 0, |_| 7).await, Ok(7));
+        assert!(interactive.await.is_some());
+        let mut interactive = executors.turn(Lane::Interactive);
+        assert_eq!(executors.run(busy, LIMIT, 0, |_| 7).await, Ok(7));
+        assert!(interactive.as_mut().await.is_some());
     }
 
     #[tokio::test(start_paused = true)]
@@ -330,22 +408,22 @@ mod tests {
         let soon = |lead| timeout(ms(60_000), executors.soon_free(lead));
         assert!(soon(ms(0)).await.is_err(), "nobody works");
         let first = Instant::now();
-        executors.pace.begin(first);
+        executors.all.pace.begin(first);
         assert!(soon(ms(0)).await.is_err(), "nothing is known");
-        executors.pace.end(first, first + ms(100));
+        executors.all.pace.end(first, first + ms(100));
         let (long_ago, now) = (Instant::now(), Instant::now() + ms(1));
-        executors.pace.begin(long_ago);
-        executors.pace.begin(now);
+        executors.all.pace.begin(long_ago);
+        executors.all.pace.begin(now);
         assert!(!executors.is_soon_free(ms(99)) && executors.is_soon_free(ms(100)));
         soon(ms(20)).await.unwrap();
         assert_eq!(Instant::now(), long_ago + ms(80));
-        executors.pace.end(long_ago, long_ago + ms(200));
+        executors.all.pace.end(long_ago, long_ago + ms(200));
         soon(ms(0)).await.unwrap();
         assert_eq!(Instant::now(), now + ms(125), "three parts of what was usual, one of the last");
-        executors.pace.end(now, now);
+        executors.all.pace.end(now, now);
         let begun = async {
             tokio::task::yield_now().await;
-            executors.pace.begin(Instant::now());
+            executors.all.pace.begin(Instant::now());
         };
         let (waited, ()) = tokio::join!(soon(ms(1_000)), begun);
         waited.unwrap();
@@ -371,7 +449,7 @@ mod tests {
             })
         });
         let one = NonZeroUsize::new(1).unwrap();
-        let executors = Executors::start(one, &factories, &Decoding::Here, 0).await.unwrap();
+        let executors = Executors::start(one, None, &factories, &Decoding::Here).await.unwrap();
         for (model, expected) in [(1, [1, 1]), (0, [1, 2]), (1, [1, 2])] {
             let slot = executors.slot().await.unwrap();
             assert_eq!(executors.run(slot, LIMIT, model, |_| 7).await, Ok(7));
@@ -391,7 +469,7 @@ mod tests {
     #[tokio::test]
     async fn an_engine_that_cannot_be_made_is_an_error_at_start() {
         let factory: Factory = Arc::new(|| Err(EngineError::Misfit("as planned".into())));
-        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), &[factory], &Decoding::Here, 0).await;
+        let failed = Executors::start(NonZeroUsize::new(2).unwrap(), None, &[factory], &Decoding::Here).await;
         assert!(matches!(failed, Err(EngineError::Misfit(_))));
     }
 }

@@ -31,6 +31,7 @@ use dermflow_workers::{
     models::{Models, Offer},
     pixels,
     pull::{Pull, find},
+    quarantine::Quarantine,
     reserved::Reserved,
     schedule::{LINES, Line, Source},
     timing::Timing,
@@ -61,8 +62,8 @@ struct Options {
     /// Jobs worked on at once, one thread and one copy of each model each [default: one per core].
     #[arg(long, env = "DERMFLOW_EXECUTORS")]
     executors: Option<NonZeroUsize>,
-    /// As many more for synchronous requests alone, which bulk jobs then neither keep waiting nor slow down much: the other
-    /// executors let them have the processor first. 0 saves their copies of each model.
+    /// As many executors more, for synchronous requests alone: bulk jobs do not keep those waiting, and let them have the
+    /// processor first. 0 saves their copies of each model.
     #[arg(long, env = "DERMFLOW_RESERVED_EXECUTORS", default_value_t = 1)]
     reserved_executors: usize,
     /// The ONNX Runtime's library: a path, or a name that the system's loader finds.
@@ -91,9 +92,6 @@ struct GoldenOptions {
     #[arg(long, default_value_t = golden::TOLERANCE)]
     tolerance: f64,
 }
-
-/// How nice executors are, and their decoders, when others are reserved for callers who wait, see nice(2).
-const NICE: i32 = 15;
 
 const GOLDEN: &str = "golden";
 const PIXELS: &str = "pixels";
@@ -165,13 +163,7 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Vec<Reserved>, 
     let (models, factories) = load(options)?;
     let decoding =
         if options.decode_in_process { Decoding::Here } else { Decoding::InChild(OWN_PROGRAM.into()) };
-    // Without reserved ones there is nobody to let go first.
-    let nice = if reserved.is_some() { NICE } else { 0 };
-    let executors = Executors::start(count, &factories, &decoding, nice).await?;
-    let of_their_own = match reserved {
-        Some(count) => Some(Executors::start(count, &factories, &decoding, 0).await?),
-        None => None,
-    };
+    let executors = Executors::start(count, reserved, &factories, &decoding).await?;
     tracing::info!(executors = count, reserved, "loaded");
     let broker = || format!("broker {}", options.nats.nats_url);
     let client = options.nats.connect().await.map_err(flat).with_context(broker)?;
@@ -185,7 +177,7 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Vec<Reserved>, 
     let cancels = Cancels::default();
     cancels.listen(&client).await.map_err(flat)?;
     models.answer(&client).await.map_err(flat)?;
-    let attempts = Attempts {
+    let attempts = Arc::new(Attempts {
         publisher: Publisher::new(context.clone()),
         client: client.clone(),
         keys,
@@ -193,17 +185,14 @@ async fn prepare(options: &Options) -> anyhow::Result<(Consumer, Vec<Reserved>, 
         executors: executors.clone(),
         timing,
         cancels,
-        quarantine: Arc::default(),
-    };
+        quarantine: Quarantine::default(),
+    });
     let mut waiting = Vec::new();
-    if let (Some(count), Some(executors)) = (reserved, of_their_own) {
-        let attempts = Arc::new(Attempts { executors, ..attempts.clone() });
-        for _ in 0..count.get() {
-            let pull = Pull::open(&client, context.clone(), Line::Interactive).await.map_err(flat)?;
-            waiting.push(Reserved::new(pull, attempts.clone()));
-        }
+    for _ in 0..options.reserved_executors {
+        let pull = Pull::open(&client, context.clone(), Line::Interactive).await.map_err(flat)?;
+        waiting.push(Reserved::new(pull, attempts.clone()));
     }
-    let consumer = Consumer::new(pulls, watch, executors, count, Arc::new(attempts));
+    let consumer = Consumer::new(pulls, watch, executors, count, attempts);
     Ok((consumer, waiting, client, timing.grace))
 }
 
@@ -231,8 +220,8 @@ fn executors(options: &Options) -> anyhow::Result<(NonZeroUsize, Option<NonZeroU
         Some(count) => count,
         None => std::thread::available_parallelism().context("cannot count the cores: give --executors")?,
     };
-    let all = count.get().saturating_add(options.reserved_executors);
-    anyhow::ensure!(all <= MAX_EXECUTORS, "at most {MAX_EXECUTORS} executors, not {all}");
+    let most = count.get().max(options.reserved_executors);
+    anyhow::ensure!(most <= MAX_EXECUTORS, "at most {MAX_EXECUTORS} executors of a kind, not {most}");
     Ok((count, NonZeroUsize::new(options.reserved_executors)))
 }
 

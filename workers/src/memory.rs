@@ -4,7 +4,7 @@
 //! of a model that is as much again as they take. What goes back to the system, on the other hand, has to be filled with zeros
 //! by it the next time, which is a quarter of what decoding an ordinary image takes.
 
-/// Bytes of the largest block that is kept, and of what is kept at the end of the heap.
+/// Bytes of the largest block that is kept, and of all that is kept at the end of the heap.
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
 enum Kept {
@@ -18,12 +18,12 @@ pub fn keep_little() {
     keep(Kept::Little);
 }
 
-/// From now on blocks of up to 8 MiB: for a decoder of ordinary images, whose pixels are such a block.
+/// From now on up to 8 MiB: for a decoder of ordinary images, whose pixels are such a block.
 pub fn keep_much() {
     keep(Kept::Much);
 }
 
-/// Bytes of pixels up to which an image is an ordinary one: a block that is kept.
+/// Bytes of pixels up to which an image is an ordinary one: a block that may be kept.
 pub const ORDINARY: u64 = Kept::Much as u64;
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
