@@ -189,7 +189,7 @@ impl Executors {
 
     /// A reserved executor, if there is one that is free.
     pub fn reserved_now(&self) -> Option<Slot> {
-        let pool = self.reserved.as_ref()?;
+        let pool = self.reserved.as_ref().filter(|_| !self.hung.is_cancelled())?;
         pool.slots.clone().try_acquire_owned().ok().map(|permit| pool.of(permit))
     }
 
@@ -203,8 +203,9 @@ impl Executors {
                 None => executors.slot().await,
                 Some(reserved) => tokio::select! {
                     biased;
+                    () = executors.hung.cancelled() => None,
                     slot = reserved.slot() => slot,
-                    slot = executors.slot() => slot,
+                    slot = executors.all.slot() => slot,
                 },
             }
         }));
@@ -391,14 +392,20 @@ mod tests {
         assert!(poll!(&mut bulk).is_pending());
         let reserved = executors.turn(Lane::Interactive).await.unwrap();
         assert!(executors.reserved_now().is_none() && poll!(&mut bulk).is_pending());
-        drop(bulk);
         let mut interactive = executors.turn(Lane::Interactive);
         assert!(poll!(&mut interactive).is_pending());
         assert_eq!(executors.run(reserved, LIMIT, 0, |_| 7).await, Ok(7));
-        assert!(interactive.await.is_some());
-        let mut interactive = executors.turn(Lane::Interactive);
+        let reserved = interactive.await.unwrap();
+        assert!(poll!(&mut bulk).is_pending());
+        drop(bulk);
+        let interactive = executors.turn(Lane::Interactive);
         assert_eq!(executors.run(busy, LIMIT, 0, |_| 7).await, Ok(7));
-        assert!(interactive.as_mut().await.is_some());
+        let shared = interactive.await.unwrap();
+        assert!(executors.reserved_now().is_none());
+        drop((reserved, shared));
+        assert!(executors.reserved_now().is_some());
+        executors.hung.cancel();
+        assert!(executors.reserved_now().is_none() && executors.turn(Lane::Interactive).await.is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -59,7 +59,7 @@ struct Options {
         required = true
     )]
     models: Vec<Offer>,
-    /// Jobs worked on at once, one thread and one copy of each model each [default: one per core].
+    /// Executors for all jobs: one job at a time, one thread and one copy of each model each [default: one per core].
     #[arg(long, env = "DERMFLOW_EXECUTORS")]
     executors: Option<NonZeroUsize>,
     /// As many executors more, for synchronous requests alone: bulk jobs do not keep those waiting, and let them have the
