@@ -244,15 +244,15 @@ async fn an_upload_does_not_outlive_its_token() -> Result<()> {
     let grant = Grant { client, credential, scope, ends: None, after: None, bound_to: None };
     let left = Duration::from_secs(3);
     let age = (LIFETIME + Duration::from_secs(LEEWAY as u64)).saturating_sub(left);
-    let old = tokens.issue(grant, clock::now() - age)?;
-    // The server ends its connection: nobody else shall be about to use that.
-    let old = Client::new(&lab.ca(), &lab.url(0))?.with_token(old.expose_secret());
     let begun = Instant::now();
-    let answer = until_ended(&old, async { Ok(()) }).await?;
+    let old = tokens.issue(grant, clock::now() - age)?;
+    // The server ends the connection of such an upload: no other request shall be about to use that.
+    let connect = || anyhow::Ok(Client::new(&lab.ca(), &lab.url(0))?.with_token(old.expose_secret()));
+    let answer = until_ended(&connect()?, async { Ok(()) }).await?;
     assert_shut_out(&answer, "unauthenticated");
     assert!(begun.elapsed() + Duration::from_secs(1) >= left, "{:?}", begun.elapsed());
     let (batch, path) = (id(&answer), format!("/batches/{}", id(&answer)));
-    assert_eq!(old.get(&path).await?.status, 401);
+    assert_eq!(connect()?.get(&path).await?.status, 401);
     assert_eq!(demo.get(&path).await?.body["total"], 1);
     let whole = line("l0") + &line("l1");
     let again = upload(demo, &path, NDJSON, whole).await?;
