@@ -200,8 +200,9 @@ pub const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 /// What an orderly shutdown of ingress waits for requests in flight: the longest wait, and its answer.
 pub const INGRESS_DRAIN: Duration = Duration::from_secs(70);
 
-/// The whole hand-over of a payload to the broker; after it the outcome is unknown and the answer 503.
-pub const PUBLISH_DEADLINE: Duration = Duration::from_secs(2);
+/// The whole hand-over of a payload to the broker; after it the outcome is unknown and the answer 503, which the caller
+/// has within two seconds.
+pub const PUBLISH_DEADLINE: Duration = Duration::from_millis(1_900);
 /// Messages that go to the broker as one atomic batch. A batch costs the broker about as much as 20 single
 /// messages, however many it holds (`bench publish`).
 pub const ATOMIC_FROM: usize = 24;

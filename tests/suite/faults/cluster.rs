@@ -18,7 +18,7 @@ const NODES: usize = 3;
 /// one failure at a time: the next one comes when the third is up to date again.) A follower of nats-server waits 4 to 9
 /// seconds for its leader before it stands for election; a submission that came too early for the new one is refused
 /// after [`PUBLISH_DEADLINE`]; and one second for the rest.
-const UNAVAILABLE: Duration = Duration::from_secs(9 + PUBLISH_DEADLINE.as_secs() + 1);
+const UNAVAILABLE: Duration = Duration::from_secs(10).saturating_add(PUBLISH_DEADLINE);
 
 async fn start() -> Result<(Lab, Ledger)> {
     let workers = vec![Worker::simulated(5), Worker::simulated(5)];

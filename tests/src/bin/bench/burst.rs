@@ -144,7 +144,7 @@ pub(crate) async fn burst(model: &Path) -> Result<()> {
     let bare = bare_rate(model, &photographs).await?;
     let requests = photographs.iter().map(|file| parameters(std::slice::from_ref(file)).to_string());
     let bodies = Arc::new(requests.collect::<Vec<_>>());
-    let worker = Worker::model(model).arg("--reserved-executors", "1");
+    let worker = Worker::models(&[model.display().to_string()]).arg("--reserved-executors", "1");
     let lab = Lab::in_service(Setup { workers: vec![worker; 2], ..Setup::default() }).await?;
     let alone = lab.register("alone").await?;
     submit_all(alone, bodies.clone(), SMALL, 4).await?;

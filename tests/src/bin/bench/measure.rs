@@ -88,7 +88,7 @@ pub(crate) async fn bare_rate(model: &Path, files: &[Vec<u8>]) -> Result<f64> {
     const BLOCK: Duration = Duration::from_secs(8);
     let cores = thread::available_parallelism()?.get();
     let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
-    let model = Arc::new(Model::load(model, false)?);
+    let model = Arc::new(Model::load(model, true)?);
     let make = engine::factory(&model, &Runtime::new(&servers.onnxruntime))?;
     let payloads: Vec<Payload> = files.iter().cloned().map(payload).collect();
     let one = bare(&model, &make, 1, &payloads, BLOCK)?;
