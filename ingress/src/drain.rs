@@ -41,7 +41,7 @@ struct View {
 /// Where a queued job stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
-    /// 1 is the next one to start.
+    /// 1 and the open jobs before it: those that run, and those that start earlier.
     pub(crate) position: i64,
     /// Unknown while nothing drains.
     pub(crate) starts_in: Option<Duration>,
@@ -67,6 +67,10 @@ impl View {
         (ended > 0 && busy > 0.0).then(|| ended as f64 / busy.min(DRAIN_WINDOW.as_secs_f64()))
     }
 
+    fn flow(&self, client: ClientId) -> Option<&Flow> {
+        self.flows.iter().find(|flow| flow.client == client)
+    }
+
     fn open(&self) -> i64 {
         self.flows.iter().map(|flow| flow.open).sum()
     }
@@ -86,9 +90,11 @@ impl Drain {
         self.view.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// When a tenth of what a client may have open will have ended.
+    /// When a tenth of what a client has open will have ended: with large images that are fewer jobs than it may have.
     pub(crate) fn retry_after_quota(&self, client: ClientId, quota: Quota) -> Duration {
-        wait_for((quota.jobs as f64 / 10.0).max(1.0), self.view().rate(Some(client)))
+        let view = self.view();
+        let open = view.flow(client).map_or(quota.jobs, |flow| flow.open.min(quota.jobs));
+        wait_for((open as f64 / 10.0).max(1.0), view.rate(Some(client)))
     }
 
     /// When a twentieth of the queue will have drained.
@@ -100,7 +106,7 @@ impl Drain {
     /// Where a queued bulk job stands.
     pub(crate) fn bulk_place(&self, client: ClientId, ticket: i64, access: &Access) -> Place {
         let view = self.view();
-        let done = view.flows.iter().find(|flow| flow.client == client).map_or(0, |flow| flow.done);
+        let done = view.flow(client).map_or(0, |flow| flow.done);
         let ahead = (ticket - 1 - done).max(0);
         let before = view.bulk_before(client, ahead, |client| access.quota(client).weight);
         view.place(before)

@@ -8,7 +8,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_auth::token::{Grant, LEEWAY, LIFETIME, Tokens};
-use dermflow_schemas::{clock, limits::MAX_UPLOADS};
+use dermflow_schemas::{
+    clock,
+    limits::{MAX_BUNDLE_ENTRIES, MAX_UPLOADS, MAX_WAITERS},
+};
 use dermflow_tests::{
     client::{Answer, Client, sample, sample_bytes, send},
     fhir::validate,
@@ -431,6 +434,11 @@ async fn jobs_are_listed_in_pages_that_do_not_shift() -> Result<()> {
         .get("/fhir/Task?status=completed&authored-on=gt2020-01-01&_sort=-authored-on&_count=2")
         .await?;
     assert_eq!(search.body["entry"].as_array().map(Vec::len), Some(2), "{}", search.text);
+    for (dates, found) in [("2020-01-01", 0), ("le2020-01-01", 0), ("ge2020-01-01&authored-on=lt2099", 7)] {
+        let search = client.get(&format!("/fhir/Task?authored-on={dates}")).await?;
+        assert_eq!(search.body["entry"].as_array().map_or(0, Vec::len), found, "{dates}: {}", search.text);
+    }
+    assert_eq!(client.get("/fhir/Task?status=ready&status=completed").await?.code(), "query-invalid");
     let next = search.body["link"][1]["url"].as_str().context("no next page")?;
     let second = client.get(next).await?;
     assert_ne!(search.body["entry"][0]["fullUrl"], second.body["entry"][0]["fullUrl"]);
@@ -439,6 +447,38 @@ async fn jobs_are_listed_in_pages_that_do_not_shift() -> Result<()> {
     assert_eq!(client.get("/fhir/Task?colour=red").await?.code(), "query-invalid");
     let documents = [search, second, task].map(|answer| ("Task".to_owned(), answer.body));
     validate(&documents).await?;
+    lab.stop().await
+}
+
+// Who waits for the entries of a batch has as many places as entries, of those that one client may have.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fhir_batch_waits_as_many_callers_do() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let request = json!({"method": "POST", "url": "DiagnosticReport/$analyze"});
+    let entry = json!({"resource": sample("isic2017-nv.jpg"), "request": request});
+    let bundle = json!({"resourceType": "Bundle", "type": "batch", "entry": vec![entry; MAX_BUNDLE_ENTRIES]})
+        .to_string();
+    let post = |client: &Client| {
+        let kind = ("content-type", "application/fhir+json");
+        let request = client.request(Method::POST, "/fhir").header(kind.0, kind.1).header("accept", kind.1);
+        send(request.body(bundle.clone()))
+    };
+    let waiting: Vec<_> =
+        (0..MAX_WAITERS / 2 / MAX_BUNDLE_ENTRIES).map(|_| tokio::spawn(post(lab.client()))).collect();
+    let jobs = waiting.len() * MAX_BUNDLE_ENTRIES;
+    let queued = "SELECT count(*) FROM ingress.jobs WHERE state = 'queued'";
+    let queued = async || (lab.count(queued).await.ok()? == jobs as i64).then_some(());
+    eventually("every entry is queued", LONG, queued).await?;
+    let refused = post(lab.client()).await?;
+    assert_eq!((refused.status, refused.code()), (429, "concurrency-exceeded"), "{}", refused.text);
+    lab.start_worker(Worker::simulated(1)).await?;
+    for answer in waiting {
+        let answer = answer.await??;
+        assert!(
+            (answer.body["entry"].as_array().context(answer.text.clone())?.iter())
+                .all(|entry| entry["response"]["status"] == "200")
+        );
+    }
     lab.stop().await
 }
 

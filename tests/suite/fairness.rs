@@ -1,6 +1,9 @@
 //! Bulk is fair between clients, starts at once, and stops when nobody wants it any more.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use dermflow_schemas::queue;
@@ -29,6 +32,13 @@ async fn submit_one(client: &Client) -> Result<String> {
 async fn submit(client: &Client, jobs: usize) -> Result<Vec<String>> {
     let one = |_| submit_one(client);
     stream::iter(0..jobs).map(one).buffer_unordered(12).collect::<Vec<_>>().await.into_iter().collect()
+}
+
+// Gives a client limits or a weight that ingress knows before its next request.
+async fn quota(lab: &mut Lab, client: &str, flags: &[&str]) -> Result<()> {
+    lab.auth(&[&["user", "quota", client], flags].concat())?;
+    lab.stop_ingress(0).await?;
+    lab.restart_ingress(0).await
 }
 
 async fn until_all_ended(lab: &Lab) -> Result<()> {
@@ -304,15 +314,107 @@ async fn a_consumer_that_is_gone_is_made_again() -> Result<()> {
     lab.stop().await
 }
 
+// The same backlog and three times the weight: three times as much of it is done while both wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_has_its_weight_of_the_service() -> Result<()> {
+    const JOBS: usize = 160;
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let heavy = lab.register("heavy").await?;
+    quota(&mut lab, "heavy", &["--weight", "3"]).await?;
+    submit(lab.client(), JOBS).await?;
+    submit(&heavy, JOBS).await?;
+    lab.start_worker(Worker::simulated(10)).await?;
+    until_all_ended(&lab).await?;
+    let shares = "SELECT count(*) FILTER (WHERE username = 'heavy'), count(*) FROM \
+                  (SELECT client FROM ingress.jobs ORDER BY finished_at LIMIT 160) done JOIN auth.users ON users.id = client";
+    let row = &lab.sql(shares).await?[0];
+    let (heavy, all): (i64, i64) = (row.get(0), row.get(1));
+    println!("{heavy} of the first {all} jobs");
+    ensure!((112..=128).contains(&heavy), "{heavy} of the first {all} jobs");
+    lab.stop().await
+}
+
+// Callers who wait, more than the worker can serve, on every executor that they may have: bulk still has a fifth of what is
+// not reserved, which is a tenth of all with one executor of each kind.
+#[tokio::test(flavor = "multi_thread")]
+async fn bulk_keeps_a_share_beside_any_number_of_callers() -> Result<()> {
+    const BACKLOG: usize = 40;
+    let worker = Worker::simulated(20).arg("--reserved-executors", "1");
+    let lab = Lab::start(Setup { workers: vec![worker], ..Setup::default() }).await?;
+    let callers = lab.register("callers").await?;
+    let served = AtomicBool::new(false);
+    let calling = stream::iter(0..16).for_each_concurrent(None, |_| async {
+        while !served.load(Relaxed) {
+            let _ = callers.analyze(&sample("ham10000-nv.jpg"), &[]).await;
+        }
+    });
+    let bulk = async {
+        submit(lab.client(), BACKLOG).await?;
+        let open = "SELECT count(*) FROM ingress.jobs WHERE finished_at IS NULL AND lane = 'bulk'";
+        let ended = async || (lab.count(open).await.ok()? == 0).then_some(());
+        let ended = eventually("bulk has ended beside callers", LONG, ended).await;
+        served.store(true, Relaxed);
+        ended
+    };
+    tokio::join!(calling, bulk).1?;
+    let beside = "SELECT count(*) FROM ingress.jobs WHERE lane = 'interactive' AND finished_at BETWEEN \
+                  (SELECT min(accepted_at) FROM ingress.jobs WHERE lane = 'bulk') AND \
+                  (SELECT max(finished_at) FROM ingress.jobs WHERE lane = 'bulk')";
+    let beside = lab.count(beside).await?;
+    let share = BACKLOG as f64 / (BACKLOG as f64 + beside as f64);
+    println!("{BACKLOG} bulk jobs beside {beside} of callers: {share:.3}");
+    ensure!(beside > 100, "there were few callers: the test shows nothing");
+    ensure!(share >= 0.07, "{share:.3}");
+    lab.stop().await
+}
+
+// A client is refused when its open jobs have as many bytes as it may have, and told to come back when some will have ended;
+// its last job in the queue says when it should begin.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_of_bytes_is_exact_and_waits_follow_from_the_rate() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let order = sample("isic2017-nv.jpg");
+    let headers = [("prefer", "respond-async")];
+    let first = lab.client().analyze(&order, &headers).await?;
+    let bytes = lab.count("SELECT bytes FROM ingress.jobs").await?;
+    quota(&mut lab, "demo", &["--bytes", &(60 * bytes).to_string()]).await?;
+    submit(lab.client(), 59).await?;
+    let refused = lab.client().analyze(&order, &headers).await?;
+    assert_eq!((refused.status, refused.code()), (429, "quota-exceeded"), "{}", refused.text);
+    assert_eq!(refused.header("retry-after"), "30", "nothing is known of the rate");
+
+    lab.start_worker(Worker::simulated(500)).await?;
+    lab.client().poll(first.job(), LONG).await?;
+    let refused = async || {
+        let answer = lab.client().analyze(&order, &headers).await.ok()?;
+        (answer.status == 429).then(|| answer.header("retry-after").to_owned())
+    };
+    let begun = "SELECT count(started_at) FROM ingress.jobs";
+    let third = async || (lab.count(begun).await.ok()? > 20).then_some(());
+    eventually("a third has begun", LONG, third).await?;
+    let wait: u64 = eventually("the client is at its quota again", LONG, refused).await?.parse()?;
+    // A tenth of 60 jobs, of which two end in a second.
+    ensure!((2..=6).contains(&wait), "{wait} s");
+    let last: String = lab.sql("SELECT id::text FROM ingress.jobs ORDER BY id DESC LIMIT 1").await?[0].get(0);
+    let record = lab.client().get(&format!("/jobs/{last}")).await?;
+    let told = record.body["queue"]["expected_start"].as_str().with_context(|| record.text.clone())?;
+    until_all_ended(&lab).await?;
+    let since = |at: &str| format!("extract(epoch FROM {at} - '{}'::timestamptz)", record.header("date"));
+    let (told, real) = (since(&format!("'{told}'::timestamptz")), since("started_at"));
+    let ratio = format!("SELECT ({told} / {real})::float8 FROM ingress.jobs WHERE id = '{last}'");
+    let ratio: f64 = lab.sql(&ratio).await?[0].get(0);
+    println!("told to wait {wait} s; the start was promised at {ratio:.2} times the real wait");
+    ensure!((0.5..=2.0).contains(&ratio), "{ratio}");
+    lab.stop().await
+}
+
 // A client that may have one job with workers at a time, on two workers: never more, and no stalls between them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_limit_of_jobs_in_flight_holds_and_does_not_stall() -> Result<()> {
     const JOBS: usize = 40;
     let mut lab = Lab::start(Setup::without_workers()).await?;
+    quota(&mut lab, "demo", &["--running", "1"]).await?;
     submit(lab.client(), JOBS).await?;
-    let id: String = lab.sql("SELECT client::text FROM ingress.jobs LIMIT 1").await?[0].get(0);
-    let limited = queue::bulk_consumer(id.parse()?, Duration::from_secs(30), 1);
-    lab.jetstream().await?.create_consumer_on_stream(limited, queue::JOBS).await?;
     for _ in 0..2 {
         lab.start_worker(Worker::simulated(50)).await?;
     }

@@ -5,19 +5,21 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
+use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_schemas::limits::{
     BODY_MEMORY_BYTES, DATABASE_CONNECTIONS, DATABASE_QUEUE, DATABASE_QUEUE_SHARE, MAX_BODY_BYTES,
     MAX_CONNECTIONS, MAX_SUBMITTERS, MAX_WAITERS, NETWORK_CONNECTIONS, PUBLISH_DEADLINE, SHED_CONNECTIONS,
+    UPLOAD_BYTES,
 };
 use dermflow_tests::{
     chaos::Mode,
-    client::{Answer, Client, FHIR_JSON, sample, send},
+    client::{Answer, Client, FHIR_JSON, sample, sample_bytes, send},
     lab::{Lab, Link, Setup, Worker},
     wait::eventually,
 };
@@ -300,6 +302,53 @@ impl Piecemeal {
         drop(self.parts);
         self.answer.await?
     }
+}
+
+// An upload of 200 MB of which its client may have little open: its sender waits, ingress holds what it may have in hand and
+// no more, and all of it is accepted when there is room.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_finds_no_room_is_not_read_on() -> Result<()> {
+    const MIB: usize = 1 << 20;
+    const LINES: usize = 200;
+    const OPEN: i64 = 8;
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    lab.auth(&["user", "quota", "demo", "--jobs", &OPEN.to_string()])?;
+    lab.stop_ingress(0).await?;
+    lab.restart_ingress(0).await?;
+    let image = STANDARD.encode(sample_bytes("isic2017-nv.jpg"));
+    let (space, sent) = (" ".repeat(MIB), Arc::new(AtomicUsize::new(0)));
+    let taken = sent.clone();
+    let lines = (0..LINES).map(move |n| {
+        taken.store(n, Ordering::Relaxed);
+        Ok::<_, io::Error>(format!(
+            "{{\"custom_id\":\"{n}\",{space}\"images\":[{{\"data\":\"{image}\"}}]}}\n"
+        ))
+    });
+    let memory = lab.ingress_memory(0)?;
+    let request =
+        lab.client().request(Method::POST, "/batches").header("content-type", "application/x-ndjson");
+    let uploading = tokio::spawn(send(request.body(Body::wrap_stream(stream::iter(lines)))));
+    let queued = "SELECT count(*) FROM ingress.jobs WHERE state = 'queued'";
+    let full = async || (lab.count(queued).await.ok()? == OPEN).then_some(());
+    eventually("the client has what it may have", LONG, full).await?;
+    let (mut last, mut since) = (0, Instant::now());
+    let waits = async || {
+        let now = sent.load(Ordering::Relaxed);
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        (since.elapsed() > Duration::from_secs(2)).then_some(last)
+    };
+    let sent = eventually("the sender waits", LONG, waits).await?;
+    let grown = lab.ingress_memory(0)?.saturating_sub(memory);
+    println!("{sent} MiB of {LINES} sent, ingress grew by {} MB", grown >> 20);
+    ensure!(sent * MIB < OPEN as usize * MIB + 4 * UPLOAD_BYTES, "{sent} MiB were read");
+    ensure!(grown < 64 << 20, "ingress grew by {} MB", grown >> 20);
+    lab.start_worker(Worker::simulated(1)).await?;
+    let answer = uploading.await??;
+    let end = answer.text.lines().last().context("no answer")?;
+    ensure!(end.contains(&format!("\"accepted\":{LINES},\"")) && end.contains("\"complete\":true"), "{end}");
+    lab.stop().await
 }
 
 // More of bodies than there is memory for: one that began later is given up for one that began before, which finishes;

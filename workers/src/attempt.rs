@@ -159,6 +159,8 @@ impl Attempts {
         if delivery.attempt > MAX_ATTEMPTS {
             return Verdict::Again(Code::AttemptsExhausted);
         }
+        // While it waits for its turn. An executor is not kept waiting for what it needs.
+        let payload = self.payload(delivery).await;
         let slot = tokio::select! {
             biased;
             () = self.quarantine.begins() => return Verdict::StepAside,
@@ -183,7 +185,7 @@ impl Attempts {
         }
         self.note_progress(delivery).await;
         let job = delivery.header.job;
-        let payload = match self.payload(delivery).await {
+        let payload = match payload {
             Ok(payload) => Arc::new(payload),
             Err((code, reason)) => {
                 tracing::error!(%job, %code, reason, "the payload does not open");

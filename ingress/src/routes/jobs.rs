@@ -132,7 +132,7 @@ pub(crate) struct Job {
 /// A place in the queue.
 #[derive(Debug, Serialize, ToSchema)]
 struct Queue {
-    /// 1 is the next one to start.
+    /// 1 and the open jobs before it: those that run, and those that start earlier.
     position: i64,
     /// Null while nothing drains.
     #[schema(format = DateTime)]
@@ -185,8 +185,8 @@ pub(crate) async fn list(
     let cursor = wanted.cursor.as_deref().map(str::parse).transpose().map_err(|_| invalid("cursor"))?;
     let filter = Filter {
         states: states.map_err(|_| invalid("status"))?,
-        created_after: wanted.created_after,
-        created_before: None,
+        from: wanted.created_after.map(|after| after.saturating_add(time::Duration::MICROSECOND)),
+        before: None,
         batch: wanted.batch,
         cursor,
     };

@@ -16,13 +16,13 @@ use dermflow_schemas::{
     limits::{DEFAULT_PAGE, MAX_PAGE},
 };
 use serde_json::{Value, json};
-use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339, macros::format_description};
 
 use crate::{
     answer::{self, Problem},
     app::App,
     audited::Deeds,
     extract::{Allowed, JobPath, Read, Search},
+    fhir::search,
     routes::openapi::{Any, Bundle, Guarded, Own, Queried, Task},
     store::{Record, batches::Filter},
 };
@@ -42,13 +42,13 @@ pub(crate) async fn get(
     Ok(Deeds::Status(Some(Object::job(id))).of(response))
 }
 
-/// `status`, `authored-on` (`gt`, `ge`, `sa`, `lt`, `le`, `eb`), `_sort=-authored-on`, `_count`; the latest first. A
+/// `status`, `authored-on`, which may be repeated to narrow it down, `_sort=-authored-on`, `_count`; the latest first. A
 /// parameter that would be passed over in silence is refused: the answer would be another than was asked for.
 #[utoipa::path(get, path = "/fhir/Task", operation_id = "searchTasks", tag = "jobs",
     params(
         ("status" = Option<String>, Query, description = "Codes of FHIR's task-status, with commas."),
         ("authored-on" = Option<String>, Query,
-            description = "`gt`, `ge`, `sa`, `lt`, `le` or `eb`, and a date or an instant."),
+            description = "A date, with `eq`, `ge`, `gt`, `sa`, `le`, `lt` or `eb` before it, or an instant."),
         ("_sort" = Option<String>, Query, pattern = "^-authored-on$", description = "The only order."),
         ("_count" = Option<usize>, Query, description = "Entries at most."),
         ("_cursor" = Option<Uuid>, Query, description = "From the link `next`."),
@@ -64,18 +64,14 @@ pub(crate) async fn search(
     for (name, value) in &parameters {
         let invalid = || ApiError::from(Code::QueryInvalid).at(name.clone());
         match name.as_str() {
-            "status" => {
+            "status" if filter.states.is_empty() => {
                 let states = value.split(',').map(state_of).collect::<Option<Vec<_>>>();
                 filter.states = states.ok_or_else(invalid)?;
             }
             "authored-on" => {
-                let (prefix, date) = value.split_at_checked(2).ok_or_else(invalid)?;
-                let at = date_or_instant(date).ok_or_else(invalid)?;
-                match prefix {
-                    "gt" | "ge" | "sa" => filter.created_after = Some(at),
-                    "lt" | "le" | "eb" => filter.created_before = Some(at),
-                    _ => return Err(invalid().into()),
-                }
+                let (from, before) = search::period(value).ok_or_else(invalid)?;
+                filter.from = filter.from.max(from);
+                filter.before = [filter.before, before].into_iter().flatten().min();
             }
             "_count" => count = value.parse::<usize>().map_err(|_| invalid())?.clamp(1, MAX_PAGE),
             "_cursor" => filter.cursor = Some(value.parse::<JobId>().map_err(|_| invalid())?),
@@ -110,11 +106,6 @@ fn search_url(app: &App, parameters: &[(String, String)], cursor: Option<JobId>)
     let kept = kept.map(|(name, value)| format!("{name}={}", escaped(value)));
     let query: Vec<String> = kept.chain(cursor.map(|cursor| format!("_cursor={cursor}"))).collect();
     format!("{}/fhir/Task?{}", app.public_url, query.join("&"))
-}
-
-fn date_or_instant(text: &str) -> Option<OffsetDateTime> {
-    let date = || Date::parse(text, format_description!("[year]-[month]-[day]")).ok();
-    OffsetDateTime::parse(text, &Rfc3339).ok().or_else(|| Some(date()?.midnight().assume_utc()))
 }
 
 /// The code of FHIR's required `task-status` value set.

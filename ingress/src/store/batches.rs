@@ -104,8 +104,10 @@ pub(crate) struct Cancelled {
 pub(crate) struct Filter {
     /// Any of these.
     pub(crate) states: Vec<State>,
-    pub(crate) created_after: Option<OffsetDateTime>,
-    pub(crate) created_before: Option<OffsetDateTime>,
+    /// Accepted at this moment, or later.
+    pub(crate) from: Option<OffsetDateTime>,
+    /// Accepted earlier.
+    pub(crate) before: Option<OffsetDateTime>,
     pub(crate) batch: Option<Uuid>,
     /// Jobs before this one, in the order of the list.
     pub(crate) cursor: Option<JobId>,
@@ -329,7 +331,7 @@ impl Store {
         within(async {
             let select = format!(
                 "SELECT {RECORD} FROM jobs WHERE client = $1 AND ($2::text[] = '{{}}' OR state = ANY($2)) \
-                 AND ($3::timestamptz IS NULL OR accepted_at > $3) \
+                 AND ($3::timestamptz IS NULL OR accepted_at >= $3) \
                  AND ($4::timestamptz IS NULL OR accepted_at < $4) \
                  AND ($5::uuid IS NULL OR batch = $5) AND ($6::uuid IS NULL OR id < $6) \
                  ORDER BY id DESC LIMIT $7"
@@ -337,10 +339,10 @@ impl Store {
             let connection = self.pool.get().await?;
             let select = connection.prepare_cached(&select).await?;
             let states: Vec<&str> = filter.states.iter().map(|state| state.as_str()).collect();
-            let (after, before, batch) = (filter.created_after, filter.created_before, filter.batch);
+            let Filter { from, before, batch, .. } = filter;
             let cursor = filter.cursor.map(JobId::uuid);
             let rows = connection
-                .query(&select, &[&client.uuid(), &states, &after, &before, &batch, &cursor, &(limit as i64)])
+                .query(&select, &[&client.uuid(), &states, from, before, batch, &cursor, &(limit as i64)])
                 .await?;
             Ok(rows.iter().map(Record::try_from).collect::<Result<_, _>>()?)
         })
