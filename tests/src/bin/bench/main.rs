@@ -48,7 +48,8 @@ const USAGE: &str = "usage: bench COMMAND
   sustained [--model FOLDER]  the pipeline against a bare ONNX Runtime loop
   latency                     what it adds to the model's own time
   decode                      what it costs to decode in a process of its own
-  burst [--model FOLDER]      5,000 jobs at once, and what becomes of others
+  burst [--model FOLDER] [--sync 2m]
+                              5,000 jobs at once, and what becomes of others; --sync: with this sync_interval
   degradation [ROW] [--long]  what goes wrong, case by case
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
@@ -93,8 +94,10 @@ async fn run(args: &[&str]) -> Result<()> {
         ["sustained", "--model", folder] => sustained(Path::new(folder)).await,
         ["latency"] => latency().await,
         ["decode"] => Box::pin(decode::decode()).await,
-        ["burst"] => Box::pin(burst::burst(&derm7())).await,
-        ["burst", "--model", folder] => Box::pin(burst::burst(Path::new(folder))).await,
+        ["burst"] => Box::pin(burst::burst(&derm7(), "always")).await,
+        ["burst", "--sync", "2m"] => Box::pin(burst::burst(&derm7(), "2m")).await,
+        ["burst", "--model", folder] => Box::pin(burst::burst(Path::new(folder), "always")).await,
+        ["burst", "--model", folder, "--sync", "2m"] => Box::pin(burst::burst(Path::new(folder), "2m")).await,
         ["degradation"] => degradation::all(false).await,
         ["degradation", "--long"] => degradation::all(true).await,
         ["degradation", row] => degradation::one(row, false).await,
