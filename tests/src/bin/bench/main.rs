@@ -40,6 +40,7 @@ mod publish;
 mod scale;
 mod soak;
 mod stages;
+mod submit;
 mod tls;
 mod tokens;
 mod upload;
@@ -50,6 +51,7 @@ const USAGE: &str = "usage: bench COMMAND
   decode                      what it costs to decode in a process of its own
   burst [--model FOLDER] [--sync 2m]
                               5,000 jobs at once, and what becomes of others; --sync: with this sync_interval
+  submit                      10,000 images from four clients that are killed and go on
   degradation [ROW] [--long]  what goes wrong, case by case
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
@@ -110,6 +112,7 @@ async fn run(args: &[&str]) -> Result<()> {
         ["upload", "--parallel"] => upload::parallel(1_000_000_000).await,
         ["upload", "--parallel", "--short"] => upload::parallel(256_000_000).await,
         ["logins"] => Box::pin(logins::logins()).await,
+        ["submit"] => Box::pin(submit::submit()).await,
         ["stages"] => stages::stages().await,
         ["tokens"] => tokens::tokens().await,
         ["tls"] => Box::pin(tls::tls()).await,
