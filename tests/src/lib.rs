@@ -7,6 +7,7 @@ pub mod chaos;
 pub mod checker;
 pub mod client;
 pub mod cluster;
+pub mod desk;
 pub mod directory;
 pub mod fhir;
 pub mod flood;

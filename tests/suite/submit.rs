@@ -1,102 +1,32 @@
 //! `dermflow submit` as people use it: the program itself, against a whole system, killed and resumed.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::PathBuf,
-    process::{Output, Stdio},
-    time::Duration,
-};
+use std::{collections::HashSet, fs, process::Output, time::Duration};
 
 use anyhow::{Context, Result};
-use dermflow_local::{pki::Pki, stack::programs, state::State};
+use dermflow_local::{pki::Pki, state::State};
 use dermflow_tests::{
     client::sample_bytes,
+    desk::Desk,
     lab::{Lab, Setup, Worker},
     wait::eventually,
 };
 use serde_json::Value;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use uuid::Uuid;
 
 const LONG: Duration = Duration::from_mins(1);
 const SAMPLES: [&str; 4] = ["ham10000-mel.jpg", "isic2017-nv.jpg", "isic2017-nv.png", "pad-ufes-nv.jpg"];
 
-/// A folder with images, a password file, and room for results.
-struct Desk {
-    folder: PathBuf,
-    url: String,
-    ca: PathBuf,
+/// The desk of the client `demo`, with so many images.
+fn desk(lab: &Lab, files: usize) -> Result<Desk> {
+    Desk::new(lab, "demo", &SAMPLES.map(|name| (name, sample_bytes(name))), files)
 }
 
-impl Desk {
-    fn new(lab: &Lab, files: usize) -> Result<Self> {
-        let folder = std::env::temp_dir().join(format!("dermflow-submit-{}", Uuid::new_v4().simple()));
-        fs::create_dir_all(folder.join("images/deep"))?;
-        fs::write(folder.join("password"), format!("{}\n", lab.password("demo")?))?;
-        let desk = Self { folder, url: lab.url(0), ca: lab.ca() };
-        for number in 0..files {
-            let sample = SAMPLES[number % SAMPLES.len()];
-            let inside = if number % 3 == 0 { "images/deep" } else { "images" };
-            fs::write(desk.path(&format!("{inside}/{number:04}-{sample}")), sample_bytes(sample))?;
-        }
-        Ok(desk)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
-    }
-
-    /// `dermflow` with a command and the access to the lab; `images` is the folder as it is given.
-    fn dermflow(&self, args: &[&str]) -> Result<Command> {
-        let mut command = Command::new(programs()?.join("dermflow"));
-        command.args(args).args(["--url", &self.url, "--user", "demo"]);
-        command.arg("--ca").arg(&self.ca).arg("--password-file").arg(self.path("password"));
-        command.current_dir(&self.folder).kill_on_drop(true).stdin(Stdio::null());
-        Ok(command)
-    }
-
-    async fn submit(&self, args: &[&str]) -> Result<Output> {
-        Ok(self.dermflow(&[&["submit", "images"], args].concat())?.output().await?)
-    }
-
-    fn start(&self, args: &[&str]) -> Result<Child> {
-        let mut command = self.dermflow(&[&["submit", "images"], args].concat())?;
-        Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
-    }
-
-    /// Whole lines of a file; none when it is not there.
-    fn lines(&self, name: &str) -> usize {
-        fs::read(self.path(name)).map_or(0, |bytes| bytes.split(|byte| *byte == b'\n').count() - 1)
-    }
-
-    /// The result file by name; a name that comes twice is a failure.
-    fn results(&self, name: &str) -> Result<BTreeMap<String, Value>> {
-        let mut results = BTreeMap::new();
-        for line in fs::read_to_string(self.path(name))?.lines() {
-            let line: Value = serde_json::from_str(line)?;
-            let custom_id = line["custom_id"].as_str().context("no custom_id")?.to_owned();
-            assert!(results.insert(custom_id.clone(), line).is_none(), "{custom_id} twice");
-        }
-        Ok(results)
-    }
-
-    /// Every image has its report in the file, and there is nothing else.
-    fn assert_complete(&self, out: &str, files: usize) -> Result<()> {
-        let results = self.results(out)?;
-        assert_eq!(results.len(), files);
-        for (custom_id, line) in results {
-            assert!(self.path(&custom_id).is_file(), "{custom_id}");
-            assert_eq!(line["report"]["resourceType"], "DiagnosticReport", "{line}");
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Desk {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.folder);
-    }
+/// Every image has its report, of a job that no other has.
+fn assert_complete(desk: &Desk, out: &str, files: usize) -> Result<()> {
+    let jobs: HashSet<String> = desk.complete(out, files)?.into_values().collect();
+    assert_eq!(jobs.len(), files);
+    Ok(())
 }
 
 fn stderr(output: &Output) -> String {
@@ -107,35 +37,25 @@ fn code(output: &Output) -> Option<i32> {
     output.status.code()
 }
 
-/// Waits until `file` has this many lines, and kills the process.
-async fn kill_at(mut child: Child, desk: &Desk, file: &str, lines: usize) -> Result<()> {
-    eventually(&format!("{file} has {lines} lines"), LONG, async || {
-        (desk.lines(file) >= lines).then_some(())
-    })
-    .await?;
-    child.kill().await?;
-    assert!(child.wait().await?.code().is_none(), "it had ended before it was killed");
-    Ok(())
-}
-
 // Killed while it uploads and while it collects: each file has one job and one line. Once more does nothing, and
 // needs no server for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_submission_goes_on_without_loss_or_repetition() -> Result<()> {
     const FILES: usize = 200;
     let lab = Lab::start(Setup::simulated(20)).await?;
-    let mut desk = Desk::new(&lab, FILES)?;
+    let mut desk = desk(&lab, FILES)?;
     let seed = Uuid::new_v4().as_u128();
     println!("seed {seed}");
     let in_upload = 4 + (seed % 150) as usize;
-    kill_at(desk.start(&[])?, &desk, "results.ndjson.journal", in_upload).await?;
+    desk.kill_at(desk.start(&[])?, "results.ndjson.journal", in_upload, LONG).await?;
     let done = desk.lines("results.ndjson");
     let in_results = done + 1 + (seed / 150 % (FILES - done - 40) as u128) as usize;
-    kill_at(desk.start(&["--concurrency", "2"])?, &desk, "results.ndjson", in_results).await?;
+    let again = desk.start(&["--concurrency", "2"])?;
+    desk.kill_at(again, "results.ndjson", in_results, LONG).await?;
 
     let output = desk.submit(&["--json"]).await?;
     assert_eq!(code(&output), Some(0), "{}", stderr(&output));
-    desk.assert_complete("results.ndjson", FILES)?;
+    assert_complete(&desk, "results.ndjson", FILES)?;
     assert_eq!(lab.count("SELECT count(*) FROM ingress.jobs").await?, FILES as i64);
     let summary: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!((&summary["succeeded"], &summary["files"]), (&FILES.into(), &FILES.into()));
@@ -153,7 +73,7 @@ async fn a_killed_submission_goes_on_without_loss_or_repetition() -> Result<()> 
 async fn a_submission_outlives_the_server() -> Result<()> {
     const FILES: usize = 150;
     let mut lab = Lab::start(Setup::simulated(20)).await?;
-    let desk = Desk::new(&lab, FILES)?;
+    let desk = desk(&lab, FILES)?;
     let child = desk.start(&[])?;
     for lines in [20, 100] {
         let reached = async || (desk.lines("results.ndjson.journal") >= lines).then_some(());
@@ -163,7 +83,7 @@ async fn a_submission_outlives_the_server() -> Result<()> {
     }
     let output = child.wait_with_output().await?;
     assert_eq!(code(&output), Some(0), "{}", stderr(&output));
-    desk.assert_complete("results.ndjson", FILES)?;
+    assert_complete(&desk, "results.ndjson", FILES)?;
     assert_eq!(lab.count("SELECT count(*) FROM ingress.jobs").await?, FILES as i64);
     lab.stop().await
 }
@@ -172,7 +92,7 @@ async fn a_submission_outlives_the_server() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn broken_files_are_reported_and_the_exit_code_tells() -> Result<()> {
     let lab = Lab::start(Setup::simulated(1)).await?;
-    let desk = Desk::new(&lab, 12)?;
+    let desk = desk(&lab, 12)?;
     fs::write(desk.path("images/text.jpg"), "no image")?;
     fs::write(desk.path("images/empty.png"), "")?;
     fs::File::create(desk.path("images/huge.jpg"))?.set_len(30_000_000)?;
@@ -196,7 +116,7 @@ async fn broken_files_are_reported_and_the_exit_code_tells() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_stops_a_submission_is_told_in_one_sentence() -> Result<()> {
     let lab = Lab::start(Setup::without_workers()).await?;
-    let mut desk = Desk::new(&lab, 3)?;
+    let mut desk = desk(&lab, 3)?;
     fs::write(desk.path("password"), "wrong-password")?;
     let output = desk.submit(&["--quiet"]).await?;
     let text = stderr(&output);
@@ -230,7 +150,7 @@ async fn what_stops_a_submission_is_told_in_one_sentence() -> Result<()> {
 async fn a_submission_is_left_and_taken_up_again() -> Result<()> {
     const FILES: usize = 60;
     let mut lab = Lab::start(Setup::without_workers()).await?;
-    let desk = Desk::new(&lab, FILES)?;
+    let desk = desk(&lab, FILES)?;
     let child = desk.start(&[])?;
     let accepted = async || (desk.lines("results.ndjson.journal") >= 10).then_some(());
     eventually("files are accepted", LONG, accepted).await?;
@@ -250,12 +170,12 @@ async fn a_submission_is_left_and_taken_up_again() -> Result<()> {
     lab.start_worker(Worker::simulated(1)).await?;
     let output = desk.submit(&[]).await?;
     assert_eq!(code(&output), Some(0), "{}", stderr(&output));
-    desk.assert_complete("results.ndjson", FILES)?;
+    assert_complete(&desk, "results.ndjson", FILES)?;
 
     let batch = batch.to_string();
     let output = desk.dermflow(&["submit", "--batch", &batch, "--out", "followed.ndjson"])?.output().await?;
     assert_eq!(code(&output), Some(0), "{}", stderr(&output));
-    desk.assert_complete("followed.ndjson", FILES)?;
+    assert_complete(&desk, "followed.ndjson", FILES)?;
     let output = desk.dermflow(&["batch", "show", &batch, "--json"])?.output().await?;
     let shown: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!((&shown["status"], &shown["counts"]["succeeded"]), (&"completed".into(), &FILES.into()));
@@ -267,7 +187,7 @@ async fn a_submission_is_left_and_taken_up_again() -> Result<()> {
 async fn names_and_ready_requests_are_inputs_too() -> Result<()> {
     use base64::{Engine, engine::general_purpose::STANDARD};
     let lab = Lab::start(Setup::simulated(1)).await?;
-    let desk = Desk::new(&lab, 3)?;
+    let desk = desk(&lab, 3)?;
     let odd = "images/mole \"left\" é.jpg";
     fs::write(desk.path(odd), sample_bytes(SAMPLES[0]))?;
     fs::write(desk.path("names"), format!("{odd}\nimages/0001-{}\n", SAMPLES[1]))?;

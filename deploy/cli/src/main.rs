@@ -16,7 +16,7 @@ use dermflow_cli::{
     inputs::Inputs,
     jobs::{self, BatchCommand, JobsCommand},
     progress::{self, Counters},
-    submit::{self, Acceptance, Options, Summary},
+    submit::{Acceptance, Options, Submission, Summary},
 };
 use dermflow_schemas::process::shutdown_requested;
 use uuid::Uuid;
@@ -169,8 +169,6 @@ async fn submit(api: &Api, options: SubmitOptions, json: bool) -> Result<u8, Fai
     let (quiet, wait) = (options.quiet, !options.no_wait);
     let inputs = inputs(&options)?;
     let counters = Arc::<Counters>::default();
-    let show =
-        async { if quiet { std::future::pending().await } else { progress::show(counters.clone()).await } };
     let options = Options {
         inputs,
         out: options.out,
@@ -181,8 +179,12 @@ async fn submit(api: &Api, options: SubmitOptions, json: bool) -> Result<u8, Fai
         wait,
         patience: Duration::from_secs(options.give_up_after.into()),
     };
+    // The progress begins where an earlier run ended: only when the files are read is that known.
+    let submission = Submission::open(options, counters.clone())?;
+    let progress = progress::show(counters);
+    let show = async { if quiet { std::future::pending().await } else { progress.await } };
     let summary = tokio::select! {
-        summary = submit::submit(api, options, counters.clone()) => summary?,
+        summary = submission.run(api) => summary?,
         () = show => return Err(Failure::Unfinished("the progress ended before the work".into())),
     };
     report(&summary, quiet, json, wait)?;

@@ -1,6 +1,6 @@
 //! `dermflow submit`: many images as one batch, and their results in one file.
 //!
-//! [`submit`] is the whole of it without a terminal.
+//! [`Submission`] is the whole of it without a terminal.
 
 use std::{
     path::PathBuf,
@@ -112,73 +112,92 @@ impl Summary {
     }
 }
 
-/// Submits what is not submitted yet, and writes one line a file into the result file. Repeated after any end,
-/// also that of the process, it goes on where it was; what is done already costs no request.
-///
-/// # Errors
-/// [`Failure::Usage`] when the result file belongs to other inputs; [`Failure::Unfinished`] when the server cannot
-/// be reached, does not let us in, or cannot give what it should.
-pub async fn submit(api: &Api, options: Options, counters: Arc<Counters>) -> Result<Summary, Failure> {
-    let begin = Instant::now();
-    let Options { inputs, out, concurrency, in_flight, subject, batch, wait, patience } = options;
-    let follows = inputs.items.is_empty();
-    if follows && batch.is_none() {
-        return Err(Failure::Usage("there are no images to submit".into()));
-    }
-    let ledger = Ledger::open(&out, &inputs, subject.as_deref(), batch, counters.clone())?;
-    let work = Work::new(ledger, counters.clone());
-    let patience = Patience::new(patience);
-    let connections = concurrency.min(work.open()).max(1);
-    let uploader = Uploader {
-        api,
-        work: &work,
-        patience: &patience,
-        inputs: Arc::new(inputs),
-        subject: subject.map(Arc::from),
-        in_flight,
-        accepted: std::sync::Mutex::default(),
-        opening: Mutex::default(),
-    };
-    // What is all done already needs no server, and a batch that is only followed is not ours to close.
-    let done = work.unended() == 0;
-    let upload = async {
-        try_join_all((0..connections).map(|_| uploader.run())).await?;
-        if done || follows { Ok(()) } else { uploader.close().await }
-    };
-    let collect = async {
-        // Files that cannot be read are done without a batch.
-        let batch = work.until(|work| {
-            let nothing = !follows && work.unended() == 0;
-            if nothing { Some(None) } else { work.batch().map(Some) }
-        });
-        match batch.await.filter(|_| wait) {
-            Some(batch) => {
-                Follower { api, work: &work, patience: &patience, batch, whole: follows }.run().await
-            }
-            None => Ok(()),
+/// A submission whose result file and journal are open, and read.
+#[derive(Debug)]
+pub struct Submission {
+    begin: Instant,
+    work: Work,
+    options: Options,
+}
+
+impl Submission {
+    /// Opens the files. What an earlier run has done is in `counters` when this returns.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] when there is nothing to do, or the result file belongs to other inputs.
+    pub fn open(options: Options, counters: Arc<Counters>) -> Result<Self, Failure> {
+        let begin = Instant::now();
+        let Options { inputs, out, subject, batch, .. } = &options;
+        if inputs.items.is_empty() && batch.is_none() {
+            return Err(Failure::Usage("there are no images to submit".into()));
         }
-    };
-    let outcome = tokio::select! {
-        outcome = async { tokio::try_join!(upload, collect) } => outcome.map(drop),
-        failure = keep_synced(work.files()) => Err(failure),
-    };
-    let synced = sync(work.files()).await;
-    let accepted = uploader.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-    let acceptance = Acceptance::of(begin, &accepted);
-    outcome.and(synced)?;
-    Ok(Summary {
-        batch: work.batch(),
-        files: counters.total.get(),
-        accepted: counters.accepted.get(),
-        succeeded: counters.succeeded.get(),
-        failed: counters.failed.get(),
-        refused: counters.refused.get(),
-        retries: counters.retries.get(),
-        bytes: counters.bytes.get(),
-        seconds: begin.elapsed().as_secs_f64(),
-        acceptance,
-        out,
-    })
+        let ledger = Ledger::open(out, inputs, subject.as_deref(), *batch, counters.clone())?;
+        Ok(Self { begin, work: Work::new(ledger, counters), options })
+    }
+
+    /// Submits what is not submitted yet, and writes one line a file into the result file. Repeated after any end,
+    /// also that of the process, it goes on where it was; what is done already costs no request.
+    ///
+    /// # Errors
+    /// [`Failure::Unfinished`] when the server cannot be reached, does not let us in, or cannot give what it should.
+    pub async fn run(self, api: &Api) -> Result<Summary, Failure> {
+        let Self { begin, work, options } = self;
+        let Options { inputs, out, concurrency, in_flight, subject, wait, patience, .. } = options;
+        let follows = inputs.items.is_empty();
+        let patience = Patience::new(patience);
+        let connections = concurrency.min(work.open()).max(1);
+        let uploader = Uploader {
+            api,
+            work: &work,
+            patience: &patience,
+            inputs: Arc::new(inputs),
+            subject: subject.map(Arc::from),
+            in_flight,
+            accepted: std::sync::Mutex::default(),
+            opening: Mutex::default(),
+        };
+        // What is all done already needs no server, and a batch that is only followed is not ours to close.
+        let done = work.unended() == 0;
+        let upload = async {
+            try_join_all((0..connections).map(|_| uploader.run())).await?;
+            if done || follows { Ok(()) } else { uploader.close().await }
+        };
+        let collect = async {
+            // Files that cannot be read are done without a batch.
+            let batch = work.until(|work| {
+                let nothing = !follows && work.unended() == 0;
+                if nothing { Some(None) } else { work.batch().map(Some) }
+            });
+            match batch.await.filter(|_| wait) {
+                Some(batch) => {
+                    Follower { api, work: &work, patience: &patience, batch, whole: follows }.run().await
+                }
+                None => Ok(()),
+            }
+        };
+        let outcome = tokio::select! {
+            outcome = async { tokio::try_join!(upload, collect) } => outcome.map(drop),
+            failure = keep_synced(work.files()) => Err(failure),
+        };
+        let synced = sync(work.files()).await;
+        let accepted = uploader.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        let acceptance = Acceptance::of(begin, &accepted);
+        outcome.and(synced)?;
+        let counters = &work.counters;
+        Ok(Summary {
+            batch: work.batch(),
+            files: counters.total.get(),
+            accepted: counters.accepted.get(),
+            succeeded: counters.succeeded.get(),
+            failed: counters.failed.get(),
+            refused: counters.refused.get(),
+            retries: counters.retries.get(),
+            bytes: counters.bytes.get(),
+            seconds: begin.elapsed().as_secs_f64(),
+            acceptance,
+            out,
+        })
+    }
 }
 
 async fn keep_synced(files: [AppendFile; 2]) -> Failure {

@@ -26,7 +26,9 @@ use dermflow_workers::{
 };
 use futures_util::{StreamExt, stream};
 
-use crate::measure::{bare, cpu_seconds, maximum, median, minimum, model_millis, payload, peak_rss_mb};
+use crate::measure::{
+    all_met, bare, cpu_seconds, maximum, median, minimum, model_millis, payload, peak_rss_mb,
+};
 
 mod burst;
 mod decode;
@@ -38,6 +40,7 @@ mod publish;
 mod scale;
 mod soak;
 mod stages;
+mod submit;
 mod tls;
 mod tokens;
 mod upload;
@@ -46,7 +49,9 @@ const USAGE: &str = "usage: bench COMMAND
   sustained [--model FOLDER]  the pipeline against a bare ONNX Runtime loop
   latency                     what it adds to the model's own time
   decode                      what it costs to decode in a process of its own
-  burst [--model FOLDER]      5,000 jobs at once, and what becomes of others
+  burst [--model FOLDER] [--sync 2m]
+                              5,000 jobs at once, and what becomes of others; --sync: with this sync_interval
+  submit                      10,000 images from four clients that are killed and go on
   degradation [ROW] [--long]  what goes wrong, case by case
   scale [elastic | --long]    1 to 16 workers (--long: 64); elastic: workers that come, leave and die
   upload [--short]            memory of ingress during 2 GB (--short: 256 MB) to a batch
@@ -56,7 +61,8 @@ const USAGE: &str = "usage: bench COMMAND
   tokens                      what checking a token costs, and what is not told of another client's job
   tls                         what TLS costs a request, on connections that are reused and on new ones
   hostile                     what stalled, slow and flooding connections cost others
-  publish                     durable publications a second, single and in batches, and accepted jobs";
+  publish                     durable publications a second, single and in batches, and accepted jobs
+Exit code 0: every goal is met; 1: one was missed, or the benchmark could not be finished.";
 
 /// The images of a run, in turn.
 const IMAGES: [&str; 4] = ["ham10000-mel.jpg", "ham10000-nv.jpg", "ham10000-bcc.jpg", "isic2017-mel.jpg"];
@@ -75,7 +81,7 @@ const SIMULATED_MS: u64 = 20;
 async fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    match Box::pin(run(&args)).await {
+    match Box::pin(run(&args)).await.and_then(|()| all_met()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -90,8 +96,10 @@ async fn run(args: &[&str]) -> Result<()> {
         ["sustained", "--model", folder] => sustained(Path::new(folder)).await,
         ["latency"] => latency().await,
         ["decode"] => Box::pin(decode::decode()).await,
-        ["burst"] => Box::pin(burst::burst(&derm7())).await,
-        ["burst", "--model", folder] => Box::pin(burst::burst(Path::new(folder))).await,
+        ["burst"] => Box::pin(burst::burst(&derm7(), "always")).await,
+        ["burst", "--sync", "2m"] => Box::pin(burst::burst(&derm7(), "2m")).await,
+        ["burst", "--model", folder] => Box::pin(burst::burst(Path::new(folder), "always")).await,
+        ["burst", "--model", folder, "--sync", "2m"] => Box::pin(burst::burst(Path::new(folder), "2m")).await,
         ["degradation"] => degradation::all(false).await,
         ["degradation", "--long"] => degradation::all(true).await,
         ["degradation", row] => degradation::one(row, false).await,
@@ -104,6 +112,7 @@ async fn run(args: &[&str]) -> Result<()> {
         ["upload", "--parallel"] => upload::parallel(1_000_000_000).await,
         ["upload", "--parallel", "--short"] => upload::parallel(256_000_000).await,
         ["logins"] => Box::pin(logins::logins()).await,
+        ["submit"] => Box::pin(submit::submit()).await,
         ["stages"] => stages::stages().await,
         ["tokens"] => tokens::tokens().await,
         ["tls"] => Box::pin(tls::tls()).await,

@@ -97,10 +97,21 @@ pub(crate) async fn bare_rate(model: &Path, files: &[Vec<u8>]) -> Result<f64> {
     Ok(one.max(all))
 }
 
+/// Goals that were missed.
+static MISSED: AtomicUsize = AtomicUsize::new(0);
+
 /// Prints a figure with its goal, and whether it is met.
 pub(crate) fn verdict(what: &str, figure: f64, met: bool, goal: &str) {
+    MISSED.fetch_add(usize::from(!met), Ordering::Relaxed);
     let met = if met { "met" } else { "MISSED" };
     println!("{what}: {figure:.2} (goal: {goal}; {met})");
+}
+
+/// Every [`verdict`] was that its goal is met.
+pub(crate) fn all_met() -> Result<()> {
+    let missed = MISSED.load(Ordering::Relaxed);
+    ensure!(missed == 0, "{missed} goal{} missed", if missed == 1 { "" } else { "s" });
+    Ok(())
 }
 
 /// Sorts, and takes the value below which `percent` of them are; 0 when there are none.
