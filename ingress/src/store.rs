@@ -40,7 +40,7 @@ mod sweeping;
 use self::connections::Connections;
 pub(crate) use self::{
     dead::Requeue,
-    sweeping::{Gaps, Leader, Open},
+    sweeping::{InLine, Leader, Open},
 };
 
 mod migrations {
