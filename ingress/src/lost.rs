@@ -6,8 +6,14 @@
 //! not answered proves nothing: unknown is not lost. Sequences prove little either, as a broker that lost messages
 //! hands their numbers out again: a message is a job's only when it names the job.
 //!
-//! What to look for comes from the record and from the gaps that the broker knows of; and as a damaged message
-//! shows only when it is read, a few others are read in each round.
+//! Of most jobs the broker tells at once that nothing is at their place: it is below the first message, above the
+//! last, or on the list of those removed. Each round compares that with the record, slice by slice, so that a hundred
+//! thousand losses are found within a minute. One by one is asked only where that does not say whose the message is.
+//! There are two things that it does not say, which samples show, a few in each round: a damaged message that the
+//! broker still counts, until it is read; and, when more than [`MAX_GAPS`] are removed between the first and the last
+//! message, what else is gone between them.
+//! The samples are the first ones in line of [`LOST_SAMPLES`] clients and lanes, among which a message soon is that the
+//! broker has passed over, and as many others in the order of their ids, until [`LOST_SAMPLE_BYTES`] are read.
 
 use std::collections::{HashMap, HashSet};
 
@@ -17,7 +23,10 @@ use dermflow_auth::db::DbError;
 use dermflow_schemas::{
     envelope::job_of,
     id::JobId,
-    limits::{LOST_AT_ONCE, LOST_GRACE, LOST_LOOKS, LOST_ROUNDS, LOST_SAMPLE_BYTES, LOST_SAMPLES, MAX_GAPS},
+    limits::{
+        LOST_AT_ONCE, LOST_GRACE, LOST_LOOKS, LOST_ROUNDS, LOST_SAMPLE_BYTES, LOST_SAMPLES, LOST_SUSPECTS,
+        MAX_GAPS,
+    },
     queue,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -26,7 +35,7 @@ use uuid::Uuid;
 
 use crate::{
     app::App,
-    store::{Gaps, Open},
+    store::{InLine, Open},
 };
 
 type Answer<T> = Result<T, async_nats::Error>;
@@ -38,6 +47,55 @@ pub(crate) enum Found {
     Own(usize),
     /// Another job's, or none, or one that the broker counts and can neither read nor remove.
     Not,
+}
+
+/// Which sequences JOBS has no message at.
+#[derive(Debug)]
+struct Gaps {
+    /// Nothing below.
+    first: i64,
+    /// Nothing above.
+    last: i64,
+    /// Nothing here, as far as the broker has told; sorted.
+    between: Vec<i64>,
+}
+
+impl Gaps {
+    fn has(&self, sequence: i64) -> bool {
+        sequence < self.first || sequence > self.last || self.between.binary_search(&sequence).is_ok()
+    }
+}
+
+/// What the record and the broker's own account give reason to look for.
+#[derive(Debug, Default)]
+struct Suspects {
+    /// The broker has no message at their place.
+    absent: Vec<Open>,
+    /// Several claim one place, as after a loss the broker hands places out again: [`LOST_LOOKS`] at most.
+    contested: Vec<Open>,
+    /// Their payload should be in the object store.
+    claims: Vec<Open>,
+}
+
+impl Suspects {
+    /// Takes in a slice of the record, in the order of places. `elsewhere` are known to be in other streams.
+    fn add(&mut self, slice: &[InLine], gaps: &Gaps, elsewhere: &HashSet<JobId>) {
+        for place in slice.chunk_by(|a, b| a.job.stream_seq == b.job.stream_seq) {
+            for InLine { job, claim_check, .. } in place.iter().filter(|in_line| in_line.is_due) {
+                if *claim_check {
+                    self.claims.push(*job);
+                }
+                if elsewhere.contains(&job.id) {
+                    continue;
+                }
+                if gaps.has(job.stream_seq) {
+                    self.absent.push(*job);
+                } else if place.len() > 1 && self.contested.len() < LOST_LOOKS {
+                    self.contested.push(*job);
+                }
+            }
+        }
+    }
 }
 
 /// What earlier rounds have seen.
@@ -64,13 +122,14 @@ impl Watch {
         let Ok((gaps, elsewhere)) = overview(context).await.map_err(unanswered) else {
             return Ok(Vec::new());
         };
-        let ids: Vec<Uuid> = elsewhere.iter().map(|job| job.uuid()).collect();
-        let mut suspects: HashSet<Open> = self.missing.keys().copied().collect();
-        suspects.extend(app.store.misplaced(before, &gaps, &ids, LOST_LOOKS).await?);
+        let Suspects { absent, contested, claims } = suspects(app, before, &gaps, &elsewhere).await?;
         let samples = self.samples(app, before).await?;
-        let claims = app.store.claim_checked(before, LOST_LOOKS).await?;
+        // Of the others the broker has told again that they are gone.
+        let known = self.missing.keys().copied().filter(|job| !gaps.has(job.stream_seq));
+        let asked: HashSet<Open> = known.chain(contested).take(LOST_LOOKS).collect();
         let missing = async {
-            let mut missing = absent(context, suspects.into_iter().collect()).await?;
+            let mut missing = absent;
+            missing.extend(not_at_place(context, asked).await?);
             missing.extend(absent_among(context, samples).await?);
             if missing.is_empty() && claims.is_empty() {
                 return Ok(missing);
@@ -106,6 +165,23 @@ impl Watch {
     }
 }
 
+/// Goes through the record of open jobs, a slice at a time, until [`LOST_SUSPECTS`] are found.
+async fn suspects(
+    app: &App,
+    before: OffsetDateTime,
+    gaps: &Gaps,
+    elsewhere: &HashSet<JobId>,
+) -> Result<Suspects, DbError> {
+    let (mut suspects, mut after) = (Suspects::default(), 0);
+    while suspects.absent.len() < LOST_SUSPECTS {
+        let slice = app.store.in_line(before, after).await?;
+        let Some(last) = slice.last() else { break };
+        after = last.job.stream_seq;
+        suspects.add(&slice, gaps, elsewhere);
+    }
+    Ok(suspects)
+}
+
 /// What the broker itself says about where jobs are, before anything is looked for.
 async fn overview(context: &Context) -> Answer<(Gaps, HashSet<JobId>)> {
     Ok((gaps(context).await?, elsewhere_now(context).await?))
@@ -121,6 +197,7 @@ async fn gaps(context: &Context) -> Answer<Gaps> {
         let detailed = stream.info_builder().with_deleted(true).fetch().await?;
         let deleted = detailed.info.state.deleted.unwrap_or_default();
         gaps.between = deleted.into_iter().map(|sequence| sequence as i64).collect();
+        gaps.between.sort_unstable();
     }
     Ok(gaps)
 }
@@ -157,8 +234,8 @@ pub(crate) async fn find(context: &Context, job: Open) -> Answer<Found> {
     }
 }
 
-/// Those that are not at their place.
-async fn absent(context: &Context, jobs: Vec<Open>) -> Answer<Vec<Open>> {
+/// Those that are not at their place, each asked for.
+async fn not_at_place(context: &Context, jobs: HashSet<Open>) -> Answer<Vec<Open>> {
     let look = |job: Open| async move {
         let found = find(context, job).await?;
         Ok::<_, async_nats::Error>((!matches!(found, Found::Own(_))).then_some(job))
@@ -207,6 +284,41 @@ mod tests {
 
     fn open(sequence: i64) -> Open {
         Open { id: Uuid::from_u128(7).into(), stream_seq: sequence }
+    }
+
+    #[test]
+    fn what_the_broker_says_of_its_stream_tells_who_is_absent() {
+        let gaps = Gaps { first: 10, last: 20, between: vec![12, 15] };
+        let absent = [1, 9, 12, 15, 21, i64::MAX].map(|sequence| gaps.has(sequence));
+        let present = [10, 11, 13, 20].map(|sequence| gaps.has(sequence));
+        assert_eq!((absent, present), ([true; 6], [false; 4]));
+        assert!(Gaps { first: 21, last: 20, between: Vec::new() }.has(20), "an empty stream has nothing");
+    }
+
+    #[test]
+    fn a_slice_of_the_record_is_sorted_into_what_is_to_be_asked() {
+        let job = |id, stream_seq| Open { id: Uuid::from_u128(id).into(), stream_seq };
+        let due = |job| InLine { job, is_due: true, claim_check: false };
+        let slice = [
+            due(job(1, 9)),
+            due(job(2, 10)),
+            InLine { claim_check: true, ..due(job(3, 11)) },
+            due(job(4, 12)),
+            InLine { is_due: false, ..due(job(5, 12)) },
+            due(job(6, 21)),
+            InLine { is_due: false, ..due(job(7, 22)) },
+        ];
+        let (gaps, elsewhere) =
+            (Gaps { first: 10, last: 20, between: Vec::new() }, HashSet::from([job(6, 21).id]));
+        let mut suspects = Suspects::default();
+        suspects.add(&slice, &gaps, &elsewhere);
+        assert_eq!(suspects.absent, [job(1, 9)]);
+        assert_eq!(suspects.contested, [job(4, 12)], "who is new claims the place, but is not looked for");
+        assert_eq!(suspects.claims, [job(3, 11)]);
+        let contested: Vec<InLine> =
+            (0..).take(LOST_LOOKS + 9).map(|n| due(job(n, 15 + n as i64 / 9_000))).collect();
+        suspects.add(&contested, &gaps, &elsewhere);
+        assert_eq!(suspects.contested.len(), LOST_LOOKS, "what is asked one by one is bounded");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use dermflow_schemas::{
     error::Code,
     id::{ClientId, JobId},
     job::{self, Event, Lane, State},
-    limits::{MAX_ATTEMPTS, SWEEP_BATCH},
+    limits::SWEEP_BATCH,
     seal::Sealed,
 };
 use time::OffsetDateTime;
@@ -40,7 +40,7 @@ mod sweeping;
 use self::connections::Connections;
 pub(crate) use self::{
     dead::Requeue,
-    sweeping::{Gaps, Leader, Open},
+    sweeping::{InLine, Leader, Open},
 };
 
 mod migrations {
@@ -422,12 +422,12 @@ fn winner<'r>(row: &Row, results: &'r [(ResultHeader, Option<Sealed>)]) -> Optio
     results.iter().map(|(header, _)| header).find(counts)
 }
 
-const SETTLED: &str =
-    "jobs.id, jobs.lane, jobs.state, jobs.accepted_at, jobs.stream_seq, jobs.claim_check, jobs.attempts";
+const SETTLED: &str = "jobs.id, jobs.lane, jobs.state, jobs.accepted_at, jobs.stream_seq, jobs.claim_check, jobs.attempts, jobs.failure";
 
 fn settled(row: &Row) -> Settled {
     let state = row.get::<_, &str>("state").parse().unwrap_or(State::Failed);
-    let dead_letter = state == State::Failed && row.get::<_, i32>("attempts") >= MAX_ATTEMPTS as i32;
+    let (attempts, failure): (i32, Option<Json<Failure>>) = (row.get("attempts"), row.get("failure"));
+    let dead_letter = failure.is_some_and(|Json(failure)| failure.leaves_letter(attempts as u32));
     Settled {
         id: row.get::<_, Uuid>("id").into(),
         lane: row.get::<_, &str>("lane").parse().unwrap_or(Lane::Bulk),

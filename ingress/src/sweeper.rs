@@ -111,6 +111,10 @@ impl Sweeper {
             return Ok(());
         };
         for batch in lost?.chunks(SWEEP_BATCH as usize) {
+            // A whole queue takes longer than the lease.
+            if !app.store.lead(&mut self.leader).await? {
+                break;
+            }
             let settled = app.store.settle_lost(batch, now).await?;
             for job in &settled {
                 tracing::error!(job = %job.id, "payload lost");
@@ -122,7 +126,7 @@ impl Sweeper {
     }
 }
 
-/// For one look at the queue: thousands of questions take about a second.
+/// For one look at the queue: a hundred thousand records, or thousands of questions, take about a second.
 const LOOK_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Those of `late` whose result is in the queue; all of them when the broker does not say.
@@ -147,7 +151,12 @@ async fn sweep_up(app: &App, code: Code, settled: &[Settled]) {
     // The broker may be away, and the next round must not wait for it.
     let clean = async {
         for job in settled {
-            withdraw(app, job.id, job.stream_seq).await;
+            // What is lost is in no stream, unless it is its object that is.
+            if code == Code::PayloadLost && !job.spent_claim_check {
+                lanes::cancel(app, job.id).await;
+            } else {
+                withdraw(app, job.id, job.stream_seq).await;
+            }
         }
         clean_up(app, settled).await;
     };

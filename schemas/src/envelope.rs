@@ -16,6 +16,7 @@ use crate::{
     id::{ClientId, JobId},
     image::{Format, ImageBytes},
     job::Lane,
+    limits::MAX_ATTEMPTS,
     model::ModelRef,
     seal::Sealed,
 };
@@ -241,6 +242,14 @@ pub struct Failure {
     pub image: Option<usize>,
 }
 
+impl Failure {
+    /// Whether a job that fails so after `attempts` may be among the dead letters, with its payload: no attempt is left,
+    /// or the model is at fault, which would say the same again until it is mended.
+    pub fn leaves_letter(&self, attempts: u32) -> bool {
+        attempts >= MAX_ATTEMPTS || self.code == Code::AnalysisFailed
+    }
+}
+
 /// How an attempt ended for good.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -439,6 +448,13 @@ mod tests {
         assert_eq!(ring().open(Content::Report(job()), &report.unwrap()).unwrap(), b"{}");
         let (header, report) = ResultHeader::decode(&Bytes::from_static(FAILED)).unwrap();
         assert_eq!((header.encode(&[]), header, report), (FAILED.into(), failed_header(), None));
+    }
+
+    #[test]
+    fn a_model_at_fault_leaves_a_dead_letter_as_the_last_attempt_does() {
+        let leaves = |code, attempts| Failure { code, image: None }.leaves_letter(attempts);
+        assert!(leaves(Code::AnalysisFailed, 1) && leaves(Code::AttemptsExhausted, MAX_ATTEMPTS));
+        assert!(!leaves(Code::ImageUndecodable, 1) && !leaves(Code::DeadlineExceeded, MAX_ATTEMPTS - 1));
     }
 
     #[test]

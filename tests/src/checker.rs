@@ -25,6 +25,7 @@ use tokio_postgres::Row;
 
 use crate::{
     client::{Client, sample},
+    form::scale,
     lab::Lab,
     wait::eventually,
 };
@@ -33,8 +34,13 @@ use crate::{
 const PATIENCE: Duration = Duration::from_mins(2);
 /// Between two tries of a client that was refused.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// How many of the acknowledged jobs are read back over HTTPS; the others are looked up in the record.
+/// How many of the acknowledged jobs are read back over HTTPS in the short form, in the long one all; the others are
+/// looked up in the record.
 const READ_BACK: usize = 50;
+/// How long one of them may be answered with 429 or 503.
+const READ_WITHIN: Duration = Duration::from_secs(10);
+/// How many of them at once.
+const READERS: usize = 8;
 
 /// What clients have tried, and what they were promised. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -44,7 +50,8 @@ pub struct Ledger(Arc<Mutex<Sets>>);
 struct Sets {
     attempted: BTreeSet<String>,
     acknowledged: BTreeMap<String, String>,
-    refusals: u64,
+    /// How often each status was the answer; 0 for none.
+    refusals: BTreeMap<u16, u64>,
     slowest_refusal: Duration,
 }
 
@@ -97,7 +104,7 @@ impl Ledger {
             }
             answer => {
                 let mut sets = self.sets();
-                sets.refusals += 1;
+                *sets.refusals.entry(answer.as_ref().map_or(0, |answer| answer.status)).or_default() += 1;
                 if answer.is_ok() {
                     sets.slowest_refusal = sets.slowest_refusal.max(begun.elapsed());
                 }
@@ -162,7 +169,12 @@ impl Ledger {
 
     /// Requests that were refused or got no answer so far.
     pub fn refusals(&self) -> u64 {
-        self.sets().refusals
+        self.sets().refusals.values().sum()
+    }
+
+    /// The statuses of these refusals; 0 when one got no answer.
+    pub fn refused_with(&self) -> Vec<u16> {
+        self.sets().refusals.keys().copied().collect()
     }
 
     /// The longest that a refusal took so far.
@@ -173,7 +185,7 @@ impl Ledger {
     /// Forgets the refusals so far.
     pub fn reset_refusals(&self) {
         let mut sets = self.sets();
-        (sets.refusals, sets.slowest_refusal) = (0, Duration::ZERO);
+        (sets.refusals, sets.slowest_refusal) = (BTreeMap::new(), Duration::ZERO);
     }
 
     /// Waits until every job has ended, `within` at most, then checks all sets; prints and returns what it
@@ -193,10 +205,10 @@ impl Ledger {
         let rows = "SELECT j.id::text, k.key, j.failure->>'code', j.state, j.attempts::bigint, r.job IS NOT NULL \
                     FROM ingress.jobs j LEFT JOIN ingress.idempotency_keys k ON k.job = j.id \
                     LEFT JOIN ingress.reports r ON r.job = j.id";
-        let tally = self.compare(&lab.sql(rows).await?, allowed)?;
+        let (tally, succeeded) = self.compare(&lab.sql(rows).await?, allowed)?;
         let billed = lab.count("SELECT coalesce(sum(jobs), 0)::bigint FROM ingress.usage").await?;
         ensure!(billed == tally.succeeded as i64, "{billed} billed of {}", tally.succeeded);
-        self.read_back(lab).await?;
+        self.read_back(lab, &succeeded).await?;
         // A damaged message stays: the broker counts it, and can neither read nor remove it.
         let damaged = tally.failed.get("payload-lost").map_or(0, Vec::len) as u64;
         let emptied = async || {
@@ -208,7 +220,8 @@ impl Ledger {
         Ok(tally)
     }
 
-    fn compare(&self, rows: &[Row], allowed: &[&str]) -> Result<Tally> {
+    /// The tally, and the jobs with a report.
+    fn compare(&self, rows: &[Row], allowed: &[&str]) -> Result<(Tally, BTreeSet<String>)> {
         let (mut reports, mut ended) = (BTreeSet::new(), BTreeMap::new());
         let (mut failed, mut repeated, mut unexpected) =
             (BTreeMap::<String, Vec<String>>::new(), 0, Vec::new());
@@ -247,22 +260,35 @@ impl Ledger {
             succeeded: reports.len(),
             failed,
             repeated,
-            refusals: sets.refusals,
+            refusals: sets.refusals.values().sum(),
         };
         ensure!(promised.len() == tally.acknowledged, "two orders are one job");
-        Ok(tally)
+        Ok((tally, reports))
     }
 
-    /// Reads acknowledged jobs as their client does.
-    async fn read_back(&self, lab: &Lab) -> Result<()> {
+    /// Reads acknowledged jobs as their client does: one that succeeded has its own report, another one says why not.
+    async fn read_back(&self, lab: &Lab, succeeded: &BTreeSet<String>) -> Result<()> {
         let jobs: Vec<String> = self.sets().acknowledged.values().cloned().collect();
-        for job in jobs.iter().step_by((jobs.len() / READ_BACK).max(1)) {
-            let answer = lab.client().poll(job, Duration::from_secs(10)).await?;
-            let same = answer.body["id"] == job.as_str();
-            ensure!(answer.status != 404 && (answer.status != 200 || same), "{job}: {}", answer.text);
-        }
-        Ok(())
+        let step = scale((jobs.len() / READ_BACK).max(1), 1);
+        let reads = jobs.iter().step_by(step).map(|job| read(lab, job, succeeded.contains(job)));
+        stream::iter(reads).buffer_unordered(READERS).try_collect().await
     }
+}
+
+async fn read(lab: &Lab, job: &str, succeeded: bool) -> Result<()> {
+    if !succeeded {
+        let answer = lab.client().poll(job, READ_WITHIN).await?;
+        ensure!(![200, 404].contains(&answer.status), "{job} failed: {} {}", answer.status, answer.text);
+        return Ok(());
+    }
+    // No poll: of those a client has fewer a minute than the long form has jobs.
+    let path = format!("/fhir/DiagnosticReport/{job}");
+    let there =
+        async || lab.client().get(&path).await.ok().filter(|answer| ![429, 503].contains(&answer.status));
+    let answer = eventually(&path, READ_WITHIN, there).await?;
+    let same = answer.body["id"] == job;
+    ensure!(answer.status == 200 && same, "{job} succeeded: {} {}", answer.status, answer.text);
+    Ok(())
 }
 
 /// Clients of a [`Load`].

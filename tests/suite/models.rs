@@ -17,7 +17,7 @@ use dermflow_schemas::{
     limits::DECODE_DEADLINE,
 };
 use dermflow_tests::{
-    client::{distribution, observations, parameters, sample, sample_bytes},
+    client::{distribution, observations, parameters, sample, sample_bytes, send},
     fhir,
     lab::{Lab, Setup, Worker},
     wait::eventually,
@@ -30,9 +30,12 @@ use dermflow_workers::{
     model::Model,
     report::{self, Case},
 };
+use reqwest::Method;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::process::Command;
+
+use super::api::noise;
 
 const LONG: Duration = Duration::from_mins(1);
 
@@ -70,13 +73,40 @@ async fn a_simulated_report_says_so() -> Result<()> {
     lab.stop().await
 }
 
-// NaN is the model's fault and will be again: failed at the first attempt.
+// NaN is the model's fault and will be again: failed at the first attempt. The payload is kept, wherever it is, for a
+// model that is mended.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_without_a_usable_result_fails_the_job_once() -> Result<()> {
-    let lab = Lab::start(one(Worker::simulated(1).fault("nan"))).await?;
-    let answer = lab.client().analyze(&sample("ham10000-mel.jpg"), &[]).await?;
-    assert_eq!((answer.status, answer.code()), (500, "analysis-failed"), "{}", answer.text);
-    assert_eq!(lab.count("SELECT attempts::bigint FROM ingress.jobs").await?, 1);
+    let mut lab = Lab::start(one(Worker::simulated(1).fault("nan"))).await?;
+    let operator = lab.start_operate("olga").await?;
+    let mut jobs = Vec::new();
+    for request in [sample("ham10000-mel.jpg"), parameters(&[1, 2, 3].map(noise))] {
+        let job = lab.client().submit(&request).await?;
+        let answer = lab.client().poll(&job, LONG).await?;
+        assert_eq!((answer.status, answer.code()), (500, "analysis-failed"), "{}", answer.text);
+        jobs.push(job);
+        assert_eq!(lab.messages("DEAD").await?, jobs.len() as u64);
+    }
+    assert_eq!(lab.count("SELECT max(attempts)::bigint FROM ingress.jobs").await?, 1);
+    assert_eq!(lab.object_count().await?, 1);
+    lab.stop_worker(0).await?;
+    lab.start_worker(Worker::simulated(1)).await?;
+    let list = operator.get("/dead").await?.body;
+    let letters = list["dead"].as_array().context("no list")?;
+    assert_eq!(letters.len(), jobs.len());
+    for (letter, job) in letters.iter().zip(&jobs) {
+        let said = (letter["job"].as_str(), letter["reason"].as_str(), letter["attempts"].as_u64());
+        assert_eq!(said, (Some(&**job), Some("analysis-failed"), Some(1)));
+        let path = format!("/dead/{}/requeue", letter["sequence"]);
+        let back = send(operator.request(Method::POST, &path)).await?;
+        assert_eq!(back.status, 200, "{}", back.text);
+        assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
+    }
+    let emptied = async || {
+        let left = (lab.messages("DEAD").await.ok()?, lab.object_count().await.ok()?);
+        (left == (0, 0)).then_some(())
+    };
+    eventually("nothing of it is left", LONG, emptied).await?;
     lab.stop().await
 }
 

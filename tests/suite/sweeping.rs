@@ -9,6 +9,7 @@ use anyhow::Result;
 use dermflow_schemas::clock;
 use dermflow_tests::{
     client::{Client, sample},
+    form::scale,
     lab::{Lab, Setup, Worker},
     wait::eventually,
 };
@@ -38,6 +39,12 @@ async fn reported(lab: &Lab, jobs: &[String]) -> Option<i64> {
     lab.count(&format!("SELECT count(*) FROM ingress.jobs WHERE id IN ({}) AND {lost}", list(jobs)))
         .await
         .ok()
+}
+
+// Jobs that replica `n` has settled as never queued.
+async fn never_queued_metric(lab: &Lab, n: usize) -> i64 {
+    let metric = "dermflow_swept_jobs_total{code=\"never-queued\",lane=\"bulk\"}";
+    lab.metric_of(n, metric).await.map_or(0, |count| count as i64)
 }
 
 async fn lost_metric(lab: &Lab) -> f64 {
@@ -75,6 +82,40 @@ async fn a_job_that_was_never_queued_is_given_up() -> Result<()> {
     lab.stop().await
 }
 
+// One of two replicas settles what never reached the queue, each job once; when it is killed, the other goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_replica_sweeps_and_another_takes_its_place() -> Result<()> {
+    let mut lab = Lab::start(Setup { replicas: 2, ..Setup::without_workers() }).await?;
+    let never_queued = async |lab: &Lab, client: &Client| {
+        let job = client.submit(&sample("ham10000-nv.jpg")).await?;
+        let update = "UPDATE ingress.jobs SET state = 'accepted', deadline = now()";
+        lab.sql(&format!("{update} WHERE id = '{job}'")).await?;
+        lab.until_state(&job, "failed").await?;
+        let entries = "SELECT count(*) FROM auth.audit WHERE action = 'job-settled'";
+        assert_eq!(lab.count(&format!("{entries} AND object = '{job}'")).await?, 1, "{job}");
+        anyhow::Ok(())
+    };
+    // Two, so that both replicas have had a round since the first.
+    never_queued(&lab, lab.client()).await?;
+    never_queued(&lab, lab.client()).await?;
+    let counted = async || {
+        let swept = [never_queued_metric(&lab, 0).await, never_queued_metric(&lab, 1).await];
+        (swept.iter().sum::<i64>() >= 2).then_some(swept)
+    };
+    let swept = eventually("both are counted", LONG, counted).await?;
+    let leader = usize::from(swept == [0, 2]);
+    assert_eq!(swept[leader], 2, "one sweeps, the other does not: {swept:?}");
+
+    lab.kill_ingress(leader).await?;
+    let other = 1 - leader;
+    never_queued(&lab, &lab.client().clone().at(&lab.url(other))).await?;
+    let counted = async || (never_queued_metric(&lab, other).await == 1).then_some(());
+    eventually("the other one has counted it", LONG, counted).await?;
+    lab.restart_ingress(leader).await?;
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'job-settled'").await?, 3);
+    lab.stop().await
+}
+
 // Records, reports and keys past their retention are erased.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_past_its_retention_is_erased() -> Result<()> {
@@ -94,30 +135,60 @@ async fn what_is_past_its_retention_is_erased() -> Result<()> {
 // later, although the new stream hands out the same sequences again.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_lost_payload_is_reported_by_its_id() -> Result<()> {
+    let count = scale(20, 500);
     let mut lab = Lab::start(Setup::without_workers()).await?;
-    let lost = submit(lab.client(), 20).await?;
+    let lost = submit(lab.client(), count as usize).await?;
     lab.kill_nats().await?;
     lab.wipe_nats()?;
     lab.restart_nats().await?;
     let begun = Instant::now();
     let kept = submit(lab.client(), 30).await?;
-    let all = async || (reported(&lab, &lost).await? == 20).then_some(());
+    let all = async || (reported(&lab, &lost).await? == count).then_some(());
     eventually("every loss is reported", REPORTED, all).await?;
-    println!("20 losses reported after {:.1} s", begun.elapsed().as_secs_f64());
+    println!("{count} losses reported after {:.1} s", begun.elapsed().as_secs_f64());
     let answer = lab.client().poll(&lost[0], LONG).await?;
     assert_eq!((answer.status, answer.code()), (500, "payload-lost"), "{}", answer.text);
     let logs = lab.logs()?;
     let named = |job: &String| logs.lines().any(|line| line.contains("payload lost") && line.contains(job));
     assert!(lost.iter().all(named), "a loss is not in the log");
     assert!(!kept.iter().any(named), "a false alarm");
-    assert!((lost_metric(&lab).await - 20.0).abs() < f64::EPSILON);
-    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'payload-lost'").await?, 20);
+    assert!((lost_metric(&lab).await - count as f64).abs() < f64::EPSILON);
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'payload-lost'").await?, count);
     assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'queue-recreated'").await?, 1);
     lab.start_worker(Worker::simulated(1)).await?;
     for job in &kept {
         assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
     }
     assert_eq!(reported(&lab, &kept).await, Some(0));
+    lab.stop().await
+}
+
+// Everything is lost while a client has very many jobs open, in the long form as many as it may: within a minute each of
+// them is reported, and nothing else. Records without messages stand for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn very_many_losses_are_reported_in_time() -> Result<()> {
+    let count = scale(20_000, 100_000);
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let kept = submit(lab.client(), 1).await?;
+    let insert = format!(
+        "WITH lost AS (INSERT INTO ingress.jobs (id, client, lane, state, images, bytes, accepted_at, queued_at, \
+         deadline, stream_seq, claim_check, ticket) SELECT gen_random_uuid(), client, 'bulk', 'queued', 1, 0, \
+         now() - interval '1 minute', now() - interval '1 minute', now() + interval '1 day', 1000 + n, false, 1 + n \
+         FROM ingress.loads, generate_series(1, {count}) n) \
+         UPDATE ingress.loads SET jobs = jobs + {count}, tickets = tickets + {count}"
+    );
+    lab.sql(&insert).await?;
+    let begun = Instant::now();
+    let one_left = async || (lab.count("SELECT jobs FROM ingress.loads").await.ok()? == 1).then_some(());
+    eventually("every loss is reported", REPORTED, one_left).await?;
+    println!("{count} losses reported after {:.1} s", begun.elapsed().as_secs_f64());
+    let lost = "SELECT count(*) FROM ingress.jobs WHERE failure ->> 'code' = 'payload-lost'";
+    assert_eq!((lab.count(lost).await?, reported(&lab, &kept).await), (count, Some(0)));
+    assert_eq!(lab.count("SELECT count(*) FROM auth.audit WHERE action = 'payload-lost'").await?, count);
+    // The record comes first.
+    let counted = async || ((lost_metric(&lab).await - count as f64).abs() < 0.5).then_some(());
+    eventually("every loss is counted", LONG, counted).await?;
+    assert_eq!(lab.messages("JOBS").await?, 1);
     lab.stop().await
 }
 
@@ -142,6 +213,10 @@ async fn a_damaged_payload_is_reported_and_no_other() -> Result<()> {
     for job in [&jobs[0], &jobs[1], &jobs[3], &jobs[4]] {
         assert_eq!(lab.client().poll(job, LONG).await?.status, 200);
     }
+    // The broker goes on counting it, and gives it to nobody.
+    let unaccounted = "dermflow_stream_messages{kind=\"unaccounted\",stream=\"JOBS\"}";
+    let alarm = async || lab.metric(unaccounted).await.filter(|count| *count > 0.0);
+    eventually("the alarm", RECREATED, alarm).await?;
     lab.stop().await
 }
 

@@ -69,6 +69,9 @@ enum Verdict {
     Result(ResultHeader, Bytes),
     /// Another attempt may do better; when there is none left, the job fails with this code.
     Again(Code),
+    /// No attempt would do better until the model is mended: the job fails at once with this code, and its payload is
+    /// kept.
+    Mend(Code),
     /// It was never begun, as the process ends.
     GiveBack,
     /// The client withdrew it: nothing is published.
@@ -145,7 +148,7 @@ impl Attempts {
                 let pause = pause_after(attempt, random::fraction());
                 ("retry", self.queue_again(&delivery, attempt + 1, pause).await)
             }
-            Verdict::Again(code) => ("dead", self.give_up(&delivery, code).await),
+            Verdict::Again(code) | Verdict::Mend(code) => ("dead", self.give_up(&delivery, code).await),
         };
         let (job, lane) = (delivery.header.job, delivery.header.lane.as_str());
         let ms = clock::elapsed_ms(delivery.began, clock::now());
@@ -402,7 +405,7 @@ impl Delivery {
         }
         match error {
             AnalysisError::Undecodable(image, _) => self.failed(Code::ImageUndecodable, Some(*image)),
-            AnalysisError::Unusable | AnalysisError::Engine(_) => self.failed(Code::AnalysisFailed, None),
+            AnalysisError::Unusable | AnalysisError::Engine(_) => Verdict::Mend(Code::AnalysisFailed),
             AnalysisError::Withdrawn => Verdict::Withdrawn,
         }
     }

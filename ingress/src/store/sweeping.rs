@@ -8,7 +8,7 @@ use dermflow_auth::{
 use dermflow_schemas::{
     error::Code,
     id::JobId,
-    limits::{ACCEPTED_GRACE, SWEEP_BATCH, SWEEP_LEASE},
+    limits::{ACCEPTED_GRACE, LOST_SLICE, SWEEP_BATCH, SWEEP_LEASE},
 };
 use time::OffsetDateTime;
 use tokio_postgres::{Row, types::Json};
@@ -29,15 +29,14 @@ pub(crate) struct Open {
     pub(crate) stream_seq: i64,
 }
 
-/// Which sequences JOBS has no message at.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Gaps {
-    /// Nothing below.
-    pub(crate) first: i64,
-    /// Nothing above.
-    pub(crate) last: i64,
-    /// Nothing here, as far as the broker has told.
-    pub(crate) between: Vec<i64>,
+/// An open job that claims a place in JOBS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct InLine {
+    pub(crate) job: Open,
+    /// It was queued long enough ago to be looked for.
+    pub(crate) is_due: bool,
+    /// Its payload is in the object store.
+    pub(crate) claim_check: bool,
 }
 
 fn open(row: &Row) -> Open {
@@ -136,27 +135,19 @@ impl Store {
         .await
     }
 
-    /// Open jobs, queued before `before`, at whose sequence there is no message, or one that two of them claim:
-    /// after a loss the broker hands the lost sequences out again. `elsewhere` are known to be in other streams.
-    pub(crate) async fn misplaced(
-        &self,
-        before: OffsetDateTime,
-        gaps: &Gaps,
-        elsewhere: &[Uuid],
-        limit: i64,
-    ) -> Result<Vec<Open>> {
+    /// Open jobs in the order of their places in JOBS, from behind `after` on: [`LOST_SLICE`], and who else claims the
+    /// place of the last one. Those queued before `before` are due.
+    pub(crate) async fn in_line(&self, before: OffsetDateTime, after: i64) -> Result<Vec<InLine>> {
         within(async {
+            // One statement reads as many entries of an index, however many jobs there are.
             let select = format!(
-                "SELECT id, stream_seq FROM jobs WHERE {QUEUED} AND id <> ALL($2) AND (stream_seq < $3 \
-                 OR stream_seq > $4 OR stream_seq = ANY($5) OR EXISTS (SELECT FROM jobs other \
-                 WHERE other.finished_at IS NULL AND other.stream_seq = jobs.stream_seq AND other.id <> jobs.id)) \
-                 LIMIT $6"
+                "SELECT id, stream_seq, coalesce({QUEUED}, false), claim_check FROM jobs \
+                 WHERE finished_at IS NULL AND stream_seq > $2 ORDER BY stream_seq FETCH FIRST $3 ROWS WITH TIES"
             );
-            let connection = self.pool.get().await?;
-            let Gaps { first, last, between } = gaps;
-            let rows =
-                connection.query(&select, &[&before, &elsewhere, first, last, between, &limit]).await?;
-            Ok(rows.iter().map(open).collect())
+            let rows = self.pool.get().await?.query(&select, &[&before, &after, &LOST_SLICE]).await?;
+            let in_line =
+                |row: &Row| InLine { job: open(row), is_due: row.get(2), claim_check: row.get(3) };
+            Ok(rows.iter().map(in_line).collect())
         })
         .await
     }
@@ -189,16 +180,6 @@ impl Store {
                  ORDER BY id LIMIT $3"
             );
             let rows = self.pool.get().await?.query(&select, &[&before, &after.uuid(), &limit]).await?;
-            Ok(rows.iter().map(open).collect())
-        })
-        .await
-    }
-
-    /// Open jobs whose payload is in the object store.
-    pub(crate) async fn claim_checked(&self, before: OffsetDateTime, limit: i64) -> Result<Vec<Open>> {
-        within(async {
-            let select = format!("SELECT id, stream_seq FROM jobs WHERE {QUEUED} AND claim_check LIMIT $2");
-            let rows = self.pool.get().await?.query(&select, &[&before, &limit]).await?;
             Ok(rows.iter().map(open).collect())
         })
         .await

@@ -78,7 +78,7 @@ async fn r5_a_frozen_broker_is_a_quick_503() -> Result<()> {
         highest = lab.ingress_memory(0)?.max(highest);
         assert_eq!(lab.client().get(&format!("/fhir/_async/{}", done[0])).await?.status, 200);
     }
-    let slowest = ledger.slowest_refusal();
+    let (slowest, refused_with) = (ledger.slowest_refusal(), ledger.refused_with());
     let last = format!("order-{orders}");
     let refused = lab.client().analyze(&order(orders), &[("idempotency-key", last.as_str())]).await?;
     assert_eq!((refused.status, refused.code()), (503, "queue-unavailable"));
@@ -92,8 +92,10 @@ async fn r5_a_frozen_broker_is_a_quick_503() -> Result<()> {
         ledger.refusals(),
         highest.saturating_sub(before) / 1024
     );
-    // 2 s for the queue, and what 64 uploads at once take on a machine that does other things too.
-    ensure!(slowest < Duration::from_secs(4), "a refusal took {slowest:?}");
+    // The queue is given 1.9 s of the 2 s; the rest is what 64 uploads at once wait for a core, on a machine that CI
+    // shares.
+    ensure!(slowest < Duration::from_millis(2_200), "a refusal took {slowest:?}");
+    assert_eq!(refused_with, [503], "refused otherwise than for the broker");
     ensure!(highest < before + GROWTH, "ingress grew from {before} to {highest} bytes");
     ensure!(back <= BACK_WITHIN, "accepted {back:?} after the broker went on");
     ledger.submit_all(&client, 0..orders.max(jobs()), 16).await?;

@@ -6,6 +6,8 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use dermflow_auth::token::{Grant, LEEWAY, LIFETIME, Tokens};
+use dermflow_schemas::clock;
 use dermflow_tests::{
     checker::{Executions, Ledger, order},
     client::{Answer, Client},
@@ -14,6 +16,8 @@ use dermflow_tests::{
     wait::eventually,
 };
 use futures_util::future::join_all;
+use secrecy::ExposeSecret;
+use uuid::Uuid;
 
 use super::{SETTLE, jobs};
 
@@ -73,8 +77,19 @@ async fn r3_a_caller_finds_its_job_after_ingress_was_killed() -> Result<()> {
     lab.stop().await
 }
 
-// R12: an ingress whose clock is an hour off beside one whose clock is right. A job that enters there does not
-// expire before its time, on either; and a token is not taken for longer than its life and half a minute.
+// A token of the client `demo` that was given out `age` seconds ago, signed with our key.
+async fn token_of_age(lab: &Lab, age: i64) -> Result<String> {
+    let account: Uuid = lab.sql("SELECT id FROM auth.users WHERE username = 'demo'").await?[0].get(0);
+    let tokens = Tokens::open(&lab.signing_keys(), &lab.url(0))?;
+    let (client, scope) = (account.into(), "system/DiagnosticReport.crds".to_owned());
+    let grant = Grant { client, credential: account, scope, ends: None, after: None, bound_to: None };
+    let token = tokens.issue(grant, clock::now() - Duration::from_secs(age.unsigned_abs()))?;
+    Ok(token.expose_secret().to_owned())
+}
+
+// R12: an ingress whose clock is an hour off beside one whose clock is right: it goes by the database's. A job that
+// enters there does not expire before its time, on either; and a token is not taken for longer than its life and half
+// a minute.
 async fn clock_is_off_by(seconds: i64) -> Result<()> {
     let mut lab = Lab::start(Setup::simulated(20)).await?;
     lab.start_ingress_with_clock(seconds).await?;
@@ -85,6 +100,12 @@ async fn clock_is_off_by(seconds: i64) -> Result<()> {
     ensure!(hour(&wrong).await? != hour(lab.client()).await?, "the clock is right: the test shows nothing");
     let password = lab.password("demo")?;
     let at_wrong = wrong.clone().login("demo", &password).await?;
+    let lifetime = i64::try_from(LIFETIME.as_secs())?;
+    for (age, status) in [(lifetime - LEEWAY, 200), (lifetime + LEEWAY + 5, 401)] {
+        let old = wrong.clone().with_token(&token_of_age(&lab, age).await?);
+        let answer = old.get("/jobs").await?;
+        assert_eq!(answer.status, status, "a token of {age} s: {}", answer.text);
+    }
     let ledger = Ledger::default();
     let mut expired = Vec::new();
     for n in 0..scale(20, 2_000) {
