@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashSet,
+    convert::Infallible,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -24,15 +25,16 @@ use dermflow_schemas::{
     job::Lane,
     limits::{
         ACCESS_INTERVAL, LINGER_BYTES, LINGER_TIMEOUT, MAX_BATCH_LINES, MAX_BODY_BYTES, UPLOAD_BYTES,
-        UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SILENCE,
+        UPLOAD_LEASE, UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SILENCE,
     },
 };
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
     task::JoinSet,
-    time::{Interval, MissedTickBehavior, interval, timeout},
+    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
 };
 use uuid::Uuid;
 
@@ -79,7 +81,7 @@ pub(crate) fn start(app: Arc<App>, upload: Upload, body: Body) -> Response {
     let (answers, written) = mpsc::channel::<Bytes>(UPLOAD_LINES);
     tokio::spawn(run(app, upload, body, answers));
     let written = stream::unfold(written, |mut written| async {
-        written.recv().await.map(|line| (Ok::<_, std::convert::Infallible>(line), written))
+        written.recv().await.map(|line| (Ok::<_, Infallible>(line), written))
     });
     let headers = [(header::CONTENT_TYPE, NDJSON.to_owned()), (header::LOCATION, url)];
     (StatusCode::OK, headers, Body::from_stream(written)).into_response()
@@ -109,6 +111,8 @@ struct Uploading {
     seen: Arc<Mutex<HashSet<u128>>>,
     counts: Counts,
     in_hand: usize,
+    /// When the last line came.
+    heard: OffsetDateTime,
     running: JoinSet<Answered>,
     /// Why the caller may not go on.
     shut_out: Option<Problem>,
@@ -123,6 +127,7 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         seen: Arc::default(),
         counts: Counts::default(),
         in_hand: 0,
+        heard: clock::now(),
         running: JoinSet::new(),
         shut_out: None,
     };
@@ -143,20 +148,14 @@ struct Gone;
 
 impl Uploading {
     async fn run(mut self, mut lines: Lines) {
-        let batch = self.upload.batch;
-        let first = json!({"batch": batch, "url": batch_url(&self.app.public_url, batch)});
-        let ended = match self.write(&first).await {
-            Ok(()) => self.read(&mut lines).await,
-            Err(gone) => Err(gone),
+        let (app, batch) = (self.app.clone(), self.upload.batch);
+        let complete = tokio::select! {
+            complete = self.take_in(&mut lines) => complete,
+            never = show(&app, batch) => match never {},
         };
-        // What is in hand is finished, and told if anybody listens.
-        let mut complete = ended.unwrap_or(false);
-        while let Some(answered) = self.running.join_next().await {
-            complete &= self.answered(answered.ok()).await.unwrap_or(false);
-        }
-        if complete {
-            complete = self.app.store.close_batch(batch, clock::now()).await.is_ok();
-        }
+        // However it ended: the batch does not wait for it any more.
+        let ended = app.store.end_upload(batch, complete, self.heard, clock::now()).await;
+        let complete = complete && ended.is_ok();
         let Counts { lines: count, accepted, refused } = self.counts;
         tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
         let mut last = json!({"batch": batch, "lines": count, "accepted": accepted, "refused": refused,
@@ -168,6 +167,22 @@ impl Uploading {
             // A connection that is closed with a body still arriving is reset, and the last lines with it.
             let _ = timeout(LINGER_TIMEOUT, discard(lines)).await;
         }
+    }
+
+    /// Takes all of it in and answers it; `false` when this was not all.
+    async fn take_in(&mut self, lines: &mut Lines) -> bool {
+        let batch = self.upload.batch;
+        let first = json!({"batch": batch, "url": batch_url(&self.app.public_url, batch)});
+        let ended = match self.write(&first).await {
+            Ok(()) => self.read(lines).await,
+            Err(gone) => Err(gone),
+        };
+        // What is in hand is finished, and told if anybody listens.
+        let mut complete = ended.unwrap_or(false);
+        while let Some(answered) = self.running.join_next().await {
+            complete &= self.answered(answered.ok()).await.unwrap_or(false);
+        }
+        complete
     }
 
     /// Reads to the end; `false` when the server cannot go on, or the caller may not.
@@ -235,6 +250,7 @@ impl Uploading {
     /// Takes a line in hand; `false` when it is one too many.
     fn take(&mut self, next: Next) -> bool {
         self.counts.lines += 1;
+        self.heard = clock::now();
         let over = self.counts.lines > MAX_BATCH_LINES;
         match next {
             Next::Line { number, bytes, memory } if !over => {
@@ -286,6 +302,16 @@ impl Uploading {
         match timeout(UPLOAD_SILENCE, self.answers.send(bytes.into())).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(Gone),
+        }
+    }
+}
+
+/// Shows all replicas that an upload to the batch goes on.
+async fn show(app: &App, batch: Uuid) -> Infallible {
+    loop {
+        sleep(UPLOAD_LEASE / 3).await;
+        if let Err(error) = app.store.upload_seen(batch, clock::now()).await {
+            tracing::debug!(%batch, %error, "an upload goes on, which nobody sees");
         }
     }
 }

@@ -40,6 +40,25 @@ async fn upload(client: &Client, path: &str, kind: &str, body: String) -> Result
     lines(&answer)
 }
 
+// What an upload sends next. Without it, the upload has reached its end.
+type Sender = tokio::sync::mpsc::Sender<Result<String, std::io::Error>>;
+
+// An upload that goes on for as long as its sender is there, and its answer.
+async fn stream_to(client: &Client, path: &str) -> Result<(Sender, reqwest::Response)> {
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
+    let request = client.request(Method::POST, path).header("content-type", NDJSON);
+    let response = request.body(reqwest::Body::wrap_stream(body)).send().await?;
+    ensure!(response.status() == 200, "{}", response.status());
+    Ok((sender, response))
+}
+
+// The last line of an upload's answer.
+async fn last(response: reqwest::Response) -> Result<Value> {
+    let text = tokio::time::timeout(LONG, response.text()).await??;
+    Ok(serde_json::from_str(text.lines().next_back().context("no line")?)?)
+}
+
 fn lines(answer: &Answer) -> Result<Vec<Value>> {
     answer.text.lines().map(|line| serde_json::from_str(line).context(line.to_owned())).collect()
 }
@@ -205,18 +224,72 @@ async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
     lab.stop().await
 }
 
+// A batch has not ended while an upload to it goes on, whatever became of the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
+    let mut lab = Lab::start(Setup::simulated(1)).await?;
+    let client = lab.client().clone();
+    let (first, answer) = stream_to(&client, "/batches").await?;
+    let batch = answer.headers()["location"].to_str()?.rsplit('/').next().context("no batch")?.to_owned();
+    let (path, manifest) = (format!("/batches/{batch}"), format!("/fhir/_bulk/{batch}"));
+    let (second, other) = stream_to(&client, &path).await?;
+    first.send(Ok(line("a"))).await?;
+    drop(first);
+    assert_eq!(last(answer).await?["complete"], true);
+    let done = async || (client.get(&path).await.ok()?.body["counts"]["succeeded"] == 1).then_some(());
+    eventually("the first upload's job has ended", LONG, done).await?;
+    let state = client.get(&path).await?.body;
+    assert_eq!((&state["status"], &state["closed_at"]), (&json!("uploading"), &Value::Null), "{state}");
+    assert_eq!(state["percent"], 99);
+    assert_eq!(client.get(&manifest).await?.status, 202);
+    second.send(Ok(line("b"))).await?;
+    drop(second);
+    assert_eq!(last(other).await?["complete"], true);
+    assert_eq!(until_status(&client, &batch, "completed").await?["total"], 2);
+    assert_eq!(client.get(&manifest).await?.status, 200);
+
+    // Cut without a word since the other one reached its end: nothing of it is missing.
+    let (silent, cut) = stream_to(&client, &path).await?;
+    upload(&client, &path, NDJSON, line("c")).await?;
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    silent.send(Err(std::io::Error::other("cut"))).await?;
+    drop((silent, cut));
+    until_status(&client, &batch, "completed").await?;
+    // Cut after a line that came later than the other's end: there may have been more.
+    let (heard, mut cut) = stream_to(&client, &path).await?;
+    upload(&client, &path, NDJSON, line("c")).await?;
+    heard.send(Ok(line("d"))).await?;
+    let mut told = String::new();
+    while !told.contains("\"job\"") {
+        let more = tokio::time::timeout(LONG, cut.chunk()).await??.context("the answer ended")?;
+        told.push_str(std::str::from_utf8(&more)?);
+    }
+    heard.send(Err(std::io::Error::other("cut"))).await?;
+    drop((heard, cut));
+    let ended = "SELECT count(*) FROM ingress.batches WHERE uploads = 0 AND closed_at IS NULL";
+    let cut = async || (lab.count(ended).await.ok()? == 1).then_some(());
+    eventually("the upload's end is on record", LONG, cut).await?;
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+
+    // One that dies with its ingress is waited for as long as it might go on elsewhere.
+    let dead = stream_to(&client, &path).await?;
+    lab.kill_ingress(0).await?;
+    lab.restart_ingress(0).await?;
+    drop(dead);
+    upload(&client, &path, NDJSON, line("d")).await?;
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    lab.sql("UPDATE ingress.batches SET upload_seen_at = upload_seen_at - interval '1 minute'").await?;
+    until_status(&client, &batch, "completed").await?;
+    lab.stop().await
+}
+
 /// What an upload is answered that sends a line, and no more until the server ends it.
 pub(crate) async fn until_ended(
     client: &Client,
     meanwhile: impl Future<Output = Result<()>>,
 ) -> Result<Vec<Value>> {
-    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<String, std::io::Error>>(1);
-    let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
-    let request = client.request(Method::POST, "/batches").header("content-type", NDJSON);
-    let sent = tokio::spawn(request.body(reqwest::Body::wrap_stream(body)).send());
+    let (sender, response) = stream_to(client, "/batches").await?;
     sender.send(Ok(line("l0"))).await?;
-    let response = sent.await??;
-    ensure!(response.status() == 200);
     meanwhile.await?;
     let text = tokio::time::timeout(LONG, response.text()).await??;
     drop(sender);
