@@ -32,20 +32,20 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
     task::JoinSet,
     time::{Interval, MissedTickBehavior, interval, sleep, timeout},
 };
 use uuid::Uuid;
 
 use crate::{
-    answer::{Problem, error_json},
+    answer::Problem,
     app::{App, Place},
     audited::refused_part,
     extract::Pass,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
-    store::claim::Member,
+    store::{batches::line_key, claim::Member},
     submit::{Submission, blocking, submit},
 };
 
@@ -109,6 +109,8 @@ struct Uploading {
     answers: mpsc::Sender<Bytes>,
     /// Digests of the names seen in this upload.
     seen: Arc<Mutex<HashSet<u128>>>,
+    /// Ends with the turn of the last line.
+    last_turn: oneshot::Receiver<Infallible>,
     counts: Counts,
     in_hand: usize,
     /// When the last line came.
@@ -125,6 +127,7 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         upload: Arc::new(upload),
         answers,
         seen: Arc::default(),
+        last_turn: oneshot::channel().1,
         counts: Counts::default(),
         in_hand: 0,
         heard: clock::now(),
@@ -256,7 +259,9 @@ impl Uploading {
             Next::Line { number, bytes, memory } if !over => {
                 self.in_hand += bytes.len();
                 let (app, upload, seen) = (self.app.clone(), self.upload.clone(), self.seen.clone());
-                self.running.spawn(line(app, upload, seen, number, bytes, memory));
+                let (end, ended) = oneshot::channel();
+                let turn = Turn { before: std::mem::replace(&mut self.last_turn, ended), seen, _end: end };
+                self.running.spawn(line(app, upload, turn, number, bytes, memory));
                 true
             }
             Next::Line { number, .. } | Next::TooLong { number } => {
@@ -267,7 +272,7 @@ impl Uploading {
                 };
                 let (app, upload) = (self.app.clone(), self.upload.clone());
                 self.running.spawn(async move {
-                    let outcome = refuse(&app, &upload, number, error.into()).await;
+                    let outcome = refuse(&app, &upload, number, None, error.into()).await;
                     Answered { number, custom_id: None, outcome, bytes: 0 }
                 });
                 !over
@@ -326,46 +331,79 @@ async fn discard(lines: Lines) {
     }
 }
 
+/// A line's turn to tell its name: lines are read side by side.
+struct Turn {
+    /// Ends with the turn of the line before.
+    before: oneshot::Receiver<Infallible>,
+    seen: Arc<Mutex<HashSet<u128>>>,
+    /// Ends with this turn.
+    _end: oneshot::Sender<Infallible>,
+}
+
+impl Turn {
+    /// Whether a line before this one has its name. So of two lines the same one is refused, however often both are sent.
+    async fn repeats(self, name: Option<&str>) -> bool {
+        let _ = self.before.await;
+        name.is_some_and(|name| {
+            !self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(name))
+        })
+    }
+}
+
 async fn line(
     app: Arc<App>,
     upload: Arc<Upload>,
-    seen: Arc<Mutex<HashSet<u128>>>,
+    turn: Turn,
     number: usize,
     bytes: Bytes,
     memory: OwnedSemaphorePermit,
 ) -> Answered {
     let (length, form) = (bytes.len(), upload.form);
-    let parsed = blocking(move || lines::parse(form, &bytes)).await;
-    let (custom_id, outcome) = match parsed {
-        Err(problem) => (None, refuse(&app, &upload, number, problem).await),
-        Ok(Line { custom_id, payload: Err(error) }) => {
-            drop(memory);
-            let refused = refuse_for_good(&app, &upload, number, custom_id.as_deref(), error).await;
-            (custom_id, refused)
-        }
-        Ok(Line { custom_id, payload: Ok(mut payload) }) => {
+    let (custom_id, payload) = match blocking(move || lines::parse(form, &bytes)).await {
+        Ok(Line { custom_id, payload }) => (custom_id, payload.map_err(Problem::from)),
+        Err(problem) => (None, Err(problem)),
+    };
+    let is_repeated = turn.repeats(custom_id.as_deref()).await;
+    let payload = payload.and_then(|payload| {
+        let repeated = || ApiError::from(Code::CustomIdRepeated).at("custom_id").into();
+        if is_repeated { Err(repeated()) } else { Ok(payload) }
+    });
+    let outcome = match payload {
+        Ok(mut payload) => {
             payload.manifest.language = upload.language;
-            let name = custom_id.clone().unwrap_or_default();
-            let outcome = if seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(&name)) {
-                let member = Member { batch: upload.batch, line: number, custom_id: name };
-                accept(&app, &upload, member, payload, memory).await
-            } else {
-                drop((payload, memory));
-                Err(ApiError::from(Code::CustomIdRepeated).at("custom_id").into())
-            };
-            let outcome = match outcome {
-                Err(problem) => refuse(&app, &upload, number, problem).await,
-                accepted => accepted,
-            };
-            (custom_id, outcome)
+            let custom_id = custom_id.clone().unwrap_or_default();
+            let member = Member { batch: upload.batch, line: number, custom_id };
+            accept(&app, &upload, member, payload, memory).await
         }
+        Err(problem) => {
+            drop(memory);
+            Err(problem)
+        }
+    };
+    let outcome = match outcome {
+        Err(problem) => {
+            // The name stands for the line that came first.
+            let name = custom_id.as_deref().filter(|_| !is_repeated);
+            refuse(&app, &upload, number, name, problem).await
+        }
+        accepted => accepted,
     };
     Answered { number, custom_id, outcome, bytes: length }
 }
 
-/// The answer to a line that is refused, when that is in the audit trail.
-async fn refuse(app: &App, upload: &Upload, number: usize, problem: Problem) -> Result<JobId, Problem> {
+/// The answer to a line that is refused, when that is in the audit trail, and among the batch's errors if it is for good.
+async fn refuse(
+    app: &App,
+    upload: &Upload,
+    number: usize,
+    name: Option<&str>,
+    problem: Problem,
+) -> Result<JobId, Problem> {
     refused_part(app, upload.who, upload.client, Some(upload.batch), number, problem.code()).await?;
+    // An upload that is too long is no fault of a line.
+    if problem.retry() == Retry::Never && !problem.is(Code::BatchTooLong) {
+        app.store.refuse_line(upload.client, upload.batch, number, name, &problem.to_json()).await?;
+    }
     Err(problem)
 }
 
@@ -386,8 +424,7 @@ async fn accept(
         client: upload.client,
         who: upload.who,
         lane: Lane::Bulk,
-        // The space keeps it apart from every key that a caller can choose.
-        key: Some(format!("batch {} {custom_id}", upload.batch)),
+        key: Some(line_key(upload.batch, &custom_id)),
         payload,
         cancel_after: None,
         member: Some(member),
@@ -401,18 +438,26 @@ async fn accept(
     Ok(submitted.job)
 }
 
-/// A line that can never be accepted is kept among the batch's errors.
-async fn refuse_for_good(
-    app: &App,
-    upload: &Upload,
-    number: usize,
-    custom_id: Option<&str>,
-    error: ApiError,
-) -> Result<JobId, Problem> {
-    let json = error_json(&error);
-    let refused = refuse(app, upload, number, error.into()).await;
-    if refused.as_ref().is_err_and(|problem| problem.retry() == Retry::Never) {
-        app.store.refuse_line(upload.client, upload.batch, number, custom_id, &json).await?;
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn of_lines_with_one_name_the_first_has_it_whichever_is_read_first() {
+        let (seen, mut last) = (Arc::default(), oneshot::channel().1);
+        let mut turn = || {
+            let (end, ended) = oneshot::channel();
+            Turn { before: std::mem::replace(&mut last, ended), seen: Arc::clone(&seen), _end: end }
+        };
+        let [first, nameless, other, second] = [turn(), turn(), turn(), turn()];
+        let mut second = Box::pin(second.repeats(Some("a")));
+        assert_eq!(second.as_mut().now_or_never(), None);
+        assert_eq!(first.repeats(Some("a")).now_or_never(), Some(false));
+        assert_eq!(second.as_mut().now_or_never(), None, "the line before it has not told");
+        assert_eq!(nameless.repeats(None).now_or_never(), Some(false));
+        assert_eq!(other.repeats(Some("b")).now_or_never(), Some(false));
+        assert_eq!(second.now_or_never(), Some(true));
     }
-    refused
 }

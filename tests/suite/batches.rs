@@ -99,13 +99,10 @@ async fn a_batch_is_answered_line_by_line_and_read_as_two_files() -> Result<()> 
     assert_eq!((&last["lines"], &last["accepted"], &last["refused"]), (&json!(14), &json!(11), &json!(3)));
     let code = |number| of(&answer, number)["error"]["code"].as_str().unwrap_or_default();
     assert_eq!((code(11), code(14)), ("image-not-base64", "json-malformed"));
-    // Lines are taken side by side: of two with one name either may come first.
-    let mut repeated = [code(1), code(15)];
-    repeated.sort_unstable();
-    assert_eq!(repeated, ["", "custom-id-repeated"]);
+    assert_eq!((code(1), code(15)), ("", "custom-id-repeated"));
     assert_eq!(of(&answer, 11)["error"]["errors"][0]["field"], "images[0].data");
     let state = until_status(client, &batch, "completed-with-errors").await?;
-    assert_eq!((&state["percent"], &state["total"], &state["refused"]), (&json!(100), &json!(11), &json!(2)));
+    assert_eq!((&state["percent"], &state["total"], &state["refused"]), (&json!(100), &json!(11), &json!(3)));
     assert_eq!(
         (&state["counts"]["succeeded"], &state["counts"]["failed"]),
         (&json!(10), &json!(1)),
@@ -124,9 +121,10 @@ async fn a_batch_is_answered_line_by_line_and_read_as_two_files() -> Result<()> 
     let codes: HashSet<&str> = errors.iter().filter_map(|line| line["error"]["code"].as_str()).collect();
     assert_eq!(
         codes,
-        HashSet::from(["image-not-base64", "json-malformed", "image-undecodable"]),
+        HashSet::from(["image-not-base64", "json-malformed", "image-undecodable", "custom-id-repeated"]),
         "{errors:?}"
     );
+    assert_eq!(of(&errors, 15)["custom_id"], Value::Null, "the name has a report");
     let cursor = &results[3]["cursor"];
     let rest = client.get(&format!("/batches/{batch}/results?cursor={cursor}&limit=2")).await?;
     assert_eq!(lines(&rest)?, results[4..6], "from where the reader was");
@@ -135,7 +133,7 @@ async fn a_batch_is_answered_line_by_line_and_read_as_two_files() -> Result<()> 
     assert_eq!(manifest.status, 200);
     let (output, error) = (&manifest.body["output"][0], &manifest.body["error"][0]);
     assert_eq!((&output["type"], &output["count"]), (&json!("DiagnosticReport"), &json!(10)));
-    assert_eq!((&error["type"], &error["count"]), (&json!("OperationOutcome"), &json!(3)));
+    assert_eq!((&error["type"], &error["count"]), (&json!("OperationOutcome"), &json!(4)));
     let mut documents = Vec::new();
     for file in [output, error] {
         let answer = client.get(file["url"].as_str().context("no url")?).await?;
@@ -219,8 +217,16 @@ async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
     assert_eq!(id(&third), path);
     assert_eq!(of(&third, 1)["error"]["code"], "idempotency-conflict");
     assert_eq!(of(&third, 2)["job"], of(&again, 2)["job"]);
-    let state = until_status(client, &path, "completed").await?;
+    let state = until_status(client, &path, "completed-with-errors").await?;
     assert_eq!((&state["total"], &state["counts"]["succeeded"]), (&json!(6), &json!(6)));
+    let errors = lines(&client.get(&format!("{location}/errors")).await?)?;
+    let [conflict] = errors.as_slice() else { panic!("{errors:?}") };
+    assert_eq!(
+        (&conflict["line"], &conflict["custom_id"]),
+        (&json!(1), &Value::Null),
+        "the name has a report"
+    );
+    assert_eq!(conflict["error"]["code"], "idempotency-conflict");
     lab.stop().await
 }
 
@@ -374,6 +380,58 @@ async fn a_mended_line_leaves_the_errors() -> Result<()> {
     let state = until_status(lab.client(), &batch, "completed").await?;
     assert_eq!(state["refused"], 0);
     assert_eq!(lab.client().get(&format!("/batches/{batch}/errors")).await?.text, "");
+    lab.stop().await
+}
+
+// A batch is not completed when not one of its lines was taken, and each of them is among its errors once, however often
+// it is sent. They are mended by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refused_line_is_among_the_errors() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let client = lab.client();
+    let of_model = |custom_id: &str| {
+        let image = json!({"data": STANDARD.encode(sample_bytes("isic2017-nv.jpg"))});
+        json!({"custom_id": custom_id, "images": [image], "model": "derm8"}).to_string() + "\n"
+    };
+    let body: String = ["a", "b", "c"].map(of_model).concat();
+    let answer = upload(client, "/batches", NDJSON, body.clone()).await?;
+    assert_eq!(answer.last().context("no last line")?["refused"], 3, "{answer:?}");
+    let batch = id(&answer);
+    let path = format!("/batches/{batch}");
+    let refused = async |names: &[&str], code: &str| {
+        let state = until_status(client, &batch, "completed-with-errors").await?;
+        assert_eq!(state["refused"], json!(names.len()), "{state}");
+        let mut errors = lines(&client.get(&format!("{path}/errors")).await?)?;
+        errors.sort_by_key(|error| error["line"].as_u64());
+        let found: Vec<&str> = errors.iter().filter_map(|error| error["custom_id"].as_str()).collect();
+        assert_eq!(found, names, "{errors:?}");
+        assert!(errors.iter().all(|error| error["error"]["code"] == code), "{errors:?}");
+        anyhow::Ok(())
+    };
+    refused(&["a", "b", "c"], "model-unknown").await?;
+    upload(client, &path, NDJSON, body).await?;
+    refused(&["a", "b", "c"], "model-unknown").await?;
+    upload(client, &path, NDJSON, line("b")).await?;
+    refused(&["a", "c"], "model-unknown").await?;
+    upload(client, &path, NDJSON, line("a") + &line("c")).await?;
+    assert_eq!(until_status(client, &batch, "completed").await?["refused"], 0);
+
+    // What has no name, or not the first line of it, goes by its number; a name goes with its first line, good or bad.
+    let bad = "{\"custom_id\":\"bad\",\"images\":[{\"data\":\"!\"}]}\n";
+    let body = format!("{}{}{bad}{}{{\n{bad}", line("first"), line("first"), line("bad"));
+    for path in ["/batches".to_owned(), path.clone(), path] {
+        let answer = upload(client, &path, NDJSON, body.clone()).await?;
+        let batch = id(&answer);
+        let state = until_status(client, &batch, "completed-with-errors").await?;
+        assert_eq!(state["refused"], 5, "{state}");
+        let errors = lines(&client.get(&format!("/batches/{batch}/errors")).await?)?;
+        let error = |number| (&of(&errors, number)["custom_id"], &of(&errors, number)["error"]["code"]);
+        let (none, repeated) = (Value::Null, json!("custom-id-repeated"));
+        assert_eq!((error(2), error(4)), ((&none, &repeated), (&none, &repeated)), "{errors:?}");
+        assert_eq!(error(3), (&json!("bad"), &json!("image-not-base64")), "{errors:?}");
+        assert_eq!(error(5), (&none, &json!("json-malformed")), "{errors:?}");
+        assert_eq!(error(6), (&none, &json!("image-not-base64")), "{errors:?}");
+    }
     lab.stop().await
 }
 

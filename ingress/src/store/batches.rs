@@ -111,6 +111,11 @@ pub(crate) struct Filter {
     pub(crate) cursor: Option<JobId>,
 }
 
+/// What repeats of a batch's line are known by. The space keeps it apart from every key that a caller can choose.
+pub(crate) fn line_key(batch: Uuid, custom_id: &str) -> String {
+    format!("batch {batch} {custom_id}")
+}
+
 /// What the beginning of an upload at `$3` changes of the batch `b`. Uploads that were not seen since `$4` died with their
 /// ingress.
 const BEGUN: &str = "closed_at = NULL, upload_seen_at = $3, \
@@ -230,7 +235,9 @@ impl Store {
         .await
     }
 
-    /// Notes that a line was refused for good. A later upload of the same line that is accepted takes it back.
+    /// Notes that a line was refused for good: by the name in `custom_id`, if that names nothing else in the batch, until a
+    /// line of this name is accepted; else by its number, and then it stays. A line that is refused again, as when its upload
+    /// is resumed, is noted once.
     pub(crate) async fn refuse_line(
         &self,
         client: ClientId,
@@ -244,13 +251,23 @@ impl Store {
             let transaction = connection.transaction().await?;
             let event = "INSERT INTO loads AS l (client, events) VALUES ($1, 1) \
                          ON CONFLICT (client) DO UPDATE SET events = l.events + 1 RETURNING events";
-            let event: i64 = transaction.query_one(event, &[&client.uuid()]).await?.get(0);
-            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND custom_id = $2";
-            transaction.execute(delete, &[&batch, &custom_id]).await?;
+            let event = transaction.prepare_cached(event).await?;
+            let event: i64 = transaction.query_one(&event, &[&client.uuid()]).await?.get(0);
+            // A job of this name is not in doubt because of another line.
+            let taken = "SELECT EXISTS (SELECT FROM idempotency_keys WHERE client = $1 AND key = $2)";
+            let taken = transaction.prepare_cached(taken).await?;
+            let key = custom_id.map(|custom_id| line_key(batch, custom_id));
+            let is_taken: bool = transaction.query_one(&taken, &[&client.uuid(), &key]).await?.get(0);
+            let name = custom_id.filter(|_| !is_taken);
+            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND (custom_id = $2 \
+                          OR ($2 IS NULL AND custom_id IS NULL AND line = $3 AND error = $4))";
+            let delete = transaction.prepare_cached(delete).await?;
+            let (line, error) = (line as i32, Json(error));
+            transaction.execute(&delete, &[&batch, &name, &line, &error]).await?;
             let insert = "INSERT INTO batch_refusals (batch, event, line, custom_id, error) \
                           VALUES ($1, $2, $3, $4, $5)";
-            let line = line as i32;
-            transaction.execute(insert, &[&batch, &event, &line, &custom_id, &Json(error)]).await?;
+            let insert = transaction.prepare_cached(insert).await?;
+            transaction.execute(&insert, &[&batch, &event, &line, &name, &error]).await?;
             transaction.commit().await?;
             Ok(())
         })
