@@ -8,6 +8,7 @@ use std::{
     convert::Infallible,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use axum::{
@@ -64,6 +65,8 @@ pub(crate) struct Upload {
     pub(crate) form: Form,
     /// Of the reports.
     pub(crate) language: Language,
+    /// From a line's acceptance to its job's end, if the caller wants it shorter than the lane's.
+    pub(crate) cancel_after: Option<Duration>,
     /// Earlier uploads had lines refused, which this one may mend.
     pub(crate) mending: bool,
     /// The place among the uploads.
@@ -426,7 +429,7 @@ async fn accept(
         lane: Lane::Bulk,
         key: Some(line_key(upload.batch, &custom_id)),
         payload,
-        cancel_after: None,
+        cancel_after: upload.cancel_after,
         member: Some(member),
         patience: UPLOAD_PATIENCE,
         memory,

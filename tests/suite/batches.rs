@@ -435,6 +435,43 @@ async fn every_refused_line_is_among_the_errors() -> Result<()> {
     lab.stop().await
 }
 
+// The deadline of an upload is that of each of its lines, and of no other upload's.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lines_of_an_upload_have_its_deadline() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let client = lab.client();
+    let request = |path: &str, cancel_after: &str| {
+        let request = client.request(Method::POST, path).header("content-type", NDJSON);
+        request.header("cancel-after", cancel_after)
+    };
+    let body = line("a") + &line("b");
+    let answer = lines(&send(request("/batches", "5s").body(body)).await?)?;
+    assert_eq!(answer.last().context("no last line")?["accepted"], 2, "{answer:?}");
+    let batch = id(&answer);
+    let path = format!("/batches/{batch}");
+    for (path, bad) in [("/batches", "4"), (&path, "5x")] {
+        let refused = send(request(path, bad).body("")).await?;
+        assert_eq!((refused.status, refused.code()), (400, "header-invalid"), "{bad}");
+    }
+    upload(client, &path, NDJSON, line("c")).await?;
+    let failed = async || {
+        let counts = client.get(&path).await.ok()?.body["counts"].take();
+        (counts["failed"] == 2).then_some(counts)
+    };
+    let counts = eventually("the deadlines are over", LONG, failed).await?;
+    assert_eq!(counts["queued"], 1, "{counts}");
+    let errors = lines(&client.get(&format!("{path}/errors")).await?)?;
+    let names: HashSet<&str> = errors.iter().filter_map(|error| error["custom_id"].as_str()).collect();
+    assert_eq!(names, HashSet::from(["a", "b"]));
+    assert!(errors.iter().all(|error| error["error"]["code"] == "deadline-exceeded"), "{errors:?}");
+
+    let answer = lines(&send(request(&path, "5s").body(line("d"))).await?)?;
+    let job = answer[1]["job"].as_str().context("no job")?;
+    let ended = client.poll(job, LONG).await?;
+    assert_eq!((ended.status, ended.code()), (504, "deadline-exceeded"));
+    lab.stop().await
+}
+
 // Deleted: what waits leaves the queue, results are removed, and nothing of it is found any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_batch_leaves_nothing() -> Result<()> {

@@ -42,7 +42,7 @@ use crate::{
     lines::Form,
     retention::{self, Answered},
     routes::{
-        analyze::{Turn, idempotency_key},
+        analyze::{Turn, cancel_after, idempotency_key},
         openapi::{Any, Guarded, Own, Queried, Typed},
         status::failed_with,
     },
@@ -59,14 +59,16 @@ const FHIR_NDJSON: &str = "application/fhir+ndjson";
 /// A new batch, or with a known `Idempotency-Key` the one that was made with it.
 #[utoipa::path(post, path = "/batches", operation_id = "createBatch", tag = "batches",
     params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
-        description = "The same key is the same batch.")),
+        description = "The same key is the same batch."),
+        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
+            description = "The deadline of its jobs, at least 5 seconds: seconds, or a number with s, m, h or d.")),
     request_body(description = "A line an analysis: `custom_id`, `images`; `subject`, `identifier`, `heat_map`, `model`.",
         content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "A line an input line, while the upload goes on; the first says which batch it is, the \
             last how many lines there were.", body = String, content_type = "application/x-ndjson",
             headers(("Location" = String, description = "The batch's URL."))),
-        (status = 400, description = "The Idempotency-Key cannot be read."), Any, Guarded, Own, Typed))]
+        (status = 400, description = "A header cannot be read."), Any, Guarded, Own, Typed))]
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
     caller: Allowed<Submit>,
@@ -80,12 +82,15 @@ pub(crate) async fn create(
 
 /// More lines for a batch, or the same ones again after a cut.
 #[utoipa::path(post, path = "/batches/{id}", operation_id = "resumeBatch", tag = "batches",
-    params(("id" = Uuid, Path, description = "The batch.")),
+    params(("id" = Uuid, Path, description = "The batch."),
+        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
+            description = "The deadline of its jobs, at least 5 seconds: seconds, or a number with s, m, h or d.")),
     request_body(description = "A line an analysis: `custom_id`, `images`; `subject`, `identifier`, `heat_map`, `model`.",
         content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "As to the first upload.", body = String, content_type = "application/x-ndjson",
             headers(("Location" = String, description = "The batch's URL."))),
+        (status = 400, description = "A header cannot be read."),
         Any, Guarded, Own, Typed))]
 pub(crate) async fn resume(
     State(app): State<Arc<App>>,
@@ -114,7 +119,8 @@ async fn begin(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let (form, language) = (form(headers)?, language::accepted(headers));
+    let (form, cancel_after) = (form(headers)?, cancel_after(headers)?);
+    let language = language::accepted(headers);
     let place = app.bounds.uploads.take(client)?;
     // Runs to its end even when the caller hangs up half-way: an upload that the record counts is one that ends.
     let begun = tokio::spawn(async move {
@@ -127,7 +133,8 @@ async fn begin(
             Target::Known(id) => (app.store.reopen_batch(id, client, now).await?, true),
         };
         let batch = batch.ok_or(Code::NotFound)?;
-        let upload = Upload { pass, client, who, batch, form, language, mending, _place: place };
+        let upload =
+            Upload { pass, client, who, batch, form, language, cancel_after, mending, _place: place };
         Ok(upload::start(app, upload, body.into_inner()))
     });
     begun.await.map_err(|error| internal(&error))?
