@@ -19,6 +19,7 @@ use futures_util::{StreamExt, stream};
 use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::identity::secret;
 
@@ -527,6 +528,29 @@ async fn results_are_read_while_they_grow() -> Result<()> {
     }
     ensure!(reads > 1, "the results were not read while they came");
     assert_eq!(read.iter().collect::<HashSet<_>>().len(), LINES);
+    lab.stop().await
+}
+
+// While a batch runs, it tells how fast, and when it will have ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_tells_how_fast_it_is_and_when_it_ends() -> Result<()> {
+    const LINES: usize = 80;
+    let lab = Lab::start(Setup::simulated(50)).await?;
+    let client = lab.client();
+    let body: String = (0..LINES).map(|n| line(&format!("l{n}"))).collect();
+    let batch = id(&upload(client, "/batches", NDJSON, body).await?);
+    let running = async || {
+        let asked = clock::now();
+        let state = client.get(&format!("/batches/{batch}")).await.ok()?.body;
+        (state["counts"]["succeeded"].as_u64()? >= 5).then_some((asked, state))
+    };
+    let (asked, state) = eventually("some have ended", LONG, running).await?;
+    ensure!(state["status"] == "in-progress", "they ended before they were looked at: {state}");
+    ensure!(state["rate"].as_f64().context("no rate")? > 0.0, "{state}");
+    let end = OffsetDateTime::parse(state["estimated_end"].as_str().context("no end")?, &Rfc3339)?;
+    ensure!(end > asked, "asked at {asked}: {state}");
+    let state = until_status(client, &batch, "completed").await?;
+    assert_eq!(state["estimated_end"], Value::Null, "{state}");
     lab.stop().await
 }
 
