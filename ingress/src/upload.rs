@@ -5,8 +5,10 @@
 
 use std::{
     collections::HashSet,
+    convert::Infallible,
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use axum::{
@@ -24,26 +26,27 @@ use dermflow_schemas::{
     job::Lane,
     limits::{
         ACCESS_INTERVAL, LINGER_BYTES, LINGER_TIMEOUT, MAX_BATCH_LINES, MAX_BODY_BYTES, UPLOAD_BYTES,
-        UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SILENCE,
+        UPLOAD_LEASE, UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SILENCE,
     },
 };
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
     task::JoinSet,
-    time::{Interval, MissedTickBehavior, interval, timeout},
+    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
 };
 use uuid::Uuid;
 
 use crate::{
-    answer::{Problem, error_json},
+    answer::Problem,
     app::{App, Place},
     audited::refused_part,
     extract::Pass,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
-    store::claim::Member,
+    store::{batches::line_key, claim::Member},
     submit::{Submission, blocking, submit},
 };
 
@@ -62,6 +65,8 @@ pub(crate) struct Upload {
     pub(crate) form: Form,
     /// Of the reports.
     pub(crate) language: Language,
+    /// From a line's acceptance to its job's end, if the caller wants it shorter than the lane's.
+    pub(crate) cancel_after: Option<Duration>,
     /// Earlier uploads had lines refused, which this one may mend.
     pub(crate) mending: bool,
     /// The place among the uploads.
@@ -79,7 +84,7 @@ pub(crate) fn start(app: Arc<App>, upload: Upload, body: Body) -> Response {
     let (answers, written) = mpsc::channel::<Bytes>(UPLOAD_LINES);
     tokio::spawn(run(app, upload, body, answers));
     let written = stream::unfold(written, |mut written| async {
-        written.recv().await.map(|line| (Ok::<_, std::convert::Infallible>(line), written))
+        written.recv().await.map(|line| (Ok::<_, Infallible>(line), written))
     });
     let headers = [(header::CONTENT_TYPE, NDJSON.to_owned()), (header::LOCATION, url)];
     (StatusCode::OK, headers, Body::from_stream(written)).into_response()
@@ -107,8 +112,12 @@ struct Uploading {
     answers: mpsc::Sender<Bytes>,
     /// Digests of the names seen in this upload.
     seen: Arc<Mutex<HashSet<u128>>>,
+    /// Ends with the turn of the last line.
+    last_turn: oneshot::Receiver<Infallible>,
     counts: Counts,
     in_hand: usize,
+    /// When the last line came.
+    heard: OffsetDateTime,
     running: JoinSet<Answered>,
     /// Why the caller may not go on.
     shut_out: Option<Problem>,
@@ -121,8 +130,10 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         upload: Arc::new(upload),
         answers,
         seen: Arc::default(),
+        last_turn: oneshot::channel().1,
         counts: Counts::default(),
         in_hand: 0,
+        heard: clock::now(),
         running: JoinSet::new(),
         shut_out: None,
     };
@@ -143,20 +154,14 @@ struct Gone;
 
 impl Uploading {
     async fn run(mut self, mut lines: Lines) {
-        let batch = self.upload.batch;
-        let first = json!({"batch": batch, "url": batch_url(&self.app.public_url, batch)});
-        let ended = match self.write(&first).await {
-            Ok(()) => self.read(&mut lines).await,
-            Err(gone) => Err(gone),
+        let (app, batch) = (self.app.clone(), self.upload.batch);
+        let complete = tokio::select! {
+            complete = self.take_in(&mut lines) => complete,
+            never = show(&app, batch) => match never {},
         };
-        // What is in hand is finished, and told if anybody listens.
-        let mut complete = ended.unwrap_or(false);
-        while let Some(answered) = self.running.join_next().await {
-            complete &= self.answered(answered.ok()).await.unwrap_or(false);
-        }
-        if complete {
-            complete = self.app.store.close_batch(batch, clock::now()).await.is_ok();
-        }
+        // However it ended: the batch does not wait for it any more.
+        let ended = app.store.end_upload(batch, complete, self.heard, clock::now()).await;
+        let complete = complete && ended.is_ok();
         let Counts { lines: count, accepted, refused } = self.counts;
         tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
         let mut last = json!({"batch": batch, "lines": count, "accepted": accepted, "refused": refused,
@@ -168,6 +173,22 @@ impl Uploading {
             // A connection that is closed with a body still arriving is reset, and the last lines with it.
             let _ = timeout(LINGER_TIMEOUT, discard(lines)).await;
         }
+    }
+
+    /// Takes all of it in and answers it; `false` when this was not all.
+    async fn take_in(&mut self, lines: &mut Lines) -> bool {
+        let batch = self.upload.batch;
+        let first = json!({"batch": batch, "url": batch_url(&self.app.public_url, batch)});
+        let ended = match self.write(&first).await {
+            Ok(()) => self.read(lines).await,
+            Err(gone) => Err(gone),
+        };
+        // What is in hand is finished, and told if anybody listens.
+        let mut complete = ended.unwrap_or(false);
+        while let Some(answered) = self.running.join_next().await {
+            complete &= self.answered(answered.ok()).await.unwrap_or(false);
+        }
+        complete
     }
 
     /// Reads to the end; `false` when the server cannot go on, or the caller may not.
@@ -235,12 +256,15 @@ impl Uploading {
     /// Takes a line in hand; `false` when it is one too many.
     fn take(&mut self, next: Next) -> bool {
         self.counts.lines += 1;
+        self.heard = clock::now();
         let over = self.counts.lines > MAX_BATCH_LINES;
         match next {
             Next::Line { number, bytes, memory } if !over => {
                 self.in_hand += bytes.len();
                 let (app, upload, seen) = (self.app.clone(), self.upload.clone(), self.seen.clone());
-                self.running.spawn(line(app, upload, seen, number, bytes, memory));
+                let (end, ended) = oneshot::channel();
+                let turn = Turn { before: std::mem::replace(&mut self.last_turn, ended), seen, _end: end };
+                self.running.spawn(line(app, upload, turn, number, bytes, memory));
                 true
             }
             Next::Line { number, .. } | Next::TooLong { number } => {
@@ -251,7 +275,7 @@ impl Uploading {
                 };
                 let (app, upload) = (self.app.clone(), self.upload.clone());
                 self.running.spawn(async move {
-                    let outcome = refuse(&app, &upload, number, error.into()).await;
+                    let outcome = refuse(&app, &upload, number, None, error.into()).await;
                     Answered { number, custom_id: None, outcome, bytes: 0 }
                 });
                 !over
@@ -290,6 +314,16 @@ impl Uploading {
     }
 }
 
+/// Shows all replicas that an upload to the batch goes on.
+async fn show(app: &App, batch: Uuid) -> Infallible {
+    loop {
+        sleep(UPLOAD_LEASE / 3).await;
+        if let Err(error) = app.store.upload_seen(batch, clock::now()).await {
+            tracing::debug!(%batch, %error, "an upload goes on, which nobody sees");
+        }
+    }
+}
+
 async fn discard(lines: Lines) {
     let (mut rest, mut bytes) = (lines.into_rest(), 0);
     while let Some(Ok(chunk)) = rest.next().await {
@@ -300,46 +334,79 @@ async fn discard(lines: Lines) {
     }
 }
 
+/// A line's turn to tell its name: lines are read side by side.
+struct Turn {
+    /// Ends with the turn of the line before.
+    before: oneshot::Receiver<Infallible>,
+    seen: Arc<Mutex<HashSet<u128>>>,
+    /// Ends with this turn.
+    _end: oneshot::Sender<Infallible>,
+}
+
+impl Turn {
+    /// Whether a line before this one has its name. So of two lines the same one is refused, however often both are sent.
+    async fn repeats(self, name: Option<&str>) -> bool {
+        let _ = self.before.await;
+        name.is_some_and(|name| {
+            !self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(name))
+        })
+    }
+}
+
 async fn line(
     app: Arc<App>,
     upload: Arc<Upload>,
-    seen: Arc<Mutex<HashSet<u128>>>,
+    turn: Turn,
     number: usize,
     bytes: Bytes,
     memory: OwnedSemaphorePermit,
 ) -> Answered {
     let (length, form) = (bytes.len(), upload.form);
-    let parsed = blocking(move || lines::parse(form, &bytes)).await;
-    let (custom_id, outcome) = match parsed {
-        Err(problem) => (None, refuse(&app, &upload, number, problem).await),
-        Ok(Line { custom_id, payload: Err(error) }) => {
-            drop(memory);
-            let refused = refuse_for_good(&app, &upload, number, custom_id.as_deref(), error).await;
-            (custom_id, refused)
-        }
-        Ok(Line { custom_id, payload: Ok(mut payload) }) => {
+    let (custom_id, payload) = match blocking(move || lines::parse(form, &bytes)).await {
+        Ok(Line { custom_id, payload }) => (custom_id, payload.map_err(Problem::from)),
+        Err(problem) => (None, Err(problem)),
+    };
+    let is_repeated = turn.repeats(custom_id.as_deref()).await;
+    let payload = payload.and_then(|payload| {
+        let repeated = || ApiError::from(Code::CustomIdRepeated).at("custom_id").into();
+        if is_repeated { Err(repeated()) } else { Ok(payload) }
+    });
+    let outcome = match payload {
+        Ok(mut payload) => {
             payload.manifest.language = upload.language;
-            let name = custom_id.clone().unwrap_or_default();
-            let outcome = if seen.lock().unwrap_or_else(PoisonError::into_inner).insert(digest(&name)) {
-                let member = Member { batch: upload.batch, line: number, custom_id: name };
-                accept(&app, &upload, member, payload, memory).await
-            } else {
-                drop((payload, memory));
-                Err(ApiError::from(Code::CustomIdRepeated).at("custom_id").into())
-            };
-            let outcome = match outcome {
-                Err(problem) => refuse(&app, &upload, number, problem).await,
-                accepted => accepted,
-            };
-            (custom_id, outcome)
+            let custom_id = custom_id.clone().unwrap_or_default();
+            let member = Member { batch: upload.batch, line: number, custom_id };
+            accept(&app, &upload, member, payload, memory).await
         }
+        Err(problem) => {
+            drop(memory);
+            Err(problem)
+        }
+    };
+    let outcome = match outcome {
+        Err(problem) => {
+            // The name stands for the line that came first.
+            let name = custom_id.as_deref().filter(|_| !is_repeated);
+            refuse(&app, &upload, number, name, problem).await
+        }
+        accepted => accepted,
     };
     Answered { number, custom_id, outcome, bytes: length }
 }
 
-/// The answer to a line that is refused, when that is in the audit trail.
-async fn refuse(app: &App, upload: &Upload, number: usize, problem: Problem) -> Result<JobId, Problem> {
+/// The answer to a line that is refused, when that is in the audit trail, and among the batch's errors if it is for good.
+async fn refuse(
+    app: &App,
+    upload: &Upload,
+    number: usize,
+    name: Option<&str>,
+    problem: Problem,
+) -> Result<JobId, Problem> {
     refused_part(app, upload.who, upload.client, Some(upload.batch), number, problem.code()).await?;
+    // An upload that is too long is no fault of a line.
+    if problem.retry() == Retry::Never && !problem.is(Code::BatchTooLong) {
+        app.store.refuse_line(upload.client, upload.batch, number, name, &problem.to_json()).await?;
+    }
     Err(problem)
 }
 
@@ -360,10 +427,9 @@ async fn accept(
         client: upload.client,
         who: upload.who,
         lane: Lane::Bulk,
-        // The space keeps it apart from every key that a caller can choose.
-        key: Some(format!("batch {} {custom_id}", upload.batch)),
+        key: Some(line_key(upload.batch, &custom_id)),
         payload,
-        cancel_after: None,
+        cancel_after: upload.cancel_after,
         member: Some(member),
         patience: UPLOAD_PATIENCE,
         memory,
@@ -375,18 +441,26 @@ async fn accept(
     Ok(submitted.job)
 }
 
-/// A line that can never be accepted is kept among the batch's errors.
-async fn refuse_for_good(
-    app: &App,
-    upload: &Upload,
-    number: usize,
-    custom_id: Option<&str>,
-    error: ApiError,
-) -> Result<JobId, Problem> {
-    let json = error_json(&error);
-    let refused = refuse(app, upload, number, error.into()).await;
-    if refused.as_ref().is_err_and(|problem| problem.retry() == Retry::Never) {
-        app.store.refuse_line(upload.client, upload.batch, number, custom_id, &json).await?;
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn of_lines_with_one_name_the_first_has_it_whichever_is_read_first() {
+        let (seen, mut last) = (Arc::default(), oneshot::channel().1);
+        let mut turn = || {
+            let (end, ended) = oneshot::channel();
+            Turn { before: std::mem::replace(&mut last, ended), seen: Arc::clone(&seen), _end: end }
+        };
+        let [first, nameless, other, second] = [turn(), turn(), turn(), turn()];
+        let mut second = Box::pin(second.repeats(Some("a")));
+        assert_eq!(second.as_mut().now_or_never(), None);
+        assert_eq!(first.repeats(Some("a")).now_or_never(), Some(false));
+        assert_eq!(second.as_mut().now_or_never(), None, "the line before it has not told");
+        assert_eq!(nameless.repeats(None).now_or_never(), Some(false));
+        assert_eq!(other.repeats(Some("b")).now_or_never(), Some(false));
+        assert_eq!(second.now_or_never(), Some(true));
     }
-    refused
 }

@@ -22,6 +22,7 @@ use futures_util::{StreamExt, stream};
 use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::identity::secret;
 
@@ -41,6 +42,25 @@ async fn upload(client: &Client, path: &str, kind: &str, body: String) -> Result
     let answer = send(request).await?;
     ensure!(answer.status == 200, "{} {}", answer.status, answer.text);
     lines(&answer)
+}
+
+// What an upload sends next. Without it, the upload has reached its end.
+type Sender = tokio::sync::mpsc::Sender<Result<String, std::io::Error>>;
+
+// An upload that goes on for as long as its sender is there, and its answer.
+async fn stream_to(client: &Client, path: &str) -> Result<(Sender, reqwest::Response)> {
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
+    let request = client.request(Method::POST, path).header("content-type", NDJSON);
+    let response = request.body(reqwest::Body::wrap_stream(body)).send().await?;
+    ensure!(response.status() == 200, "{}", response.status());
+    Ok((sender, response))
+}
+
+// The last line of an upload's answer.
+async fn last(response: reqwest::Response) -> Result<Value> {
+    let text = tokio::time::timeout(LONG, response.text()).await??;
+    Ok(serde_json::from_str(text.lines().next_back().context("no line")?)?)
 }
 
 fn lines(answer: &Answer) -> Result<Vec<Value>> {
@@ -83,13 +103,10 @@ async fn a_batch_is_answered_line_by_line_and_read_as_two_files() -> Result<()> 
     assert_eq!((&last["lines"], &last["accepted"], &last["refused"]), (&json!(14), &json!(11), &json!(3)));
     let code = |number| of(&answer, number)["error"]["code"].as_str().unwrap_or_default();
     assert_eq!((code(11), code(14)), ("image-not-base64", "json-malformed"));
-    // Lines are taken side by side: of two with one name either may come first.
-    let mut repeated = [code(1), code(15)];
-    repeated.sort_unstable();
-    assert_eq!(repeated, ["", "custom-id-repeated"]);
+    assert_eq!((code(1), code(15)), ("", "custom-id-repeated"));
     assert_eq!(of(&answer, 11)["error"]["errors"][0]["field"], "images[0].data");
     let state = until_status(client, &batch, "completed-with-errors").await?;
-    assert_eq!((&state["percent"], &state["total"], &state["refused"]), (&json!(100), &json!(11), &json!(2)));
+    assert_eq!((&state["percent"], &state["total"], &state["refused"]), (&json!(100), &json!(11), &json!(3)));
     assert_eq!(
         (&state["counts"]["succeeded"], &state["counts"]["failed"]),
         (&json!(10), &json!(1)),
@@ -108,9 +125,10 @@ async fn a_batch_is_answered_line_by_line_and_read_as_two_files() -> Result<()> 
     let codes: HashSet<&str> = errors.iter().filter_map(|line| line["error"]["code"].as_str()).collect();
     assert_eq!(
         codes,
-        HashSet::from(["image-not-base64", "json-malformed", "image-undecodable"]),
+        HashSet::from(["image-not-base64", "json-malformed", "image-undecodable", "custom-id-repeated"]),
         "{errors:?}"
     );
+    assert_eq!(of(&errors, 15)["custom_id"], Value::Null, "the name has a report");
     let cursor = &results[3]["cursor"];
     let rest = client.get(&format!("/batches/{batch}/results?cursor={cursor}&limit=2")).await?;
     assert_eq!(lines(&rest)?, results[4..6], "from where the reader was");
@@ -119,7 +137,7 @@ async fn a_batch_is_answered_line_by_line_and_read_as_two_files() -> Result<()> 
     assert_eq!(manifest.status, 200);
     let (output, error) = (&manifest.body["output"][0], &manifest.body["error"][0]);
     assert_eq!((&output["type"], &output["count"]), (&json!("DiagnosticReport"), &json!(10)));
-    assert_eq!((&error["type"], &error["count"]), (&json!("OperationOutcome"), &json!(3)));
+    assert_eq!((&error["type"], &error["count"]), (&json!("OperationOutcome"), &json!(4)));
     let mut documents = Vec::new();
     for file in [output, error] {
         let answer = client.get(file["url"].as_str().context("no url")?).await?;
@@ -203,8 +221,75 @@ async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
     assert_eq!(id(&third), path);
     assert_eq!(of(&third, 1)["error"]["code"], "idempotency-conflict");
     assert_eq!(of(&third, 2)["job"], of(&again, 2)["job"]);
-    let state = until_status(client, &path, "completed").await?;
+    let state = until_status(client, &path, "completed-with-errors").await?;
     assert_eq!((&state["total"], &state["counts"]["succeeded"]), (&json!(6), &json!(6)));
+    let errors = lines(&client.get(&format!("{location}/errors")).await?)?;
+    let [conflict] = errors.as_slice() else { panic!("{errors:?}") };
+    assert_eq!(
+        (&conflict["line"], &conflict["custom_id"]),
+        (&json!(1), &Value::Null),
+        "the name has a report"
+    );
+    assert_eq!(conflict["error"]["code"], "idempotency-conflict");
+    lab.stop().await
+}
+
+// A batch has not ended while an upload to it goes on, whatever became of the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
+    let mut lab = Lab::start(Setup::simulated(1)).await?;
+    let client = lab.client().clone();
+    let (first, answer) = stream_to(&client, "/batches").await?;
+    let batch = answer.headers()["location"].to_str()?.rsplit('/').next().context("no batch")?.to_owned();
+    let (path, manifest) = (format!("/batches/{batch}"), format!("/fhir/_bulk/{batch}"));
+    let (second, other) = stream_to(&client, &path).await?;
+    first.send(Ok(line("a"))).await?;
+    drop(first);
+    assert_eq!(last(answer).await?["complete"], true);
+    let done = async || (client.get(&path).await.ok()?.body["counts"]["succeeded"] == 1).then_some(());
+    eventually("the first upload's job has ended", LONG, done).await?;
+    let state = client.get(&path).await?.body;
+    assert_eq!((&state["status"], &state["closed_at"]), (&json!("uploading"), &Value::Null), "{state}");
+    assert_eq!(state["percent"], 99);
+    assert_eq!(client.get(&manifest).await?.status, 202);
+    second.send(Ok(line("b"))).await?;
+    drop(second);
+    assert_eq!(last(other).await?["complete"], true);
+    assert_eq!(until_status(&client, &batch, "completed").await?["total"], 2);
+    assert_eq!(client.get(&manifest).await?.status, 200);
+
+    // Cut without a word since the other one reached its end: nothing of it is missing.
+    let (silent, cut) = stream_to(&client, &path).await?;
+    upload(&client, &path, NDJSON, line("c")).await?;
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    silent.send(Err(std::io::Error::other("cut"))).await?;
+    drop((silent, cut));
+    until_status(&client, &batch, "completed").await?;
+    // Cut after a line that came later than the other's end: there may have been more.
+    let (heard, mut cut) = stream_to(&client, &path).await?;
+    upload(&client, &path, NDJSON, line("c")).await?;
+    heard.send(Ok(line("d"))).await?;
+    let mut told = String::new();
+    while !told.contains("\"job\"") {
+        let more = tokio::time::timeout(LONG, cut.chunk()).await??.context("the answer ended")?;
+        told.push_str(std::str::from_utf8(&more)?);
+    }
+    heard.send(Err(std::io::Error::other("cut"))).await?;
+    drop((heard, cut));
+    let ended = "SELECT count(*) FROM ingress.batches WHERE uploads = 0 AND closed_at IS NULL";
+    let cut = async || (lab.count(ended).await.ok()? == 1).then_some(());
+    eventually("the upload's end is on record", LONG, cut).await?;
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+
+    // One that dies with its ingress is waited for as long as it might go on elsewhere.
+    let dead = stream_to(&client, &path).await?;
+    lab.kill_ingress(0).await?;
+    lab.restart_ingress(0).await?;
+    drop(dead);
+    upload(&client, &path, NDJSON, line("d")).await?;
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    lab.sql("UPDATE ingress.batches SET upload_seen_at = upload_seen_at - interval '1 minute'").await?;
+    until_status(&client, &batch, "completed").await?;
     lab.stop().await
 }
 
@@ -213,13 +298,8 @@ pub(crate) async fn until_ended(
     client: &Client,
     meanwhile: impl Future<Output = Result<()>>,
 ) -> Result<Vec<Value>> {
-    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<String, std::io::Error>>(1);
-    let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
-    let request = client.request(Method::POST, "/batches").header("content-type", NDJSON);
-    let sent = tokio::spawn(request.body(reqwest::Body::wrap_stream(body)).send());
+    let (sender, response) = stream_to(client, "/batches").await?;
     sender.send(Ok(line("l0"))).await?;
-    let response = sent.await??;
-    ensure!(response.status() == 200);
     meanwhile.await?;
     let text = tokio::time::timeout(LONG, response.text()).await??;
     drop(sender);
@@ -307,6 +387,95 @@ async fn a_mended_line_leaves_the_errors() -> Result<()> {
     lab.stop().await
 }
 
+// A batch is not completed when not one of its lines was taken, and each of them is among its errors once, however often
+// it is sent. They are mended by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refused_line_is_among_the_errors() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let client = lab.client();
+    let of_model = |custom_id: &str| {
+        let image = json!({"data": STANDARD.encode(sample_bytes("isic2017-nv.jpg"))});
+        json!({"custom_id": custom_id, "images": [image], "model": "derm8"}).to_string() + "\n"
+    };
+    let body: String = ["a", "b", "c"].map(of_model).concat();
+    let answer = upload(client, "/batches", NDJSON, body.clone()).await?;
+    assert_eq!(answer.last().context("no last line")?["refused"], 3, "{answer:?}");
+    let batch = id(&answer);
+    let path = format!("/batches/{batch}");
+    let refused = async |names: &[&str], code: &str| {
+        let state = until_status(client, &batch, "completed-with-errors").await?;
+        assert_eq!(state["refused"], json!(names.len()), "{state}");
+        let mut errors = lines(&client.get(&format!("{path}/errors")).await?)?;
+        errors.sort_by_key(|error| error["line"].as_u64());
+        let found: Vec<&str> = errors.iter().filter_map(|error| error["custom_id"].as_str()).collect();
+        assert_eq!(found, names, "{errors:?}");
+        assert!(errors.iter().all(|error| error["error"]["code"] == code), "{errors:?}");
+        anyhow::Ok(())
+    };
+    refused(&["a", "b", "c"], "model-unknown").await?;
+    upload(client, &path, NDJSON, body).await?;
+    refused(&["a", "b", "c"], "model-unknown").await?;
+    upload(client, &path, NDJSON, line("b")).await?;
+    refused(&["a", "c"], "model-unknown").await?;
+    upload(client, &path, NDJSON, line("a") + &line("c")).await?;
+    assert_eq!(until_status(client, &batch, "completed").await?["refused"], 0);
+
+    // What has no name, or not the first line of it, goes by its number; a name goes with its first line, good or bad.
+    let bad = "{\"custom_id\":\"bad\",\"images\":[{\"data\":\"!\"}]}\n";
+    let body = format!("{}{}{bad}{}{{\n{bad}", line("first"), line("first"), line("bad"));
+    for path in ["/batches".to_owned(), path.clone(), path] {
+        let answer = upload(client, &path, NDJSON, body.clone()).await?;
+        let batch = id(&answer);
+        let state = until_status(client, &batch, "completed-with-errors").await?;
+        assert_eq!(state["refused"], 5, "{state}");
+        let errors = lines(&client.get(&format!("/batches/{batch}/errors")).await?)?;
+        let error = |number| (&of(&errors, number)["custom_id"], &of(&errors, number)["error"]["code"]);
+        let (none, repeated) = (Value::Null, json!("custom-id-repeated"));
+        assert_eq!((error(2), error(4)), ((&none, &repeated), (&none, &repeated)), "{errors:?}");
+        assert_eq!(error(3), (&json!("bad"), &json!("image-not-base64")), "{errors:?}");
+        assert_eq!(error(5), (&none, &json!("json-malformed")), "{errors:?}");
+        assert_eq!(error(6), (&none, &json!("image-not-base64")), "{errors:?}");
+    }
+    lab.stop().await
+}
+
+// The deadline of an upload is that of each of its lines, and of no other upload's.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lines_of_an_upload_have_its_deadline() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let client = lab.client();
+    let request = |path: &str, cancel_after: &str| {
+        let request = client.request(Method::POST, path).header("content-type", NDJSON);
+        request.header("cancel-after", cancel_after)
+    };
+    let body = line("a") + &line("b");
+    let answer = lines(&send(request("/batches", "5s").body(body)).await?)?;
+    assert_eq!(answer.last().context("no last line")?["accepted"], 2, "{answer:?}");
+    let batch = id(&answer);
+    let path = format!("/batches/{batch}");
+    for (path, bad) in [("/batches", "4"), (&path, "5x")] {
+        let refused = send(request(path, bad).body("")).await?;
+        assert_eq!((refused.status, refused.code()), (400, "header-invalid"), "{bad}");
+    }
+    upload(client, &path, NDJSON, line("c")).await?;
+    let failed = async || {
+        let counts = client.get(&path).await.ok()?.body["counts"].take();
+        (counts["failed"] == 2).then_some(counts)
+    };
+    let counts = eventually("the deadlines are over", LONG, failed).await?;
+    assert_eq!(counts["queued"], 1, "{counts}");
+    let errors = lines(&client.get(&format!("{path}/errors")).await?)?;
+    let names: HashSet<&str> = errors.iter().filter_map(|error| error["custom_id"].as_str()).collect();
+    assert_eq!(names, HashSet::from(["a", "b"]));
+    assert!(errors.iter().all(|error| error["error"]["code"] == "deadline-exceeded"), "{errors:?}");
+
+    let answer = lines(&send(request(&path, "5s").body(line("d"))).await?)?;
+    let job = answer[1]["job"].as_str().context("no job")?;
+    let ended = client.poll(job, LONG).await?;
+    assert_eq!((ended.status, ended.code()), (504, "deadline-exceeded"));
+    lab.stop().await
+}
+
 // Deleted: what waits leaves the queue, results are removed, and nothing of it is found any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_batch_leaves_nothing() -> Result<()> {
@@ -362,6 +531,29 @@ async fn results_are_read_while_they_grow() -> Result<()> {
     }
     ensure!(reads > 1, "the results were not read while they came");
     assert_eq!(read.iter().collect::<HashSet<_>>().len(), LINES);
+    lab.stop().await
+}
+
+// While a batch runs, it tells how fast, and when it will have ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_tells_how_fast_it_is_and_when_it_ends() -> Result<()> {
+    const LINES: usize = 80;
+    let lab = Lab::start(Setup::simulated(50)).await?;
+    let client = lab.client();
+    let body: String = (0..LINES).map(|n| line(&format!("l{n}"))).collect();
+    let batch = id(&upload(client, "/batches", NDJSON, body).await?);
+    let running = async || {
+        let asked = clock::now();
+        let state = client.get(&format!("/batches/{batch}")).await.ok()?.body;
+        (state["counts"]["succeeded"].as_u64()? >= 5).then_some((asked, state))
+    };
+    let (asked, state) = eventually("some have ended", LONG, running).await?;
+    ensure!(state["status"] == "in-progress", "they ended before they were looked at: {state}");
+    ensure!(state["rate"].as_f64().context("no rate")? > 0.0, "{state}");
+    let end = OffsetDateTime::parse(state["estimated_end"].as_str().context("no end")?, &Rfc3339)?;
+    ensure!(end > asked, "asked at {asked}: {state}");
+    let state = until_status(client, &batch, "completed").await?;
+    assert_eq!(state["estimated_end"], Value::Null, "{state}");
     lab.stop().await
 }
 

@@ -19,7 +19,7 @@ use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
     fhir::instant,
-    id::ClientId,
+    id::{ClientId, IdempotencyKey},
     job::{Lane, STATES, State as JobState},
     limits::{DRAIN_WINDOW, MAX_WAIT, POLL_INTERVAL, WAITER_POLL},
 };
@@ -42,12 +42,12 @@ use crate::{
     lines::Form,
     retention::{self, Answered},
     routes::{
-        analyze::{Turn, idempotency_key},
+        analyze::{Turn, cancel_after, idempotency_key},
         openapi::{Any, Guarded, Own, Queried, Typed},
         status::failed_with,
     },
     store::batches::{Batch, BatchError, BatchResult, Cause, Tally},
-    submit::open,
+    submit::{internal, open},
     upload::{self, NDJSON, Upload, batch_url},
 };
 
@@ -59,54 +59,85 @@ const FHIR_NDJSON: &str = "application/fhir+ndjson";
 /// A new batch, or with a known `Idempotency-Key` the one that was made with it.
 #[utoipa::path(post, path = "/batches", operation_id = "createBatch", tag = "batches",
     params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$",
-        description = "The same key is the same batch.")),
+        description = "The same key is the same batch."),
+        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
+            description = "The deadline of its jobs, at least 5 seconds: seconds, or a number with s, m, h or d.")),
     request_body(description = "A line an analysis: `custom_id`, `images`; `subject`, `identifier`, `heat_map`, `model`.",
         content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "A line an input line, while the upload goes on; the first says which batch it is, the \
             last how many lines there were.", body = String, content_type = "application/x-ndjson",
             headers(("Location" = String, description = "The batch's URL."))),
-        (status = 400, description = "The Idempotency-Key cannot be read."), Any, Guarded, Own, Typed))]
+        (status = 400, description = "A header cannot be read."), Any, Guarded, Own, Typed))]
 pub(crate) async fn create(
     State(app): State<Arc<App>>,
-    Allowed { client, who, .. }: Allowed<Submit>,
+    caller: Allowed<Submit>,
     pass: Pass,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let (form, key) = (form(&headers)?, idempotency_key(&headers)?);
-    let place = app.bounds.uploads.take(client)?;
-    let key = key.as_ref().map(dermflow_schemas::id::IdempotencyKey::as_str);
-    let batch = app.store.open_batch(Uuid::now_v7(), client, key, clock::now()).await?;
-    let batch = batch.ok_or(Code::NotFound)?.id;
-    let (language, mending) = (language::accepted(&headers), key.is_some());
-    let upload = Upload { pass, client, who, batch, form, language, mending, _place: place };
-    Ok(upload::start(app, upload, body.into_inner()))
+    let target = Target::New(idempotency_key(&headers)?);
+    begin(app, caller, pass, target, &headers, body).await
 }
 
 /// More lines for a batch, or the same ones again after a cut.
 #[utoipa::path(post, path = "/batches/{id}", operation_id = "resumeBatch", tag = "batches",
-    params(("id" = Uuid, Path, description = "The batch.")),
+    params(("id" = Uuid, Path, description = "The batch."),
+        ("Cancel-After" = Option<String>, Header, pattern = "^[0-9]{1,9}[smhd]?$",
+            description = "The deadline of its jobs, at least 5 seconds: seconds, or a number with s, m, h or d.")),
     request_body(description = "A line an analysis: `custom_id`, `images`; `subject`, `identifier`, `heat_map`, `model`.",
         content((Value = "application/x-ndjson", example = json!(LINE)), (Value = "application/fhir+ndjson"))),
     responses(
         (status = 200, description = "As to the first upload.", body = String, content_type = "application/x-ndjson",
             headers(("Location" = String, description = "The batch's URL."))),
+        (status = 400, description = "A header cannot be read."),
         Any, Guarded, Own, Typed))]
 pub(crate) async fn resume(
     State(app): State<Arc<App>>,
-    Allowed { client, who, .. }: Allowed<Submit>,
+    caller: Allowed<Submit>,
     pass: Pass,
     BatchPath(batch): BatchPath,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let form = form(&headers)?;
+    begin(app, caller, pass, Target::Known(batch), &headers, body).await
+}
+
+/// Which batch an upload is to.
+enum Target {
+    /// A new one, or the one that was made with this key.
+    New(Option<IdempotencyKey>),
+    /// This one.
+    Known(Uuid),
+}
+
+async fn begin(
+    app: Arc<App>,
+    Allowed { client, who, .. }: Allowed<Submit>,
+    pass: Pass,
+    target: Target,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let (form, cancel_after) = (form(headers)?, cancel_after(headers)?);
+    let language = language::accepted(headers);
     let place = app.bounds.uploads.take(client)?;
-    let batch = app.store.reopen_batch(batch, client).await?.ok_or(Code::NotFound)?.id;
-    let (language, mending) = (language::accepted(&headers), true);
-    let upload = Upload { pass, client, who, batch, form, language, mending, _place: place };
-    Ok(upload::start(app, upload, body.into_inner()))
+    // Runs to its end even when the caller hangs up half-way: an upload that the record counts is one that ends.
+    let begun = tokio::spawn(async move {
+        let now = clock::now();
+        let (batch, mending) = match target {
+            Target::New(key) => {
+                let key = key.as_ref().map(IdempotencyKey::as_str);
+                (app.store.open_batch(Uuid::now_v7(), client, key, now).await?, key.is_some())
+            }
+            Target::Known(id) => (app.store.reopen_batch(id, client, now).await?, true),
+        };
+        let batch = batch.ok_or(Code::NotFound)?;
+        let upload =
+            Upload { pass, client, who, batch, form, language, cancel_after, mending, _place: place };
+        Ok(upload::start(app, upload, body.into_inner()))
+    });
+    begun.await.map_err(|error| internal(&error))?
 }
 
 fn form(headers: &HeaderMap) -> Result<Form, ApiError> {
@@ -130,8 +161,8 @@ pub(crate) async fn get(
     Allowed { client, .. }: Allowed<Read>,
     BatchPath(id): BatchPath,
 ) -> Result<Response, Problem> {
-    let batch = app.store.find_batch(id, client).await?.ok_or(Code::NotFound)?;
     let now = clock::now();
+    let batch = app.store.find_batch(id, client, now).await?.ok_or(Code::NotFound)?;
     let progress = Progress::new(batch, app.store.tally(id, now - DRAIN_WINDOW).await?, now);
     Ok(Deeds::Status(Some(Object::batch(id))).of(Json(progress.shown(&app)).into_response()))
 }
@@ -147,7 +178,7 @@ struct BatchStatus {
     /// When it was made.
     #[schema(format = DateTime)]
     created_at: String,
-    /// When an upload reached its end, and none has begun since.
+    /// When an upload reached its end, if none goes on.
     #[schema(format = DateTime)]
     closed_at: Option<String>,
     /// Jobs.
@@ -299,8 +330,8 @@ pub(crate) async fn manifest(
     Allowed { client, .. }: Allowed<Read>,
     BatchPath(id): BatchPath,
 ) -> Result<Response, Problem> {
-    let batch = app.store.find_batch(id, client).await?.ok_or(Code::NotFound)?;
     let now = clock::now();
+    let batch = app.store.find_batch(id, client, now).await?.ok_or(Code::NotFound)?;
     let progress = Progress::new(batch, app.store.tally(id, now - DRAIN_WINDOW).await?, now);
     if !progress.ended() {
         let mut response = StatusCode::ACCEPTED.into_response();
@@ -406,7 +437,7 @@ async fn file(
         _ => Form::Plain,
     };
     let client = caller.client;
-    app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
+    app.store.find_batch(batch, client, clock::now()).await?.ok_or(Code::NotFound)?;
     if wanted.wait > 0 {
         let _turn = Turn::new(&app, client, Lane::Interactive)?;
         wait(&app, client, batch, &wanted, file).await?;
@@ -431,8 +462,9 @@ async fn wait(app: &App, client: ClientId, batch: Uuid, wanted: &Wanted, file: F
             File::Results => !app.store.batch_results(batch, wanted.cursor).await?.is_empty(),
             File::Errors => !app.store.batch_errors(batch, wanted.cursor).await?.is_empty(),
         };
-        let found = app.store.find_batch(batch, client).await?.ok_or(Code::NotFound)?;
-        let tally = app.store.tally(batch, clock::now()).await?;
+        let now = clock::now();
+        let found = app.store.find_batch(batch, client, now).await?.ok_or(Code::NotFound)?;
+        let tally = app.store.tally(batch, now).await?;
         let ended = found.closed_at.is_some() && tally.open() == 0;
         if more || ended || Instant::now() + WAITER_POLL > end || app.draining.is_cancelled() {
             return Ok(());

@@ -8,7 +8,7 @@ use dermflow_schemas::{
     envelope::Failure,
     id::{ClientId, JobId},
     job::{Event, Lane, State},
-    limits::{RESULTS_CHUNK, RESULTS_CHUNK_BYTES, SWEEP_BATCH},
+    limits::{RESULTS_CHUNK, RESULTS_CHUNK_BYTES, SWEEP_BATCH, UPLOAD_LEASE},
     seal::Sealed,
 };
 use serde_json::Value;
@@ -23,7 +23,7 @@ use super::{ENDING, Ending, RECORD, Record, Result, Store, open_states, release,
 pub(crate) struct Batch {
     pub(crate) id: Uuid,
     pub(crate) created_at: OffsetDateTime,
-    /// When an upload reached its end, and none has begun since.
+    /// When an upload reached its end, if none goes on.
     pub(crate) closed_at: Option<OffsetDateTime>,
 }
 
@@ -113,55 +113,103 @@ pub(crate) struct Filter {
     pub(crate) cursor: Option<JobId>,
 }
 
+/// What repeats of a batch's line are known by. The space keeps it apart from every key that a caller can choose.
+pub(crate) fn line_key(batch: Uuid, custom_id: &str) -> String {
+    format!("batch {batch} {custom_id}")
+}
+
+/// What the beginning of an upload at `$3` changes of the batch `b`. Uploads that were not seen since `$4` died with their
+/// ingress.
+const BEGUN: &str = "closed_at = NULL, upload_seen_at = $3, \
+                     uploads = CASE WHEN b.upload_seen_at > $4 THEN b.uploads + 1 ELSE 1 END";
+
 impl Store {
-    /// A new batch, or the one that was made with this key, open for an upload; `None` when that one was deleted.
+    /// A new batch, or the one that was made with this key, with an upload that begins; `None` when that one was deleted.
     pub(crate) async fn open_batch(
         &self,
         id: Uuid,
         client: ClientId,
         key: Option<&str>,
         now: OffsetDateTime,
-    ) -> Result<Option<Batch>> {
+    ) -> Result<Option<Uuid>> {
         within(async {
-            let upsert = "INSERT INTO batches (id, client, key, created_at) VALUES ($1, $2, $3, $4) \
-                          ON CONFLICT (client, key) DO UPDATE SET closed_at = NULL \
-                          RETURNING id, created_at, closed_at, deleted_at";
+            let upsert = format!(
+                "INSERT INTO batches AS b (id, client, key, created_at, uploads, upload_seen_at) \
+                 VALUES ($1, $2, $5, $3, 1, $3) \
+                 ON CONFLICT (client, key) DO UPDATE SET {BEGUN} WHERE b.deleted_at IS NULL RETURNING id"
+            );
             let connection = self.pool.get().await?;
-            let row = connection.query_one(upsert, &[&id, &client.uuid(), &key, &now]).await?;
-            Ok(batch(&row))
+            let expired = now - UPLOAD_LEASE;
+            let row = connection.query_opt(&upsert, &[&id, &client.uuid(), &now, &expired, &key]).await?;
+            Ok(row.map(|row| row.get(0)))
         })
         .await
     }
 
-    /// A batch of this client, open for another upload.
-    pub(crate) async fn reopen_batch(&self, id: Uuid, client: ClientId) -> Result<Option<Batch>> {
+    /// A batch of this client, with another upload that begins.
+    pub(crate) async fn reopen_batch(
+        &self,
+        id: Uuid,
+        client: ClientId,
+        now: OffsetDateTime,
+    ) -> Result<Option<Uuid>> {
         within(async {
-            let update = "UPDATE batches SET closed_at = NULL WHERE id = $1 AND client = $2 \
-                          RETURNING id, created_at, closed_at, deleted_at";
+            let update = format!(
+                "UPDATE batches AS b SET {BEGUN} \
+                 WHERE id = $1 AND client = $2 AND deleted_at IS NULL RETURNING id"
+            );
             let connection = self.pool.get().await?;
-            Ok(connection.query_opt(update, &[&id, &client.uuid()]).await?.as_ref().and_then(batch))
+            let expired = now - UPLOAD_LEASE;
+            let row = connection.query_opt(&update, &[&id, &client.uuid(), &now, &expired]).await?;
+            Ok(row.map(|row| row.get(0)))
         })
         .await
     }
 
-    /// An upload reached its end.
-    pub(crate) async fn close_batch(&self, id: Uuid, now: OffsetDateTime) -> Result<()> {
+    /// An upload goes on.
+    pub(crate) async fn upload_seen(&self, batch: Uuid, now: OffsetDateTime) -> Result<()> {
         within(async {
-            let connection = self.pool.get().await?;
-            connection.execute("UPDATE batches SET closed_at = $2 WHERE id = $1", &[&id, &now]).await?;
+            let update = "UPDATE batches SET upload_seen_at = $2 WHERE id = $1";
+            self.pool.get().await?.execute(update, &[&batch, &now]).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// An upload ended: it reached its end, or was cut, and then `heard` is when its last line came. Whoever was cut without
+    /// knowing may have sent everything again before we know: what another upload has closed since then stays closed.
+    pub(crate) async fn end_upload(
+        &self,
+        batch: Uuid,
+        complete: bool,
+        heard: OffsetDateTime,
+        now: OffsetDateTime,
+    ) -> Result<()> {
+        within(async {
+            let update = "UPDATE batches SET uploads = greatest(uploads - 1, 0), \
+                          closed_at = CASE WHEN $2 THEN $4::timestamptz WHEN closed_at > $3 THEN closed_at END \
+                          WHERE id = $1";
+            self.pool.get().await?.execute(update, &[&batch, &complete, &heard, &now]).await?;
             Ok(())
         })
         .await
     }
 
     /// A client's own batch; a deleted one does not exist.
-    pub(crate) async fn find_batch(&self, id: Uuid, client: ClientId) -> Result<Option<Batch>> {
+    pub(crate) async fn find_batch(
+        &self,
+        id: Uuid,
+        client: ClientId,
+        now: OffsetDateTime,
+    ) -> Result<Option<Batch>> {
         within(async {
-            let select =
-                "SELECT id, created_at, closed_at, deleted_at FROM batches WHERE id = $1 AND client = $2";
+            let select = "SELECT id, created_at, \
+                          CASE WHEN uploads = 0 OR upload_seen_at <= $3 THEN closed_at END AS closed_at \
+                          FROM batches WHERE id = $1 AND client = $2 AND deleted_at IS NULL";
             let connection = self.pool.get().await?;
             let select = connection.prepare_cached(select).await?;
-            Ok(connection.query_opt(&select, &[&id, &client.uuid()]).await?.as_ref().and_then(batch))
+            let row = connection.query_opt(&select, &[&id, &client.uuid(), &(now - UPLOAD_LEASE)]).await?;
+            Ok(row.as_ref().map(batch))
         })
         .await
     }
@@ -189,7 +237,9 @@ impl Store {
         .await
     }
 
-    /// Notes that a line was refused for good. A later upload of the same line that is accepted takes it back.
+    /// Notes that a line was refused for good: by the name in `custom_id`, if that names nothing else in the batch, until a
+    /// line of this name is accepted; else by its number, and then it stays. A line that is refused again, as when its upload
+    /// is resumed, is noted once.
     pub(crate) async fn refuse_line(
         &self,
         client: ClientId,
@@ -203,13 +253,23 @@ impl Store {
             let transaction = connection.transaction().await?;
             let event = "INSERT INTO loads AS l (client, events) VALUES ($1, 1) \
                          ON CONFLICT (client) DO UPDATE SET events = l.events + 1 RETURNING events";
-            let event: i64 = transaction.query_one(event, &[&client.uuid()]).await?.get(0);
-            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND custom_id = $2";
-            transaction.execute(delete, &[&batch, &custom_id]).await?;
+            let event = transaction.prepare_cached(event).await?;
+            let event: i64 = transaction.query_one(&event, &[&client.uuid()]).await?.get(0);
+            // A job of this name is not in doubt because of another line.
+            let taken = "SELECT EXISTS (SELECT FROM idempotency_keys WHERE client = $1 AND key = $2)";
+            let taken = transaction.prepare_cached(taken).await?;
+            let key = custom_id.map(|custom_id| line_key(batch, custom_id));
+            let is_taken: bool = transaction.query_one(&taken, &[&client.uuid(), &key]).await?.get(0);
+            let name = custom_id.filter(|_| !is_taken);
+            let delete = "DELETE FROM batch_refusals WHERE batch = $1 AND (custom_id = $2 \
+                          OR ($2 IS NULL AND custom_id IS NULL AND line = $3 AND error = $4))";
+            let delete = transaction.prepare_cached(delete).await?;
+            let (line, error) = (line as i32, Json(error));
+            transaction.execute(&delete, &[&batch, &name, &line, &error]).await?;
             let insert = "INSERT INTO batch_refusals (batch, event, line, custom_id, error) \
                           VALUES ($1, $2, $3, $4, $5)";
-            let line = line as i32;
-            transaction.execute(insert, &[&batch, &event, &line, &custom_id, &Json(error)]).await?;
+            let insert = transaction.prepare_cached(insert).await?;
+            transaction.execute(&insert, &[&batch, &event, &line, &name, &error]).await?;
             transaction.commit().await?;
             Ok(())
         })
@@ -350,11 +410,8 @@ impl Store {
     }
 }
 
-fn batch(row: &Row) -> Option<Batch> {
-    let deleted: Option<OffsetDateTime> = row.get("deleted_at");
-    let found =
-        Batch { id: row.get("id"), created_at: row.get("created_at"), closed_at: row.get("closed_at") };
-    deleted.is_none().then_some(found)
+fn batch(row: &Row) -> Batch {
+    Batch { id: row.get("id"), created_at: row.get("created_at"), closed_at: row.get("closed_at") }
 }
 
 fn batch_error(row: &Row) -> BatchError {
