@@ -220,7 +220,8 @@ impl World {
                 if let Some(n) = running.filter(|_| !self.forgotten) {
                     self.plan(self.now + DEFAULT_ACK_WAIT.as_micros() as Time, Event::Redeliver(n));
                 }
-                self.plan(self.now + self.rng.between(HOP, SECOND), Event::Free(worker, life));
+                let back = self.now + self.rng.between(HOP, SECOND);
+                self.plan(back, Event::Free(worker, life));
             }
             Event::Redeliver(n) => {
                 self.clients.entry(n).and_modify(|consumer| {
