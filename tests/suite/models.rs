@@ -539,7 +539,11 @@ async fn a_live_report_agrees_with_itself() -> Result<()> {
     assert_eq!(answer.header("content-language"), "de");
     let report = &answer.body;
     assert_eq!(report["language"], "de");
-    assert!(report["conclusion"].as_str().unwrap().contains("Bild 2 wurde von der Motivprüfung"));
+    let told = [&report["conclusion"], &report["text"]["div"]].map(|text| text.as_str().unwrap_or_default());
+    assert!(told[0].contains("Bild 2 wurde von der Motivprüfung"), "{told:?}");
+    assert!(told.iter().all(|text| text.contains("Verdacht auf Malignität")), "{told:?}");
+    let english = model.indicators.iter().find(|i| told.iter().any(|text| text.contains(&i.display)));
+    assert!(english.is_none(), "{english:?}: {told:?}");
     for suffix in ["1", "3", "joint"] {
         distribution_is_consistent(&model, report, suffix)?;
     }

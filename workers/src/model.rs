@@ -461,6 +461,8 @@ fn sha256(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use dermflow_schemas::fhir::LANGUAGES;
+
     use super::*;
 
     pub(crate) const SIMULATED: &str = r#"
@@ -594,6 +596,31 @@ pub(crate) mod tests {
         assert!((half.skin.unwrap() - 0.5).abs() < 1e-6, "{half:?}");
         for opinion in [half, model.opinion(&logits(1e30)).unwrap()] {
             assert!(opinion.conditions.iter().all(|p| (p - 1.0 / 3.0).abs() < 1e-6), "{opinion:?}");
+        }
+    }
+
+    /// Of the models of this repository, whatever a report may tell has a name in every language that a report may be in.
+    #[test]
+    fn no_report_of_a_bundled_model_falls_back_to_english() {
+        let folders: Vec<_> = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/models"))
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
+        assert!(folders.len() > 1, "{folders:?}");
+        for folder in folders {
+            let model = Model::load(&folder.path(), false).unwrap();
+            let classes = model.classes.iter().map(|class| (&class.code, &class.names));
+            let indicators = model.indicators.iter().map(|indicator| (&indicator.id, &indicator.names));
+            for (what, names) in classes.chain(indicators) {
+                for language in LANGUAGES.into_iter().filter(|language| *language != Language::English) {
+                    let name = names.get(language.tag());
+                    assert!(
+                        name.is_some_and(|name| !name.is_empty()),
+                        "{}: {what} in {language:?}",
+                        model.id
+                    );
+                }
+            }
         }
     }
 
