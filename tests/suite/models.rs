@@ -506,13 +506,13 @@ fn distribution_is_consistent(model: &Model, report: &Value, suffix: &str) -> Re
             let domain = resource(report, &format!("domain-{suffix}"));
             let confidence = domain.and_then(|d| hundredths(&d["component"][0]["valueQuantity"]));
             ensure!(suffix == "joint" || value == confidence?, "{suffix}: {value}");
+            ensure!(
+                Some(hundredths(&found["referenceRange"][0]["high"])?) == model.domain.map(i64::from),
+                "{found}"
+            );
         } else {
             let sum: i64 = indicator.classes.iter().map(|code| classes[code]).sum();
             ensure!(value == sum, "{}-{suffix}: {value}, not {sum}", indicator.id);
-        }
-        if indicator.threshold.is_none() {
-            ensure!(found["referenceRange"].is_null() && found["interpretation"].is_null(), "{found}");
-            continue;
         }
         let threshold = hundredths(&found["referenceRange"][0]["high"])?;
         let reads = if value >= threshold { "H" } else { "N" };

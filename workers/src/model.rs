@@ -35,8 +35,8 @@
 //! display = "Suspicion of malignancy"
 //! names = { de = "Verdacht auf Malignität" }                     # optional
 //! classes = ["mel"]               # whose probabilities are summed; absent: the probability of skin
-//! threshold = 0.2                 # from here on it reads high; absent for the probability of skin, which [domain] judges
-//! referral = true                 # optional: above the threshold a referral is suggested
+//! threshold = 0.2                 # from here on it reads high; absent for the probability of skin: that of [domain] holds
+//! referral = true                 # optional, with classes: above the threshold a referral is suggested
 //! note = "What must be known"     # optional
 //! [[metric]]                      # a figure of the model, a fraction with its 95 % interval
 //! code = "top1-sensitivity"
@@ -175,20 +175,13 @@ pub struct Indicator {
     /// Codes of classes; empty for the probability of skin.
     #[serde(default)]
     pub classes: Vec<String>,
-    /// Between 0 and 1; from here on it reads high. Without classes there is none: the domain has one.
+    /// Between 0 and 1; from here on it reads high. Absent without classes: that of the domain holds.
     pub threshold: Option<f64>,
     /// Whether to refer is what the threshold is about.
     #[serde(default)]
     pub referral: bool,
     /// What must be known.
     pub note: Option<String>,
-}
-
-impl Indicator {
-    /// The threshold in hundredths of a per cent.
-    pub fn threshold_points(&self) -> Option<u32> {
-        self.threshold.map(points)
-    }
 }
 
 /// A fraction in hundredths of a per cent.
@@ -412,6 +405,12 @@ impl Model {
         }
     }
 
+    /// From where on an indicator reads high, in hundredths of a per cent.
+    pub fn threshold(&self, indicator: &Indicator) -> u32 {
+        // An indicator without a threshold of its own is not loaded without a domain.
+        indicator.threshold.map(points).or(self.domain).unwrap_or(10_000)
+    }
+
     /// Whether reports must say that no model looked at the images.
     pub fn is_simulated(&self) -> bool {
         matches!(self.network, Network::Simulated(_))
@@ -560,6 +559,8 @@ pub(crate) mod tests {
             |class: &str| format!("{SIMULATED}\ndomain = {{ class = \"{class}\", threshold = 0.8 }}");
         refused(&domain("other"), "domain: there is no class \"other\"");
         refused(&domain("nv"), "pigmented: there is no condition \"nv\"");
+        let skin = domain("nv").replace("classes = [\"nv\"], threshold = 0.5", "referral = true");
+        refused(&skin, "pigmented: without classes every image");
         refused(&SIMULATED.replace("low = 0.85", "low = 0.92"), "metric auc");
         refused(&format!("{SIMULATED}\n{input}"), "either [input] and [output]");
         refused(&onnx.replace("[1, 1, 1]", "[1, 0, 1]"), "deviation above zero");
