@@ -506,13 +506,13 @@ fn distribution_is_consistent(model: &Model, report: &Value, suffix: &str) -> Re
             let domain = resource(report, &format!("domain-{suffix}"));
             let confidence = domain.and_then(|d| hundredths(&d["component"][0]["valueQuantity"]));
             ensure!(suffix == "joint" || value == confidence?, "{suffix}: {value}");
+            ensure!(
+                Some(hundredths(&found["referenceRange"][0]["high"])?) == model.domain.map(i64::from),
+                "{found}"
+            );
         } else {
             let sum: i64 = indicator.classes.iter().map(|code| classes[code]).sum();
             ensure!(value == sum, "{}-{suffix}: {value}, not {sum}", indicator.id);
-        }
-        if indicator.threshold.is_none() {
-            ensure!(found["referenceRange"].is_null() && found["interpretation"].is_null(), "{found}");
-            continue;
         }
         let threshold = hundredths(&found["referenceRange"][0]["high"])?;
         let reads = if value >= threshold { "H" } else { "N" };
@@ -539,7 +539,11 @@ async fn a_live_report_agrees_with_itself() -> Result<()> {
     assert_eq!(answer.header("content-language"), "de");
     let report = &answer.body;
     assert_eq!(report["language"], "de");
-    assert!(report["conclusion"].as_str().unwrap().contains("Bild 2 wurde von der Motivprüfung"));
+    let told = [&report["conclusion"], &report["text"]["div"]].map(|text| text.as_str().unwrap_or_default());
+    assert!(told[0].contains("Bild 2 wurde von der Motivprüfung"), "{told:?}");
+    assert!(told.iter().all(|text| text.contains("Verdacht auf Malignität")), "{told:?}");
+    let english = model.indicators.iter().find(|i| told.iter().any(|text| text.contains(&i.display)));
+    assert!(english.is_none(), "{english:?}: {told:?}");
     for suffix in ["1", "3", "joint"] {
         distribution_is_consistent(&model, report, suffix)?;
     }

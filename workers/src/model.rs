@@ -35,8 +35,8 @@
 //! display = "Suspicion of malignancy"
 //! names = { de = "Verdacht auf Malignität" }                     # optional
 //! classes = ["mel"]               # whose probabilities are summed; absent: the probability of skin
-//! threshold = 0.2                 # from here on it reads high; absent for the probability of skin, which [domain] judges
-//! referral = true                 # optional: above the threshold a referral is suggested
+//! threshold = 0.2                 # from here on it reads high; absent for the probability of skin: that of [domain] holds
+//! referral = true                 # optional, with classes: above the threshold a referral is suggested
 //! note = "What must be known"     # optional
 //! [[metric]]                      # a figure of the model, a fraction with its 95 % interval
 //! code = "top1-sensitivity"
@@ -175,20 +175,13 @@ pub struct Indicator {
     /// Codes of classes; empty for the probability of skin.
     #[serde(default)]
     pub classes: Vec<String>,
-    /// Between 0 and 1; from here on it reads high. Without classes there is none: the domain has one.
+    /// Between 0 and 1; from here on it reads high. Absent without classes: that of the domain holds.
     pub threshold: Option<f64>,
     /// Whether to refer is what the threshold is about.
     #[serde(default)]
     pub referral: bool,
     /// What must be known.
     pub note: Option<String>,
-}
-
-impl Indicator {
-    /// The threshold in hundredths of a per cent.
-    pub fn threshold_points(&self) -> Option<u32> {
-        self.threshold.map(points)
-    }
 }
 
 /// A fraction in hundredths of a per cent.
@@ -412,6 +405,12 @@ impl Model {
         }
     }
 
+    /// From where on an indicator reads high, in hundredths of a per cent.
+    pub fn threshold(&self, indicator: &Indicator) -> u32 {
+        // An indicator without a threshold of its own is not loaded without a domain.
+        indicator.threshold.map(points).or(self.domain).unwrap_or(10_000)
+    }
+
     /// Whether reports must say that no model looked at the images.
     pub fn is_simulated(&self) -> bool {
         matches!(self.network, Network::Simulated(_))
@@ -461,6 +460,8 @@ fn sha256(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use dermflow_schemas::fhir::LANGUAGES;
+
     use super::*;
 
     pub(crate) const SIMULATED: &str = r#"
@@ -558,6 +559,8 @@ pub(crate) mod tests {
             |class: &str| format!("{SIMULATED}\ndomain = {{ class = \"{class}\", threshold = 0.8 }}");
         refused(&domain("other"), "domain: there is no class \"other\"");
         refused(&domain("nv"), "pigmented: there is no condition \"nv\"");
+        let skin = domain("nv").replace("classes = [\"nv\"], threshold = 0.5", "referral = true");
+        refused(&skin, "pigmented: without classes every image");
         refused(&SIMULATED.replace("low = 0.85", "low = 0.92"), "metric auc");
         refused(&format!("{SIMULATED}\n{input}"), "either [input] and [output]");
         refused(&onnx.replace("[1, 1, 1]", "[1, 0, 1]"), "deviation above zero");
@@ -594,6 +597,31 @@ pub(crate) mod tests {
         assert!((half.skin.unwrap() - 0.5).abs() < 1e-6, "{half:?}");
         for opinion in [half, model.opinion(&logits(1e30)).unwrap()] {
             assert!(opinion.conditions.iter().all(|p| (p - 1.0 / 3.0).abs() < 1e-6), "{opinion:?}");
+        }
+    }
+
+    /// Of the models of this repository, whatever a report may tell has a name in every language that a report may be in.
+    #[test]
+    fn no_report_of_a_bundled_model_falls_back_to_english() {
+        let folders: Vec<_> = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/models"))
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
+        assert!(folders.len() > 1, "{folders:?}");
+        for folder in folders {
+            let model = Model::load(&folder.path(), false).unwrap();
+            let classes = model.classes.iter().map(|class| (&class.code, &class.names));
+            let indicators = model.indicators.iter().map(|indicator| (&indicator.id, &indicator.names));
+            for (what, names) in classes.chain(indicators) {
+                for language in LANGUAGES.into_iter().filter(|language| *language != Language::English) {
+                    let name = names.get(language.tag());
+                    assert!(
+                        name.is_some_and(|name| !name.is_empty()),
+                        "{}: {what} in {language:?}",
+                        model.id
+                    );
+                }
+            }
         }
     }
 

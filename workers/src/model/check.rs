@@ -62,7 +62,7 @@ fn check_indicators(document: &Document) -> Result<(), String> {
     let indicators = &document.indicator;
     check_codes("indicator", indicators.iter().map(|indicator| (&indicator.id, &indicator.display)))?;
     check_codes("indicator", indicators.iter().map(|indicator| (&indicator.code, &indicator.display)))?;
-    for Indicator { id, code, classes, threshold, .. } in indicators {
+    for Indicator { id, code, classes, threshold, referral, .. } in indicators {
         if BUILT_IN.contains(&code.as_str()) {
             return Err(format!("indicator {id}: the code {code} is taken"));
         }
@@ -74,6 +74,10 @@ fn check_indicators(document: &Document) -> Result<(), String> {
         }
         if classes.is_empty() == threshold.is_some() {
             return Err(format!("indicator {id}: either classes and a threshold, or neither, must be there"));
+        }
+        if classes.is_empty() && *referral {
+            // It has the threshold of the domain, and what does not come to that is refused.
+            return Err(format!("indicator {id}: without classes every image would suggest a referral"));
         }
         let strange = |class: &&String| no_skin == Some(class) || codes().all(|code| code != class.as_str());
         if let Some(class) = classes.iter().find(strange) {

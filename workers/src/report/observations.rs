@@ -231,7 +231,9 @@ impl Case<'_> {
         } else {
             ("N", "Normal", "Below")
         };
-        let (which, meaning) = if indicator.referral {
+        let (which, meaning) = if indicator.classes.is_empty() {
+            ("the threshold", "refused, as the image does not show skin")
+        } else if indicator.referral {
             ("the referral threshold", "no referral suggested by this threshold alone")
         } else {
             ("the threshold", "not high by this threshold alone")
@@ -239,23 +241,21 @@ impl Case<'_> {
         let counted = self.model.classes.iter().filter(|class| indicator.classes.contains(&class.code));
         let names: Vec<&str> = counted.map(|class| class.display.as_str()).collect();
         let sum = if names.is_empty() {
-            "The confidence that the image shows skin.".to_owned()
+            "The confidence that the image shows skin: high in every image that is analysed.".to_owned()
         } else {
             format!("Sum of the probabilities of: {}.", names.join("; "))
         };
         let more = indicator.note.iter().map(String::as_str);
-        let threshold = indicator.threshold_points();
-        let read = threshold.map(|_| interpretation(code, display, format!("{side} {which}")));
-        let range = threshold.map(|threshold| ReferenceRange {
-            high: Some(percent(threshold)),
-            text: Some(format!("Below {}: {meaning}", in_words(threshold))),
-            ..ReferenceRange::default()
-        });
+        let threshold = self.model.threshold(indicator);
         Resource::Observation(Box::new(Observation {
             value_quantity: Some(percent(value)),
-            interpretation: read.unwrap_or_default(),
+            interpretation: interpretation(code, display, format!("{side} {which}")),
             note: note(std::iter::once(sum.as_str()).chain(more).collect::<Vec<_>>().join(" ")),
-            reference_range: range.into_iter().collect(),
+            reference_range: vec![ReferenceRange {
+                high: Some(percent(threshold)),
+                text: Some(format!("Below {}: {meaning}", in_words(threshold))),
+                ..ReferenceRange::default()
+            }],
             ..self.observation(local(&indicator.code, &indicator.display), &reading.images)
         }))
     }
@@ -304,7 +304,7 @@ mod tests {
     };
     use crate::model::tests::{simulated, with_domain};
 
-    /// It has a value, and no threshold by which it would read high for every image that is analysed.
+    /// Its threshold is that of the domain, so that it reads high in every image that is analysed, and says so.
     #[test]
     fn an_indicator_without_classes_is_the_confidence_in_skin() {
         let indicator = "threshold = 0.5 },\n { id = \"has-condition\", code = \"has-condition\", display = \"Condition\" },";
@@ -317,9 +317,12 @@ mod tests {
         {
             let observation = resource(&report, id);
             assert_eq!(observation["valueQuantity"]["value"], value);
-            assert!(
-                observation.get("interpretation").is_none() && observation.get("referenceRange").is_none()
-            );
+            let range = &observation["referenceRange"][0];
+            assert_eq!(range["high"]["value"], 80.0);
+            assert_eq!(range["text"], "Below 80.00 %: refused, as the image does not show skin");
+            assert_eq!(observation["interpretation"][0]["coding"][0]["code"], "H");
+            let note = observation["note"][0]["text"].as_str().unwrap();
+            assert!(note.contains("high in every image that is analysed"), "{note}");
         }
     }
 

@@ -37,9 +37,9 @@ impl Reading {
         self.order[0]
     }
 
-    /// Whether the indicator has a threshold and has come to it.
+    /// Whether the indicator has come to its threshold.
     pub(super) fn is_high(&self, indicator: &Indicator, model: &Model) -> bool {
-        indicator.threshold_points().is_some_and(|threshold| self.indicated(indicator, model) >= threshold)
+        self.indicated(indicator, model) >= model.threshold(indicator)
     }
 
     /// Hundredths of a per cent: the sum of the indicator's classes, or the probability of skin.
