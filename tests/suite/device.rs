@@ -643,7 +643,9 @@ async fn the_device_tells_what_it_is_and_takes() -> Result<()> {
         for site in sites {
             ensure!(
                 site["code"].is_string()
-                    && ["en_GB", "es_ES"].iter().all(|locale| site["name"][locale].is_string())
+                    && ["en_GB", "es_ES", "de_DE", "fr_FR"]
+                        .iter()
+                        .all(|locale| site["name"][locale].is_string())
             );
         }
         let signs = anonymous.get(&format!("{root}/clinical-signs")).await?;
