@@ -1,6 +1,6 @@
 //! Submit, wait, poll, cancel: status codes and headers as integrators rely on them.
 
-use std::time::Duration;
+use std::{io::Cursor, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use dermflow_schemas::{clock, envelope::ResultHeader};
@@ -11,6 +11,7 @@ use dermflow_tests::{
     wait::eventually,
 };
 use futures_util::future::try_join_all;
+use image::{ImageFormat, imageops};
 use serde_json::{Value, json};
 
 const LONG: Duration = Duration::from_secs(30);
@@ -284,6 +285,14 @@ pub(super) fn noise(seed: u64) -> Vec<u8> {
     file.into_inner()
 }
 
+/// An image of skin that the quality check refuses.
+fn blurred() -> Result<Vec<u8>> {
+    let image = image::load_from_memory(&sample_bytes("isic2017-nv.png"))?.to_rgb8();
+    let mut file = Cursor::new(Vec::new());
+    imageops::fast_blur(&image, 5.0).write_to(&mut file, ImageFormat::Png)?;
+    Ok(file.into_inner())
+}
+
 // REQ_006: whatever the service says on `/fhir` is valid FHIR R4, errors included.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_document_is_valid_fhir_r4() -> Result<()> {
@@ -315,6 +324,59 @@ async fn every_document_is_valid_fhir_r4() -> Result<()> {
     keep("not JSON", 400, lab.client().analyze_raw("{".into(), &[]).await?);
     keep("no token", 401, lab.client().clone().with_token("").analyze(&full, &[]).await?);
     keep("no such method", 405, lab.client().delete("/fhir/DiagnosticReport/$analyze").await?);
+    let (good, poor) = (sample_bytes("ham10000-mel.jpg"), blurred()?);
+    for language in ["es", "fr"] {
+        for files in [vec![good.clone(), poor.clone()], vec![poor.clone()]] {
+            let answer = lab.client().analyze(&parameters(&files), &[("accept-language", language)]).await?;
+            assert_eq!(answer.header("content-language"), language, "{}", answer.text);
+            let quality = observations(&answer.body, "image-quality");
+            let mut acceptable = vec![json!(true); files.len() - 1];
+            acceptable.push(json!(false));
+            let told: Vec<_> =
+                quality.iter().map(|one| one["component"][0]["valueBoolean"].clone()).collect();
+            assert_eq!(told, acceptable, "{}", answer.text);
+            let found = observations(&answer.body, "condition-distribution");
+            assert_eq!(found.iter().filter(|one| one["status"] == "cancelled").count(), 1, "{}", answer.text);
+            keep(&format!("{language}, {} images, one of them blurred", files.len()), 200, answer);
+        }
+    }
+    fhir::validate(&documents).await?;
+    lab.stop().await
+}
+
+// The same of a Task in every state; one that failed says why, and one alone has a report.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_in_every_state_are_valid_fhir_r4() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let client = lab.client().clone();
+    let mut cut = sample_bytes("isic2017-nv.png");
+    cut.truncate(cut.len() / 2);
+    let good = client.submit(&sample("ham10000-nv.jpg")).await?;
+    let bad = client.submit(&parameters(&[cut])).await?;
+    let withdrawn = client.submit(&sample("ham10000-nv.jpg")).await?;
+    let task = async |job: &str, status: &str| -> Result<(String, Value)> {
+        let answer = client.get(&format!("/fhir/Task/{job}")).await?;
+        assert_eq!((answer.status, &answer.body["status"]), (200, &json!(status)), "{}", answer.text);
+        let of = [&answer.body["statusReason"], &answer.body["output"]].map(|member| !member.is_null());
+        assert_eq!(of, [status == "failed", status == "completed"], "{}", answer.text);
+        Ok((status.to_owned(), answer.body))
+    };
+    let mut documents = vec![task(&good, "ready").await?];
+    // As it is before the broker confirms it.
+    let accepted =
+        format!("UPDATE ingress.jobs SET state = 'accepted', queued_at = NULL WHERE id = '{withdrawn}'");
+    lab.sql(&accepted).await?;
+    documents.push(task(&withdrawn, "requested").await?);
+    assert_eq!(client.delete(&format!("/fhir/_async/{withdrawn}")).await?.status, 202);
+    documents.push(task(&withdrawn, "cancelled").await?);
+    lab.start_worker(Worker::simulated(1_000)).await?;
+    lab.until_state(&good, "running").await?;
+    documents.push(task(&good, "in-progress").await?);
+    assert_eq!(client.poll(&bad, LONG).await?.code(), "image-undecodable");
+    documents.push(task(&bad, "failed").await?);
+    assert_eq!(client.poll(&good, LONG).await?.status, 200);
+    documents.push(task(&good, "completed").await?);
+    documents.push(("all".into(), client.get("/fhir/Task").await?.body));
     fhir::validate(&documents).await?;
     lab.stop().await
 }

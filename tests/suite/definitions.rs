@@ -7,7 +7,12 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use dermflow_http::answer::outcome;
 use dermflow_local::stack::repo;
+use dermflow_schemas::{
+    error::{ApiError, CODES},
+    fhir::Resource,
+};
 use dermflow_tests::{
     client::{Client, parameters, sample, sample_bytes, send},
     fhir,
@@ -64,6 +69,21 @@ async fn what_is_published_is_valid_and_has_a_version() -> Result<()> {
     }
     fhir::validate(&documents).await?;
     lab.stop().await
+}
+
+// An error can be said in valid FHIR whatever its code, with a place and a hint and without.
+#[tokio::test]
+async fn every_error_is_a_valid_outcome() -> Result<()> {
+    let mut documents = Vec::new();
+    for code in CODES {
+        let whole =
+            ApiError::from(*code).at("Parameters.parameter[0].part[0].value.data").detail("at most 3");
+        for error in [ApiError::from(*code), whole] {
+            let outcome = Resource::OperationOutcome(outcome(&error)).to_json();
+            documents.push((code.to_string(), serde_json::from_slice(&outcome)?));
+        }
+    }
+    fhir::validate(&documents).await
 }
 
 /// Interactions and search parameters by type, as the statement has them.
@@ -211,9 +231,13 @@ async fn every_code_of_ours_is_published() -> Result<()> {
     ensure!(said.len() > 10, "{said:?}");
     let model = fs::read_to_string(repo().join("workers/models/derm7/model.toml"))?;
     said.extend(of_model(&model).into_iter().map(|code| ("skin-image-analysis".to_owned(), code)));
-    for document in spoken(client, &lab).await? {
-        codes_in(&document, &mut said);
+    let documents = spoken(client, &lab).await?;
+    for document in &documents {
+        codes_in(document, &mut said);
     }
+    let named: Vec<_> =
+        documents.into_iter().map(|document| (text(&document["resourceType"]), document)).collect();
+    fhir::validate(&named).await?;
     ensure!(said.len() > 40, "{said:?}");
     let missing: Vec<_> = said.difference(&published).collect();
     ensure!(missing.is_empty(), "not in its code system: {missing:?}");

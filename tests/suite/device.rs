@@ -9,6 +9,7 @@ use dermflow_schemas::clock;
 use dermflow_tests::{
     client::{Answer, Client, distribution, observations, sample_bytes, send},
     lab::{Lab, Setup, Worker},
+    wait::eventually,
 };
 use image::{ImageFormat, Rgb, RgbImage};
 use reqwest::Method;
@@ -157,6 +158,7 @@ async fn a_case_is_told_image_by_image() -> Result<()> {
             has_indicators(image)?;
             ensure!(is_percent(&image["performanceIndicator"]["entropy"]) && image["conclusion"].is_array());
             let validity = &image["mediaValidity"];
+            has_confidence_texts(validity);
             ensure!(
                 validity["quality"]["acceptable"].is_boolean() && is_percent(&validity["quality"]["score"])
             );
@@ -170,6 +172,63 @@ async fn a_case_is_told_image_by_image() -> Result<()> {
         for name in ["pigmentedLesion", "urgentReferral", "highPriorityReferral", "hasCondition"] {
             ensure!(told["clinicalIndicator"][name].as_f64() > Some(0.0), "{name}");
         }
+    }
+    lab.stop().await
+}
+
+/// What a client looks for beside the confidences, word for word.
+fn has_confidence_texts(validity: &Value) {
+    let domain = &validity["domain"]["additionalData"]["aiConfidence"];
+    let modality = &validity["modality"]["additionalData"];
+    let told = [domain, &modality["aiConfidenceClinical"], &modality["aiConfidenceDermoscopic"]]
+        .map(|confidence| confidence["code"]["text"].as_str().unwrap_or_default());
+    let texts = [
+        "AI model confidence in the image being dermatological",
+        "AI model confidence in identifying the image's modality as clinical",
+        "AI model confidence in identifying the image's modality as dermoscopic",
+    ];
+    assert_eq!(told, texts, "{validity}");
+}
+
+// §3: what is concluded of a case, and how sure that is, is of all of its images that are good.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_case_is_concluded_from_all_of_its_images() -> Result<()> {
+    let lab = Lab::start(Setup::derm7()).await?;
+    let body = case(&["ham10000-mel.jpg", "isic2017-nv.png"].map(sample_bytes));
+    let request = |accept: &str| {
+        let request = lab.client().request(Method::POST, "/diagnosis-support").header("accept", accept);
+        request.header("idempotency-key", "one-case").json(&body)
+    };
+    let told = send(request("*/*")).await?;
+    let report = send(request("application/fhir+json")).await?;
+    ensure!(told.status == 200 && report.status == 200, "{} {}", told.text, report.text);
+    assert_eq!(told.body["identifier"]["value"], report.body["id"]);
+    let found = observations(&report.body, "condition-distribution");
+    let of_both = |one: &&&Value| one["derivedFrom"].as_array().is_some_and(|images| images.len() == 2);
+    let joint = *found.iter().find(of_both).context("nothing is said of both images")?;
+    let percents = |of: &Value| {
+        let conclusions = of["conclusion"].as_array().into_iter().flatten();
+        conclusions.filter_map(|each| each["probability"].as_f64()).collect::<Vec<_>>()
+    };
+    let pooled = percents(&told.body);
+    assert_eq!(pooled, distribution(joint).into_iter().map(|(_, percent)| percent).collect::<Vec<_>>());
+    ensure!(!pooled.is_empty() && (pooled.iter().sum::<f64>() - 100.0).abs() < 0.01, "{pooled:?}");
+    let names = |of: &Value, member: &str| {
+        let each = of[member].as_array().into_iter().flatten();
+        each.map(|each| each["code"]["text"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&told.body, "conclusion"), names(joint, "component")[..pooled.len()]);
+    let entropy = joint["component"].as_array().into_iter().flatten().find_map(|part| {
+        let is_it = part["code"]["coding"][0]["code"] == "normalised-entropy";
+        is_it.then(|| &part["valueQuantity"]["value"])
+    });
+    let figure = |of: &Value| of["performanceIndicator"]["entropy"].clone();
+    assert_eq!(Some(&figure(&told.body)), entropy);
+    let images = told.body["imagingAnalysis"].as_array().context("no images")?;
+    assert_eq!(images.len(), 2);
+    for image in images {
+        assert_eq!(image["mediaValidity"]["isValid"], true, "{}", told.text);
+        ensure!(percents(image) != pooled && figure(image) != figure(&told.body), "{}", told.text);
     }
     lab.stop().await
 }
@@ -193,6 +252,8 @@ fn has_distribution(image: &Value, report: &Value) -> Result<()> {
         for name in ["code", "display", "system", "systemDisplay", "version"] {
             ensure!(coding.as_object().is_some_and(|keys| keys.contains_key(name)), "{name}: {coding}");
         }
+        // Of the classes, vascular lesions alone are no single entity of ICD-11.
+        assert_eq!(coding["systemDisplay"] == "ICD-11", coding["code"] != "class-vasc", "{coding}");
         if coding["systemDisplay"] == "ICD-11" {
             assert_eq!(coding["system"], "https://icd.who.int/browse/2025-01/mms/en");
             assert_eq!(coding["version"], "2025-01");
@@ -295,6 +356,16 @@ async fn refusals_have_the_form_that_clients_read() -> Result<()> {
         let later = later.await?;
         assert_eq!(later.status, 202, "{}", later.text);
         assert_eq!(client.get(&format!("/jobs/{}", later.job())).await?.body["status"], "queued");
+    }
+    lab.auth(&["user", "quota", "demo", "--requests", "6"])?;
+    for root in ROOTS {
+        let path = format!("{root}/diagnosis-support");
+        let throttled =
+            async || post(client, &path, &json!({})).await.ok().filter(|answer| answer.status == 429);
+        let throttled = eventually("there are too many requests", Duration::from_secs(30), throttled).await?;
+        ensure!(is_json(&throttled) && throttled.body["detail"].is_string(), "{}", throttled.text);
+        ensure!(!throttled.header("retry-after").is_empty(), "{:?}", throttled.headers);
+        assert_eq!(throttled.code(), "rate-exceeded");
     }
     lab.stop().await
 }
@@ -572,7 +643,9 @@ async fn the_device_tells_what_it_is_and_takes() -> Result<()> {
         for site in sites {
             ensure!(
                 site["code"].is_string()
-                    && ["en_GB", "es_ES"].iter().all(|locale| site["name"][locale].is_string())
+                    && ["en_GB", "es_ES", "de_DE", "fr_FR"]
+                        .iter()
+                        .all(|locale| site["name"][locale].is_string())
             );
         }
         let signs = anonymous.get(&format!("{root}/clinical-signs")).await?;

@@ -12,6 +12,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 const PATIENTS: &str = "https://clinic.example/patients";
+const STATUS: &str = "http://hl7.org/fhir/diagnostic-report-status";
 
 /// The report of a patient, and its id.
 async fn report_of(client: &Client, patient: &str, order: &str) -> Result<String> {
@@ -68,6 +69,8 @@ async fn a_patients_reports_are_a_series_in_time() -> Result<()> {
         ("subject=Patient/Jane-7&_sort=date".into(), &oldest_first),
         ("subject=Jane-7&_sort=-issued".into(), &latest_first),
         (format!("patient=Jane-7&date=ge{day}&_lastUpdated=ge{day}&status=preliminary,final"), &latest_first),
+        (format!("patient=Jane-7&status={STATUS}|preliminary"), &latest_first),
+        (format!("patient=Jane-7&status={STATUS}|final,|preliminary"), &latest_first),
         ("patient:identifier=Jane-7&identifier=O-2".into(), &series[1..2]),
         (
             format!("identifier=urn:ietf:rfc:3986|urn:uuid:{},|O-3&_sort=date", series[0]),
@@ -77,6 +80,8 @@ async fn a_patients_reports_are_a_series_in_time() -> Result<()> {
         (format!("_id={}&subject=John-8", series[0]), &[]),
         ("subject:identifier=https://other.example|Jane-7".into(), &[]),
         ("patient=Jane-7&status=final".into(), &[]),
+        (format!("patient=Jane-7&status={STATUS}|final"), &[]),
+        ("patient=Jane-7&status=https://other.example|preliminary".into(), &[]),
         (format!("patient=Jane-7&date=lt{day}"), &[]),
         ("identifier=Jane-7".into(), &[]),
     ] {
@@ -139,6 +144,7 @@ async fn what_is_not_understood_is_not_passed_over_in_silence() -> Result<()> {
         "_include=DiagnosticReport:subject",
         "subject:identifier=https://x.example|",
         "status=",
+        "status=http://hl7.org/fhir/diagnostic-report-status|",
         "_format=xml",
     ] {
         let lenient = client.request(Method::GET, &format!("/fhir/DiagnosticReport?{query}"));

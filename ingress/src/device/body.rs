@@ -111,6 +111,12 @@ impl<'n, 'a> Object<'n, 'a> {
         Some(Part { json, path })
     }
 
+    /// A member that must be there, if it is not null.
+    pub(super) fn nullable(&self, name: &str, faults: &mut Faults) -> Option<Part<'n, 'a>> {
+        self.required(name, faults)?;
+        self.get(name)
+    }
+
     /// The names of the members.
     pub(super) fn names(&self) -> impl Iterator<Item = &'n str> {
         self.members.iter().map(|(name, _)| name.as_ref())

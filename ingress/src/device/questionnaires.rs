@@ -76,6 +76,8 @@ mod tests {
     #[test]
     fn a_condition_has_its_scores() {
         assert_eq!(codes(&list(None, Some("EA90.42"))), ["dlqi", "pasi", "pga", "pure4"]);
+        assert_eq!(codes(&list(None, Some("EB05"))), ["dlqi", "uas", "uct"]);
+        assert_eq!(codes(&list(None, Some("EA89"))), ["dlqi", "scorad"]);
         assert_eq!(codes(&list(Some("uct"), None)), ["uct"]);
         assert_eq!(codes(&list(Some("uct"), Some("EA90"))), [""; 0]);
         assert_eq!(codes(&list(None, None)).len(), SCORES.len());

@@ -137,8 +137,13 @@ fn known_condition(root: &Object<'_, '_>, faults: &mut Faults) -> Option<()> {
     }
     for coding in conclusion.get("coding")?.items(faults)? {
         let Some(coding) = coding.object(faults) else { continue };
-        for name in ["system", "systemDisplay", "code", "display"] {
-            if let Some(text) = coding.required(name, faults) {
+        // Clients send all four, and null for a system or a display that there is not.
+        for (name, is_nullable) in
+            [("system", true), ("systemDisplay", false), ("code", false), ("display", true)]
+        {
+            let text =
+                if is_nullable { coding.nullable(name, faults) } else { coding.required(name, faults) };
+            if let Some(text) = text {
                 text.string(faults);
             }
         }
@@ -318,6 +323,36 @@ mod tests {
                 assert_eq!(item["code"]["coding"][0]["code"], **name);
                 assert!(!item["interpretation"].as_str().unwrap().is_empty());
             }
+        }
+    }
+
+    #[test]
+    fn a_coding_may_be_without_system_and_display_in_so_many_words() {
+        let faults = |name: &str, value: Option<Value>| {
+            let mut coding = json!({
+                "system": "https://icd.who.int/browse/2025-01/mms/en", "systemDisplay": "ICD-11", "code": "EA90",
+                "display": "Psoriasis",
+            });
+            match value {
+                Some(value) => coding[name] = value,
+                None => drop(coding.as_object_mut().unwrap().remove(name)),
+            }
+            let mut body = request(&json!({ "nsil": {} }));
+            body["payload"] = json!({ "contentAttachment": { "data": "!" } });
+            body["knownCondition"]["conclusion"]["coding"] = json!([coding]);
+            let told = parse_local(body.to_string().as_bytes()).faults.into_iter();
+            let told = told.map(|fault| (fault.code.kind().code, fault.field.unwrap_or_default()));
+            told.filter(|(_, field)| field.ends_with(name)).map(|(code, _)| code).collect::<Vec<_>>()
+        };
+        for (name, of_null) in [
+            ("system", None),
+            ("systemDisplay", Some("value-invalid")),
+            ("code", Some("value-invalid")),
+            ("display", None),
+        ] {
+            assert_eq!(faults(name, Some(Value::Null)), Vec::from_iter(of_null), "{name}");
+            assert_eq!(faults(name, Some(json!(7))), ["value-invalid"], "{name}");
+            assert_eq!(faults(name, None), ["element-missing"], "{name}");
         }
     }
 

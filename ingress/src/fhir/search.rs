@@ -43,6 +43,17 @@ pub(crate) fn values(text: &str) -> Option<Vec<String>> {
     values.iter().all(|value| !value.is_empty()).then_some(values)
 }
 
+/// The code that a token is about, where the element has a code alone, of `system`: the code as it is, after that system,
+/// or after none, as such an element has none beside it. What is of another system stays whole, and is no code.
+/// `None` without a code: a system alone says nothing here.
+pub(crate) fn code<'t>(token: &'t str, system: &str) -> Option<&'t str> {
+    let code = match token.split_once('|') {
+        Some((of, code)) if of.is_empty() || of == system => code,
+        _ => token,
+    };
+    (!code.is_empty() && !code.ends_with('|')).then_some(code)
+}
+
 /// From when, and before when.
 pub(crate) type Period = (Option<OffsetDateTime>, Option<OffsetDateTime>);
 
@@ -131,6 +142,18 @@ mod tests {
         assert_eq!(values(r"a\,b\|c\\"), strings(&[r"a,b|c\"]));
         for bad in ["", "a,", r"a\x", r"a\"] {
             assert_eq!(values(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_code_may_be_after_its_system() {
+        let system = "http://hl7.org/fhir/task-status";
+        for token in ["ready", "|ready", "http://hl7.org/fhir/task-status|ready"] {
+            assert_eq!(code(token, system), Some("ready"), "{token}");
+        }
+        assert_eq!(code("http://x.example|ready", system), Some("http://x.example|ready"));
+        for bad in ["|", "http://hl7.org/fhir/task-status|", "http://x.example|"] {
+            assert_eq!(code(bad, system), None, "{bad}");
         }
     }
 

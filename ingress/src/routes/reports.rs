@@ -66,7 +66,7 @@ pub(super) struct Parameters {
     #[param(rename = "_lastUpdated")]
     #[schema(rename = "_lastUpdated")]
     last_updated: Option<String>,
-    /// Codes of FHIR's diagnostic-report-status, with commas. Reports are `preliminary`.
+    /// Codes of FHIR's diagnostic-report-status, alone or as `system|code`, with commas. Reports are `preliminary`.
     status: Option<String>,
     /// `-date` unless it is said, `date`, `-issued`, `issued`, `-_lastUpdated` or `_lastUpdated`.
     #[param(rename = "_sort", pattern = "^-?(date|issued|_lastUpdated)$")]
@@ -94,6 +94,9 @@ pub(super) struct Parameters {
     #[schema(rename = "_format")]
     format: Option<String>,
 }
+
+/// What the codes of a report's status are of.
+const STATUS: &str = "http://hl7.org/fhir/diagnostic-report-status";
 
 /// What brings the parts of a report as resources of their own.
 const INCLUDES: [&str; 4] =
@@ -296,8 +299,10 @@ impl Asked {
                 wanted.finished.and(since, until);
             }
             "status" => {
+                let values = search::values(value)?;
+                let codes: Option<Vec<&str>> = values.iter().map(|one| search::code(one, STATUS)).collect();
                 // There are no others.
-                if !search::values(value)?.iter().any(|status| status == "preliminary") {
+                if !codes?.contains(&"preliminary") {
                     narrow(&mut wanted.ids, Vec::new());
                 }
             }

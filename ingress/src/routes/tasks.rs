@@ -46,7 +46,8 @@ pub(crate) async fn get(
 /// parameter that would be passed over in silence is refused: the answer would be another than was asked for.
 #[utoipa::path(get, path = "/fhir/Task", operation_id = "searchTasks", tag = "jobs",
     params(
-        ("status" = Option<String>, Query, description = "Codes of FHIR's task-status, with commas."),
+        ("status" = Option<String>, Query,
+            description = "Codes of FHIR's task-status, alone or as `system|code`, with commas."),
         ("authored-on" = Option<String>, Query,
             description = "A date, with `eq`, `ge`, `gt`, `sa`, `le`, `lt` or `eb` before it, or an instant."),
         ("_sort" = Option<String>, Query, pattern = "^-authored-on$", description = "The only order."),
@@ -65,8 +66,7 @@ pub(crate) async fn search(
         let invalid = || ApiError::from(Code::QueryInvalid).at(name.clone());
         match name.as_str() {
             "status" if filter.states.is_empty() => {
-                let states = value.split(',').map(state_of).collect::<Option<Vec<_>>>();
-                filter.states = states.ok_or_else(invalid)?;
+                filter.states = states(value).ok_or_else(invalid)?;
             }
             "authored-on" => {
                 let (from, before) = search::period(value).ok_or_else(invalid)?;
@@ -100,13 +100,15 @@ pub(crate) async fn search(
 }
 
 fn search_url(app: &App, parameters: &[(String, String)], cursor: Option<JobId>) -> String {
-    // None of the values that are let through has a character that a query would have to escape but `+` and `:`.
-    let escaped = |value: &str| value.replace('+', "%2B").replace(' ', "%20");
+    let cursor = cursor.map(|cursor| cursor.to_string());
     let kept = parameters.iter().filter(|(name, _)| name != "_cursor");
-    let kept = kept.map(|(name, value)| format!("{name}={}", escaped(value)));
-    let query: Vec<String> = kept.chain(cursor.map(|cursor| format!("_cursor={cursor}"))).collect();
-    format!("{}/fhir/Task?{}", app.public_url, query.join("&"))
+    let kept = kept.map(|(name, value)| (name.as_str(), value.as_str()));
+    let query = search::query(kept.chain(cursor.as_deref().map(|cursor| ("_cursor", cursor))));
+    format!("{}/fhir/Task?{query}", app.public_url)
 }
+
+/// What the codes of a task's status are of.
+const STATUS: &str = "http://hl7.org/fhir/task-status";
 
 /// The code of FHIR's required `task-status` value set.
 fn status(state: JobState) -> &'static str {
@@ -122,6 +124,11 @@ fn status(state: JobState) -> &'static str {
 
 fn state_of(code: &str) -> Option<JobState> {
     dermflow_schemas::job::STATES.into_iter().find(|state| status(*state) == code)
+}
+
+/// The states that a parameter names; `None` when there is none of a name.
+fn states(value: &str) -> Option<Vec<JobState>> {
+    search::values(value)?.iter().map(|one| state_of(search::code(one, STATUS)?)).collect()
 }
 
 fn task(record: &Record) -> Value {

@@ -9,7 +9,8 @@ use super::{Band, Intensity, Item, SEVERITY_3, Score, band, graded, rated, sum};
 pub(super) const SCORE: Score = Score {
     code: "scorad",
     title: "Scoring Atopic Dermatitis",
-    conditions: &["EA80"],
+    // Atopic eczema, and the generalised one of unspecified type, which may be that.
+    conditions: &["EA80", "EA89"],
     items: &ITEMS,
     value: |answers| match answers {
         [surface, signs @ .., itch, sleep] => surface / 5.0 + 7.0 * sum(signs) / 2.0 + itch + sleep,

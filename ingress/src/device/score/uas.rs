@@ -8,7 +8,8 @@ use super::{Band, Intensity, Item, SEVERITY_3, Score, band, graded, sum};
 pub(super) const SCORE: Score = Score {
     code: "uas",
     title: "Urticaria Activity Score",
-    conditions: &["EB00", "EB01"],
+    // Spontaneous, inducible, and of unspecified type.
+    conditions: &["EB00", "EB01", "EB05"],
     items: &ITEMS,
     value: sum,
     band: banded,

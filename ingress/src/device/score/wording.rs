@@ -112,6 +112,7 @@ words! {
     "{} of {}" "{} de {}" "{} von {}" "{} sur {}";
     // Degrees, of answers and of scores.
     "None" "Ausente" "Nicht vorhanden" "Absent";
+    "Minimal" "Mínimo" "Minimal" "Minime";
     "Mild" "Leve" "Leicht" "Léger";
     "Moderate" "Moderado" "Mäßig" "Modéré";
     "Severe" "Grave" "Schwer" "Sévère";
