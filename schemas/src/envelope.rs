@@ -21,7 +21,8 @@ use crate::{
     seal::Sealed,
 };
 
-/// The version this build writes.
+/// The version this build writes, and the only one that it reads: additions need no new one, as unknown fields are passed
+/// over. The build that raises it has to read this one as well, as jobs of it are queued.
 pub const VERSION: u32 = 1;
 
 /// Why bytes from the queue are no envelope.
