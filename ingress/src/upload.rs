@@ -116,8 +116,10 @@ struct Uploading {
     last_turn: oneshot::Receiver<Infallible>,
     counts: Counts,
     in_hand: usize,
-    /// When the last line came.
-    heard: OffsetDateTime,
+    /// When it began.
+    begun: OffsetDateTime,
+    /// Nobody reads the answers, or the sender is gone.
+    is_gone: bool,
     running: JoinSet<Answered>,
     /// Why the caller may not go on.
     shut_out: Option<Problem>,
@@ -133,7 +135,8 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         last_turn: oneshot::channel().1,
         counts: Counts::default(),
         in_hand: 0,
-        heard: clock::now(),
+        begun: clock::now(),
+        is_gone: false,
         running: JoinSet::new(),
         shut_out: None,
     };
@@ -160,7 +163,9 @@ impl Uploading {
             never = show(&app, batch) => match never {},
         };
         // However it ended: the batch does not wait for it any more.
-        let ended = app.store.end_upload(batch, complete, self.heard, clock::now()).await;
+        let now = clock::now();
+        let since = if self.is_gone { self.begun } else { now };
+        let ended = app.store.end_upload(batch, complete, since, now).await;
         let complete = complete && ended.is_ok();
         let Counts { lines: count, accepted, refused } = self.counts;
         tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
@@ -183,6 +188,7 @@ impl Uploading {
             Ok(()) => self.read(lines).await,
             Err(gone) => Err(gone),
         };
+        self.is_gone = ended.is_err();
         // What is in hand is finished, and told if anybody listens.
         let mut complete = ended.unwrap_or(false);
         while let Some(answered) = self.running.join_next().await {
@@ -256,7 +262,6 @@ impl Uploading {
     /// Takes a line in hand; `false` when it is one too many.
     fn take(&mut self, next: Next) -> bool {
         self.counts.lines += 1;
-        self.heard = clock::now();
         let over = self.counts.lines > MAX_BATCH_LINES;
         match next {
             Next::Line { number, bytes, memory } if !over => {
@@ -300,7 +305,11 @@ impl Uploading {
                 json!({"line": number, "custom_id": custom_id, "error": problem.to_json()})
             }
         };
-        self.write(&answer).await?;
+        // Nobody is waited for twice.
+        if self.is_gone || self.write(&answer).await.is_err() {
+            self.is_gone = true;
+            return Err(Gone);
+        }
         Ok(goes_on)
     }
 

@@ -110,6 +110,25 @@ async fn a_model_without_a_usable_result_fails_the_job_once() -> Result<()> {
     lab.stop().await
 }
 
+// Where there is no room for dead letters, such jobs end all the same, at once, and keep nobody from the worker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_ends_though_there_is_no_room_for_its_letter() -> Result<()> {
+    let lab = Lab::start(one(Worker::simulated(1).fault("nan"))).await?;
+    let jetstream = lab.jetstream().await?;
+    let mut config = jetstream.get_stream("DEAD").await?.cached_info().config.clone();
+    config.max_messages = 1;
+    jetstream.update_stream(&config).await?;
+    for _ in 0..3 {
+        let job = lab.client().submit(&sample("ham10000-mel.jpg")).await?;
+        let answer = lab.client().poll(&job, Duration::from_secs(10)).await?;
+        assert_eq!((answer.status, answer.code()), (500, "analysis-failed"), "{}", answer.text);
+    }
+    assert_eq!(lab.messages("DEAD").await?, 1);
+    assert_eq!(lab.count("SELECT max(attempts)::bigint FROM ingress.jobs").await?, 1);
+    ensure!(lab.logs()?.contains("no room for dead letters"), "nobody says so");
+    lab.stop().await
+}
+
 // A panic costs the attempt, not the process: the job is published again and succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panicking_model_is_tried_again() -> Result<()> {

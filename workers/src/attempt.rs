@@ -22,7 +22,7 @@ use dermflow_schemas::{
         OBJECT_DEADLINE, PUBLISH_DEADLINE, PULL_EXPIRES, RESULT_PATIENCE,
     },
     model::ModelRef,
-    queue::{self, Publisher},
+    queue::{self, PublishError, Publisher},
     random,
     seal::{Content, Keyring, Sealed},
 };
@@ -162,8 +162,6 @@ impl Attempts {
         if delivery.attempt > MAX_ATTEMPTS {
             return Verdict::Again(Code::AttemptsExhausted);
         }
-        // While it waits for its turn. An executor is not kept waiting for what it needs.
-        let payload = self.payload(delivery).await;
         let slot = tokio::select! {
             biased;
             () = self.quarantine.begins() => return Verdict::StepAside,
@@ -188,7 +186,7 @@ impl Attempts {
         }
         self.note_progress(delivery).await;
         let job = delivery.header.job;
-        let payload = match payload {
+        let payload = match self.payload(delivery).await {
             Ok(payload) => Arc::new(payload),
             Err((code, reason)) => {
                 tracing::error!(%job, %code, reason, "the payload does not open");
@@ -339,10 +337,19 @@ impl Attempts {
         self.publish(queue::Message::new(queue::result_subject(job), id, header.encode(&[]))).await
     }
 
+    /// The letter first waits as a result does; when there is no room for it, the job ends without one.
     async fn bury(&self, subject: String, id: String, body: Bytes, code: Code) -> bool {
         let mut letter = queue::Message::new(subject, id, body);
         letter.headers.insert(queue::REASON, code.to_string());
-        self.publish(letter).await
+        match self.publisher.publish(letter.clone(), PUBLISH_DEADLINE).await {
+            Ok(_) => true,
+            // A job that cannot end would come back again and again, and keep workers from all others.
+            Err(PublishError::Full) => {
+                tracing::error!(subject = letter.subject, "no room for dead letters: a payload is not kept");
+                true
+            }
+            Err(_) => self.publish(letter).await,
+        }
     }
 
     /// Publishes, again and again while the broker is away, for [`RESULT_PATIENCE`] at most.

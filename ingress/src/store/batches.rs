@@ -176,20 +176,20 @@ impl Store {
         .await
     }
 
-    /// An upload ended: it reached its end, or was cut, and then `heard` is when its last line came. Whoever was cut without
-    /// knowing may have sent everything again before we know: what another upload has closed since then stays closed.
+    /// An upload ended: it reached its end, or it did not, and then the batch is open again, unless another upload has closed
+    /// it after `since`: whoever was cut may have sent everything again before we know of it.
     pub(crate) async fn end_upload(
         &self,
         batch: Uuid,
         complete: bool,
-        heard: OffsetDateTime,
+        since: OffsetDateTime,
         now: OffsetDateTime,
     ) -> Result<()> {
         within(async {
             let update = "UPDATE batches SET uploads = greatest(uploads - 1, 0), \
                           closed_at = CASE WHEN $2 THEN $4::timestamptz WHEN closed_at > $3 THEN closed_at END \
                           WHERE id = $1";
-            self.pool.get().await?.execute(update, &[&batch, &complete, &heard, &now]).await?;
+            self.pool.get().await?.execute(update, &[&batch, &complete, &since, &now]).await?;
             Ok(())
         })
         .await
