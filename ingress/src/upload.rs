@@ -116,8 +116,8 @@ struct Uploading {
     last_turn: oneshot::Receiver<Infallible>,
     counts: Counts,
     in_hand: usize,
-    /// When it began.
-    begun: OffsetDateTime,
+    /// When the last line came.
+    heard: OffsetDateTime,
     /// Nobody reads the answers, or the sender is gone.
     is_gone: bool,
     running: JoinSet<Answered>,
@@ -135,7 +135,7 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         last_turn: oneshot::channel().1,
         counts: Counts::default(),
         in_hand: 0,
-        begun: clock::now(),
+        heard: clock::now(),
         is_gone: false,
         running: JoinSet::new(),
         shut_out: None,
@@ -164,7 +164,7 @@ impl Uploading {
         };
         // However it ended: the batch does not wait for it any more.
         let now = clock::now();
-        let since = if self.is_gone { self.begun } else { now };
+        let since = if self.is_gone { self.heard } else { now };
         let ended = app.store.end_upload(batch, complete, since, now).await;
         let complete = complete && ended.is_ok();
         let Counts { lines: count, accepted, refused } = self.counts;
@@ -262,6 +262,7 @@ impl Uploading {
     /// Takes a line in hand; `false` when it is one too many.
     fn take(&mut self, next: Next) -> bool {
         self.counts.lines += 1;
+        self.heard = clock::now();
         let over = self.counts.lines > MAX_BATCH_LINES;
         match next {
             Next::Line { number, bytes, memory } if !over => {

@@ -177,7 +177,8 @@ impl Store {
     }
 
     /// An upload ended: it reached its end, or it did not, and then the batch is open again, unless another upload has closed
-    /// it after `since`: whoever was cut may have sent everything again before we know of it.
+    /// it after `since`: whoever was cut may have sent everything again before we know of it. Then that is when its last line
+    /// came; when we ended it, now.
     pub(crate) async fn end_upload(
         &self,
         batch: Uuid,
