@@ -9,6 +9,7 @@ pub mod client;
 pub mod cluster;
 pub mod desk;
 pub mod directory;
+pub mod fairness;
 pub mod fhir;
 pub mod flood;
 pub mod form;

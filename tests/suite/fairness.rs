@@ -9,13 +9,13 @@ use anyhow::{Context, Result, ensure};
 use dermflow_schemas::queue;
 use dermflow_tests::{
     client::{Client, parameters, sample, sample_bytes},
+    fairness::{Evenness, evenness},
     lab::{Lab, Setup, Worker},
     wait::eventually,
 };
 use futures_util::{StreamExt, stream};
 
 const LONG: Duration = Duration::from_mins(2);
-const WINDOW: f64 = 5.0;
 
 // Submits a job until it is accepted, as a careful client does; 200 when it is done already.
 async fn submit_one(client: &Client) -> Result<String> {
@@ -47,31 +47,6 @@ async fn until_all_ended(lab: &Lab) -> Result<()> {
     eventually("every job has ended", LONG, ended).await
 }
 
-// Jain's index of fairness: 1 when all are equal, 1/n when one has everything.
-fn jain(shares: &[f64]) -> f64 {
-    let (sum, squares) = shares.iter().fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
-    sum * sum / (shares.len() as f64 * squares)
-}
-
-// When the jobs of each client were done, in seconds since the first one began.
-async fn finishes(lab: &Lab) -> Result<Vec<Vec<f64>>> {
-    let rows = lab
-        .sql(
-            "SELECT client::text, extract(epoch FROM finished_at - min(started_at) OVER ())::float8 \
-             FROM ingress.jobs WHERE state = 'succeeded' ORDER BY client, finished_at",
-        )
-        .await?;
-    let mut clients: Vec<(String, Vec<f64>)> = Vec::new();
-    for row in rows {
-        let (client, at): (String, f64) = (row.get(0), row.get(1));
-        match clients.last_mut().filter(|(last, _)| *last == client) {
-            Some((_, times)) => times.push(at),
-            None => clients.push((client, vec![at])),
-        }
-    }
-    Ok(clients.into_iter().map(|(_, times)| times).collect())
-}
-
 // Three clients, the same backlog each, submitted one after the other: in every window of 5 s in which all three
 // have jobs waiting they get the same.
 #[tokio::test(flavor = "multi_thread")]
@@ -86,22 +61,10 @@ async fn equal_backlogs_get_equal_service() -> Result<()> {
         lab.start_worker(Worker::simulated(15)).await?;
     }
     until_all_ended(&lab).await?;
-    let finishes = finishes(&lab).await?;
-    ensure!(finishes.len() == 3 && finishes.iter().all(|times| times.len() == JOBS));
-    // Fully backlogged until the first client has nothing left.
-    let end = finishes.iter().map(|times| times[JOBS - 1]).fold(f64::MAX, f64::min);
-    let count = |times: &Vec<f64>, from: f64| {
-        times.iter().filter(|at| (from..from + WINDOW).contains(*at)).count() as f64
-    };
-    let (mut worst, mut windows, mut from) = (1.0_f64, 0, 0.0);
-    while from + WINDOW <= end {
-        let shares: Vec<f64> = finishes.iter().map(|times| count(times, from)).collect();
-        worst = worst.min(jain(&shares));
-        (windows, from) = (windows + 1, from + 0.1);
-    }
-    println!("{} jobs in {end:.1} s, {windows} windows of {WINDOW} s, Jain >= {worst:.4}", 3 * JOBS);
+    let Evenness { jain, windows } = evenness(&lab, &["demo", "second", "third"], JOBS).await?;
+    println!("{windows} windows, Jain >= {jain:.4}");
     ensure!(windows >= 5, "only {windows} windows: the test shows nothing");
-    ensure!(worst >= 0.95, "Jain's index was {worst}");
+    ensure!(jain >= 0.95, "Jain's index was {jain}");
     lab.stop().await
 }
 

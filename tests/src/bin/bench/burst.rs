@@ -1,4 +1,5 @@
-//! C: 5,000 jobs at once from one client, which is `dermflow submit`, while others want little and soon.
+//! C: 5,000 jobs at once from one client, which is `dermflow submit`, while others want little and soon; then equal backlogs,
+//! and a full queue.
 
 use std::{
     io::Cursor,
@@ -12,6 +13,7 @@ use dermflow_schemas::clock;
 use dermflow_tests::{
     client::{Client, parameters, sample_bytes},
     desk::Desk,
+    fairness::{Evenness, evenness},
     lab::{Lab, Setup, Worker},
 };
 use image::{DynamicImage, codecs::jpeg::JpegEncoder, imageops::FilterType};
@@ -36,6 +38,8 @@ const IMAGE_BYTES: usize = 138_000;
 const IMAGES: usize = 16;
 /// Synchronous requests before the burst: about as many as during it.
 const IDLE: usize = 60;
+/// Jobs of each of the clients whose shares are compared afterwards.
+const EQUAL: usize = 600;
 /// Jobs in hand when the queue is capped.
 const CAP: usize = 1_000;
 
@@ -191,6 +195,7 @@ pub(crate) async fn burst(model: &Path, sync_interval: &'static str) -> Result<(
         promises.extend(asked.await??);
     }
     honest(&lab, promises).await?;
+    even(&lab, &bodies).await?;
     lab.stop().await?;
     Box::pin(capped(&bodies, sync_interval)).await
 }
@@ -295,6 +300,23 @@ async fn honest(lab: &Lab, promises: Vec<Promise>) -> Result<()> {
     );
     let share = within as f64 / ratios.len().max(1) as f64;
     verdict("promised starts within a factor of 2", share, share >= 0.95, "at least 0.95 of them");
+    Ok(())
+}
+
+/// Three clients with the same backlog get the same.
+async fn even(lab: &Lab, bodies: &Arc<Vec<String>>) -> Result<()> {
+    let names = ["even-1", "even-2", "even-3"];
+    let mut submitting = Vec::new();
+    for name in names {
+        submitting.push(tokio::spawn(submit_all(lab.register(name).await?, bodies.clone(), EQUAL, 4)));
+    }
+    for submitted in submitting {
+        submitted.await??;
+    }
+    until_ended(lab, Duration::from_mins(10)).await?;
+    let Evenness { jain, windows } = evenness(lab, &names, EQUAL).await?;
+    ensure!(windows > 0, "equal backlogs were worked off before a window was over");
+    verdict("equal backlogs: least Jain's index of any 5 s", jain, jain >= 0.95, "at least 0.95");
     Ok(())
 }
 

@@ -71,7 +71,7 @@ pub(crate) async fn one(row: &str, long: bool) -> Result<()> {
         "slow-clients" => slow_clients(long).await,
         "hang-up" => hang_up(long).await,
         "paused-broker" => paused_broker(Duration::from_secs(if long { 30 } else { 10 })).await,
-        "soak" => soak(Duration::from_secs(if long { 600 } else { 60 })).await,
+        "soak" => soak(long).await,
         _ => bail!("no such row: {row}; there are {ROWS:?}"),
     }?;
     println!("-- {row}: {:.0} s", begun.elapsed().as_secs_f64());

@@ -19,6 +19,10 @@ const MODEL_MS: u64 = 100;
 const LOAD: f64 = 0.9;
 /// Before the first sample: pools fill, tables grow to their size.
 const WARM_UP: Duration = Duration::from_secs(10);
+/// The long form. Its second half, of which the growth is taken, begins after the ten minutes for which the broker keeps ids
+/// of messages: from then on it forgets as many as come.
+const LONG: Duration = Duration::from_mins(25);
+const SHORT: Duration = Duration::from_mins(1);
 /// Growth that counts as none, in MB a minute: what the allocator and the broker's caches breathe.
 const FLAT: f64 = 1.0;
 
@@ -29,8 +33,9 @@ struct Sample {
     descriptors: f64,
 }
 
-/// `time` at 90 % of the capacity.
-pub(crate) async fn soak(time: Duration) -> Result<()> {
+/// At 90 % of the capacity.
+pub(crate) async fn soak(long: bool) -> Result<()> {
+    let time = if long { LONG } else { SHORT };
     let workers = vec![Worker::simulated(MODEL_MS); WORKERS];
     let lab = Lab::in_service(Setup { workers, ..Setup::default() }).await?;
     let body = sample("ham10000-nv.jpg").to_string();
