@@ -58,6 +58,8 @@ pub(crate) struct Submission {
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) job: JobId,
+    /// It was never submitted before.
+    pub(crate) is_new: bool,
     /// It had ended when it was submitted again.
     pub(crate) ended: bool,
     /// Whoever misses its answer has no key to ask for it again.
@@ -109,10 +111,10 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
     prepare(&app, lane, client, end).await?;
     let entry = Entry { job, header: header.clone(), body, end };
     match patiently(&app, entry, patience).await? {
-        Committed::Queued => Ok(Submitted { job: header.job, ended: false, keyless, wake_up }),
+        Committed::Queued => Ok(Submitted { job: header.job, is_new: true, ended: false, keyless, wake_up }),
         Committed::Recorded => {
             check_in(&app, &mut header, &sealed).await?;
-            Ok(Submitted { job: header.job, ended: false, keyless, wake_up })
+            Ok(Submitted { job: header.job, is_new: true, ended: false, keyless, wake_up })
         }
         Committed::Known(first) => {
             // Who submits a job again asks how far it is.
@@ -131,7 +133,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             // What happened before anybody listened is in the record.
             let ended =
                 app.store.find(first.id, client).await?.is_none_or(|record| record.state.is_terminal());
-            Ok(Submitted { job: first.id, ended, keyless, wake_up })
+            Ok(Submitted { job: first.id, is_new: false, ended, keyless, wake_up })
         }
     }
 }

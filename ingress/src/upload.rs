@@ -47,7 +47,7 @@ use crate::{
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::{batches::line_key, claim::Member},
-    submit::{Submission, blocking, submit},
+    submit::{Submission, Submitted, blocking, submit},
 };
 
 /// The media type of answers.
@@ -56,6 +56,7 @@ pub(crate) const NDJSON: &str = "application/x-ndjson";
 /// Who uploads what.
 #[derive(Debug)]
 pub(crate) struct Upload {
+    pub(crate) id: Uuid,
     /// What it came with may end before it does.
     pub(crate) pass: Pass,
     pub(crate) client: ClientId,
@@ -95,6 +96,10 @@ struct Answered {
     number: usize,
     custom_id: Option<String>,
     outcome: Result<JobId, Problem>,
+    /// No upload to the batch had brought the line before.
+    is_new: bool,
+    /// When it came.
+    came: OffsetDateTime,
     /// Of the line, in hand until now.
     bytes: usize,
 }
@@ -116,7 +121,7 @@ struct Uploading {
     last_turn: oneshot::Receiver<Infallible>,
     counts: Counts,
     in_hand: usize,
-    /// When the last line came.
+    /// When the last line came that no other upload had brought.
     heard: OffsetDateTime,
     /// Nobody reads the answers, or the sender is gone.
     is_gone: bool,
@@ -157,15 +162,15 @@ struct Gone;
 
 impl Uploading {
     async fn run(mut self, mut lines: Lines) {
-        let (app, batch) = (self.app.clone(), self.upload.batch);
+        let (app, id, batch) = (self.app.clone(), self.upload.id, self.upload.batch);
         let complete = tokio::select! {
             complete = self.take_in(&mut lines) => complete,
-            never = show(&app, batch) => match never {},
+            never = show(&app, id) => match never {},
         };
         // However it ended: the batch does not wait for it any more.
         let now = clock::now();
         let since = if self.is_gone { self.heard } else { now };
-        let ended = app.store.end_upload(batch, complete, since, now).await;
+        let ended = app.store.end_upload(id, complete, since, now).await;
         let complete = complete && ended.is_ok();
         let Counts { lines: count, accepted, refused } = self.counts;
         tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
@@ -262,15 +267,15 @@ impl Uploading {
     /// Takes a line in hand; `false` when it is one too many.
     fn take(&mut self, next: Next) -> bool {
         self.counts.lines += 1;
-        self.heard = clock::now();
-        let over = self.counts.lines > MAX_BATCH_LINES;
+        let (came, over) = (clock::now(), self.counts.lines > MAX_BATCH_LINES);
         match next {
             Next::Line { number, bytes, memory } if !over => {
                 self.in_hand += bytes.len();
                 let (app, upload, seen) = (self.app.clone(), self.upload.clone(), self.seen.clone());
                 let (end, ended) = oneshot::channel();
                 let turn = Turn { before: std::mem::replace(&mut self.last_turn, ended), seen, _end: end };
-                self.running.spawn(line(app, upload, turn, number, bytes, memory));
+                let taken = Taken { number, came, bytes, memory };
+                self.running.spawn(line(app, upload, turn, taken));
                 true
             }
             Next::Line { number, .. } | Next::TooLong { number } => {
@@ -281,8 +286,8 @@ impl Uploading {
                 };
                 let (app, upload) = (self.app.clone(), self.upload.clone());
                 self.running.spawn(async move {
-                    let outcome = refuse(&app, &upload, number, None, error.into()).await;
-                    Answered { number, custom_id: None, outcome, bytes: 0 }
+                    let (problem, is_new) = refuse(&app, &upload, number, None, error.into()).await;
+                    Answered { number, custom_id: None, outcome: Err(problem), is_new, came, bytes: 0 }
                 });
                 !over
             }
@@ -292,8 +297,13 @@ impl Uploading {
 
     /// Tells what became of a line; `false` when others would fare no better.
     async fn answered(&mut self, answered: Option<Answered>) -> Result<bool, Gone> {
-        let Some(Answered { number, custom_id, outcome, bytes }) = answered else { return Ok(false) };
+        let Some(Answered { number, custom_id, outcome, is_new, came, bytes }) = answered else {
+            return Ok(false);
+        };
         self.in_hand -= bytes;
+        if is_new {
+            self.heard = self.heard.max(came);
+        }
         let mut goes_on = true;
         let answer = match outcome {
             Ok(job) => {
@@ -324,12 +334,12 @@ impl Uploading {
     }
 }
 
-/// Shows all replicas that an upload to the batch goes on.
-async fn show(app: &App, batch: Uuid) -> Infallible {
+/// Shows all replicas that an upload goes on.
+async fn show(app: &App, upload: Uuid) -> Infallible {
     loop {
         sleep(UPLOAD_LEASE / 3).await;
-        if let Err(error) = app.store.upload_seen(batch, clock::now()).await {
-            tracing::debug!(%batch, %error, "an upload goes on, which nobody sees");
+        if let Err(error) = app.store.upload_seen(upload, clock::now()).await {
+            tracing::debug!(%upload, %error, "an upload goes on, which nobody sees");
         }
     }
 }
@@ -363,14 +373,16 @@ impl Turn {
     }
 }
 
-async fn line(
-    app: Arc<App>,
-    upload: Arc<Upload>,
-    turn: Turn,
+/// A line in hand, with what accounts for its memory.
+struct Taken {
     number: usize,
+    came: OffsetDateTime,
     bytes: Bytes,
     memory: OwnedSemaphorePermit,
-) -> Answered {
+}
+
+async fn line(app: Arc<App>, upload: Arc<Upload>, turn: Turn, taken: Taken) -> Answered {
+    let Taken { number, came, bytes, memory } = taken;
     let (length, form) = (bytes.len(), upload.form);
     let (custom_id, payload) = match blocking(move || lines::parse(form, &bytes)).await {
         Ok(Line { custom_id, payload }) => (custom_id, payload.map_err(Problem::from)),
@@ -393,31 +405,39 @@ async fn line(
             Err(problem)
         }
     };
-    let outcome = match outcome {
+    let (outcome, is_new) = match outcome {
+        Ok(Submitted { job, is_new, .. }) => (Ok(job), is_new),
         Err(problem) => {
             // The name stands for the line that came first.
             let name = custom_id.as_deref().filter(|_| !is_repeated);
-            refuse(&app, &upload, number, name, problem).await
+            let (problem, is_new) = refuse(&app, &upload, number, name, problem).await;
+            (Err(problem), is_new)
         }
-        accepted => accepted,
     };
-    Answered { number, custom_id, outcome, bytes: length }
+    Answered { number, custom_id, outcome, is_new, came, bytes: length }
 }
 
-/// The answer to a line that is refused, when that is in the audit trail, and among the batch's errors if it is for good.
+/// The answer to a line that is refused, when that is in the audit trail, and among the batch's errors if it is for good; and
+/// whether no upload has had that answer for it before.
 async fn refuse(
     app: &App,
     upload: &Upload,
     number: usize,
     name: Option<&str>,
     problem: Problem,
-) -> Result<JobId, Problem> {
-    refused_part(app, upload.who, upload.client, Some(upload.batch), number, problem.code()).await?;
-    // An upload that is too long is no fault of a line.
-    if problem.retry() == Retry::Never && !problem.is(Code::BatchTooLong) {
-        app.store.refuse_line(upload.client, upload.batch, number, name, &problem.to_json()).await?;
+) -> (Problem, bool) {
+    let noted = async {
+        refused_part(app, upload.who, upload.client, Some(upload.batch), number, problem.code()).await?;
+        // An upload that is too long is no fault of a line.
+        if problem.retry() != Retry::Never || problem.is(Code::BatchTooLong) {
+            return Ok::<_, Problem>(false);
+        }
+        Ok(app.store.refuse_line(upload.client, upload.batch, number, name, &problem.to_json()).await?)
+    };
+    match noted.await {
+        Ok(is_new) => (problem, is_new),
+        Err(failed) => (failed, false),
     }
-    Err(problem)
 }
 
 fn digest(name: &str) -> u128 {
@@ -431,7 +451,7 @@ async fn accept(
     member: Member,
     payload: dermflow_schemas::envelope::Payload,
     memory: OwnedSemaphorePermit,
-) -> Result<JobId, Problem> {
+) -> Result<Submitted, Problem> {
     let custom_id = member.custom_id.clone();
     let submission = Submission {
         client: upload.client,
@@ -448,7 +468,7 @@ async fn accept(
     if upload.mending {
         app.store.admit_line(upload.batch, &custom_id).await?;
     }
-    Ok(submitted.job)
+    Ok(submitted)
 }
 
 #[cfg(test)]

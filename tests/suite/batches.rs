@@ -234,6 +234,24 @@ async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
     lab.stop().await
 }
 
+// Cuts an upload, the only one, once it has been answered this line.
+async fn cut_behind(
+    lab: &Lab,
+    (sender, mut answer): (Sender, reqwest::Response),
+    line: String,
+) -> Result<()> {
+    sender.send(Ok(line)).await?;
+    let mut told = String::new();
+    while !told.contains("\"line\"") {
+        let more = tokio::time::timeout(LONG, answer.chunk()).await??.context("the answer ended")?;
+        told.push_str(std::str::from_utf8(&more)?);
+    }
+    sender.send(Err(std::io::Error::other("cut"))).await?;
+    drop((sender, answer));
+    let ended = async || (lab.count("SELECT count(*) FROM ingress.uploads").await.ok()? == 0).then_some(());
+    eventually("the upload's end is on record", LONG, ended).await
+}
+
 // A batch has not ended while an upload to it goes on, whatever became of the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
@@ -266,20 +284,30 @@ async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
     drop((silent, cut));
     until_status(&client, &batch, "completed").await?;
     // Cut after a line that came later than the other's end: there may have been more.
-    let (heard, mut cut) = stream_to(&client, &path).await?;
+    let heard = stream_to(&client, &path).await?;
     upload(&client, &path, NDJSON, line("c")).await?;
-    heard.send(Ok(line("d"))).await?;
-    let mut told = String::new();
-    while !told.contains("\"job\"") {
-        let more = tokio::time::timeout(LONG, cut.chunk()).await??.context("the answer ended")?;
-        told.push_str(std::str::from_utf8(&more)?);
-    }
-    heard.send(Err(std::io::Error::other("cut"))).await?;
-    drop((heard, cut));
-    let ended = "SELECT count(*) FROM ingress.batches WHERE uploads = 0 AND closed_at IS NULL";
-    let cut = async || (lab.count(ended).await.ok()? == 1).then_some(());
-    eventually("the upload's end is on record", LONG, cut).await?;
+    cut_behind(&lab, heard, line("d")).await?;
     assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    // Not when the other one had brought that line, good or bad: it was cut before, and was heard late.
+    for late in [line("e"), "{\"custom_id\":\"bad\",\"images\":[{\"data\":\"!\"}]}\n".to_owned()] {
+        let heard = stream_to(&client, &path).await?;
+        upload(&client, &path, NDJSON, late.clone()).await?;
+        cut_behind(&lab, heard, late).await?;
+        assert_ne!(client.get(&path).await?.body["closed_at"], Value::Null);
+    }
+    upload(&client, &path, NDJSON, line("bad")).await?;
+    until_status(&client, &batch, "completed").await?;
+
+    // One that was given up as dead and lives takes nobody's place when it ends.
+    let (alive, answer) = stream_to(&client, &path).await?;
+    lab.sql("UPDATE ingress.uploads SET seen_at = seen_at - interval '1 minute'").await?;
+    let (other, unended) = stream_to(&client, &path).await?;
+    drop(alive);
+    assert_eq!(last(answer).await?["complete"], true);
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    drop(other);
+    assert_eq!(last(unended).await?["complete"], true);
+    until_status(&client, &batch, "completed").await?;
 
     // One that dies with its ingress is waited for as long as it might go on elsewhere.
     let dead = stream_to(&client, &path).await?;
@@ -288,7 +316,7 @@ async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
     drop(dead);
     upload(&client, &path, NDJSON, line("d")).await?;
     assert_eq!(client.get(&path).await?.body["status"], "uploading");
-    lab.sql("UPDATE ingress.batches SET upload_seen_at = upload_seen_at - interval '1 minute'").await?;
+    lab.sql("UPDATE ingress.uploads SET seen_at = seen_at - interval '1 minute'").await?;
     until_status(&client, &batch, "completed").await?;
     lab.stop().await
 }

@@ -124,17 +124,17 @@ async fn begin(
     let place = app.bounds.uploads.take(client)?;
     // Runs to its end even when the caller hangs up half-way: an upload that the record counts is one that ends.
     let begun = tokio::spawn(async move {
-        let now = clock::now();
+        let (id, now) = (Uuid::now_v7(), clock::now());
         let (batch, mending) = match target {
             Target::New(key) => {
                 let key = key.as_ref().map(IdempotencyKey::as_str);
-                (app.store.open_batch(Uuid::now_v7(), client, key, now).await?, key.is_some())
+                (app.store.open_batch(Uuid::now_v7(), client, key, id, now).await?, key.is_some())
             }
-            Target::Known(id) => (app.store.reopen_batch(id, client, now).await?, true),
+            Target::Known(batch) => (app.store.reopen_batch(batch, client, id, now).await?, true),
         };
         let batch = batch.ok_or(Code::NotFound)?;
         let upload =
-            Upload { pass, client, who, batch, form, language, cancel_after, mending, _place: place };
+            Upload { id, pass, client, who, batch, form, language, cancel_after, mending, _place: place };
         Ok(upload::start(app, upload, body.into_inner()))
     });
     begun.await.map_err(|error| internal(&error))?
