@@ -6,8 +6,9 @@
 use std::{
     collections::HashSet,
     convert::Infallible,
+    future::pending,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -26,7 +27,7 @@ use dermflow_schemas::{
     job::Lane,
     limits::{
         ACCESS_INTERVAL, LINGER_BYTES, LINGER_TIMEOUT, MAX_BATCH_LINES, MAX_BODY_BYTES, UPLOAD_BYTES,
-        UPLOAD_LEASE, UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SILENCE,
+        UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SHOWN, UPLOAD_SILENCE,
     },
 };
 use futures_util::{StreamExt, stream};
@@ -35,8 +36,9 @@ use time::OffsetDateTime;
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, oneshot},
     task::JoinSet,
-    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -47,7 +49,7 @@ use crate::{
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::{batches::line_key, claim::Member},
-    submit::{Submission, Submitted, blocking, submit},
+    submit::{Patience, Submission, Submitted, blocking, submit},
 };
 
 /// The media type of answers.
@@ -70,6 +72,8 @@ pub(crate) struct Upload {
     pub(crate) cancel_after: Option<Duration>,
     /// Earlier uploads had lines refused, which this one may mend.
     pub(crate) mending: bool,
+    /// Cancelled when no line is to be taken any more: the server stops, or the caller may not go on.
+    pub(crate) over: CancellationToken,
     /// The place among the uploads.
     pub(crate) _place: Place,
 }
@@ -127,7 +131,7 @@ struct Uploading {
     is_gone: bool,
     running: JoinSet<Answered>,
     /// Why the caller may not go on.
-    shut_out: Option<Problem>,
+    shut_out: Arc<OnceLock<Problem>>,
 }
 
 async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<Bytes>) {
@@ -143,17 +147,15 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         heard: clock::now(),
         is_gone: false,
         running: JoinSet::new(),
-        shut_out: None,
+        shut_out: Arc::default(),
     };
     uploading.run(lines).await;
 }
 
 /// What happens to an upload.
 enum Event {
-    /// The server is told to stop.
-    Draining,
-    /// It is time to look whether the caller may go on.
-    Look,
+    /// No line is to be taken any more.
+    Over,
     Answered(Option<Answered>),
 }
 
@@ -162,10 +164,17 @@ struct Gone;
 
 impl Uploading {
     async fn run(mut self, mut lines: Lines) {
-        let (app, id, batch) = (self.app.clone(), self.upload.id, self.upload.batch);
+        let (app, upload, shut_out) = (self.app.clone(), self.upload.clone(), self.shut_out.clone());
+        let (id, batch) = (upload.id, upload.batch);
+        let standing = async {
+            let why = ends(&app, &upload).await;
+            let _ = shut_out.set(why);
+            upload.over.cancel();
+            pending().await
+        };
         let complete = tokio::select! {
             complete = self.take_in(&mut lines) => complete,
-            never = show(&app, id) => match never {},
+            never = standing => match never {},
         };
         // However it ended: the batch does not wait for it any more.
         let now = clock::now();
@@ -176,7 +185,7 @@ impl Uploading {
         tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
         let mut last = json!({"batch": batch, "lines": count, "accepted": accepted, "refused": refused,
                               "complete": complete});
-        if let Some(problem) = &self.shut_out {
+        if let Some(problem) = shut_out.get() {
             last["error"] = problem.to_json();
         }
         if self.write(&last).await.is_ok() && !complete {
@@ -199,16 +208,14 @@ impl Uploading {
         while let Some(answered) = self.running.join_next().await {
             complete &= self.answered(answered.ok()).await.unwrap_or(false);
         }
-        complete
+        complete && self.shut_out.get().is_none()
     }
 
     /// Reads to the end; `false` when the server cannot go on, or the caller may not.
     async fn read(&mut self, lines: &mut Lines) -> Result<bool, Gone> {
-        let mut look = interval(ACCESS_INTERVAL);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             while !self.has_room() {
-                let event = self.event(&mut look).await;
+                let event = self.event().await;
                 if !self.goes_on(event).await? {
                     return Ok(false);
                 }
@@ -218,7 +225,7 @@ impl Uploading {
             let next = loop {
                 let event = tokio::select! {
                     biased;
-                    event = self.event(&mut look) => event,
+                    event = self.event() => event,
                     next = &mut next => break next,
                 };
                 if !self.goes_on(event).await? {
@@ -242,12 +249,10 @@ impl Uploading {
     }
 
     /// What happens first besides the next line. Cancel safe.
-    async fn event(&mut self, look: &mut Interval) -> Event {
-        let draining = self.app.draining.cancelled();
+    async fn event(&mut self) -> Event {
         tokio::select! {
             biased;
-            () = draining => Event::Draining,
-            _ = look.tick() => Event::Look,
+            () = self.upload.over.cancelled() => Event::Over,
             Some(answered) = self.running.join_next() => Event::Answered(answered.ok()),
         }
     }
@@ -255,11 +260,7 @@ impl Uploading {
     /// `false` when this was the end.
     async fn goes_on(&mut self, event: Event) -> Result<bool, Gone> {
         match event {
-            Event::Draining => Ok(false),
-            Event::Look => {
-                self.shut_out = self.upload.pass.check(self.app.as_ref()).await.err();
-                Ok(self.shut_out.is_none())
-            }
+            Event::Over => Ok(false),
             Event::Answered(answered) => self.answered(answered).await,
         }
     }
@@ -334,12 +335,26 @@ impl Uploading {
     }
 }
 
-/// Shows all replicas that an upload goes on.
-async fn show(app: &App, upload: Uuid) -> Infallible {
+/// Shows all replicas that an upload goes on, until it may not: its caller is shut out, or its batch is deleted.
+async fn ends(app: &App, upload: &Upload) -> Problem {
+    let every = |period| {
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks
+    };
+    let (mut look, mut show) = (every(ACCESS_INTERVAL), every(UPLOAD_SHOWN));
     loop {
-        sleep(UPLOAD_LEASE / 3).await;
-        if let Err(error) = app.store.upload_seen(upload, clock::now()).await {
-            tracing::debug!(%upload, %error, "an upload goes on, which nobody sees");
+        tokio::select! {
+            _ = look.tick() => {
+                if let Err(problem) = upload.pass.check(app).await {
+                    return problem;
+                }
+            }
+            _ = show.tick() => match app.store.upload_seen(upload.id, upload.batch, clock::now()).await {
+                Ok(true) => {}
+                Ok(false) => return Code::NotFound.into(),
+                Err(error) => tracing::debug!(upload = %upload.id, %error, "an upload goes on, which nobody sees"),
+            },
         }
     }
 }
@@ -461,7 +476,7 @@ async fn accept(
         payload,
         cancel_after: upload.cancel_after,
         member: Some(member),
-        patience: UPLOAD_PATIENCE,
+        patience: Patience { end: Instant::now() + UPLOAD_PATIENCE, over: upload.over.clone() },
         memory,
     };
     let submitted = submit(app.clone(), submission).await?;

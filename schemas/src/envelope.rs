@@ -105,13 +105,31 @@ impl JobHeader {
         accepted_at: OffsetDateTime,
         cancel_after: Option<Duration>,
     ) -> Self {
-        let within = match lane {
+        let (carrier, key, deadline) = (Carrier::Inline, String::new(), accepted_at);
+        let mut header = Self {
+            v: VERSION,
+            job,
+            client,
+            lane,
+            attempt: 1,
+            accepted_at,
+            deadline,
+            key,
+            carrier,
+            requeues: 0,
+        };
+        header.accept(accepted_at, cancel_after);
+        header
+    }
+
+    /// Moves the acceptance, and the deadline with it.
+    pub fn accept(&mut self, accepted_at: OffsetDateTime, cancel_after: Option<Duration>) {
+        let within = match self.lane {
             Lane::Interactive => crate::limits::INTERACTIVE_DEADLINE,
             Lane::Bulk => crate::limits::BULK_DEADLINE,
         };
-        let deadline = accepted_at + cancel_after.map_or(within, |after| after.min(within));
-        let (carrier, key) = (Carrier::Inline, String::new());
-        Self { v: VERSION, job, client, lane, attempt: 1, accepted_at, deadline, key, carrier, requeues: 0 }
+        self.accepted_at = accepted_at;
+        self.deadline = accepted_at + cancel_after.map_or(within, |after| after.min(within));
     }
 
     /// The header of a dead letter's job when it goes back into the queue at `now`, for the `requeues`th time:

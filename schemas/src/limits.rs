@@ -102,9 +102,10 @@ pub const UPLOAD_LINES: usize = 64;
 pub const UPLOAD_PATIENCE: Duration = Duration::from_mins(1);
 /// How long an upload may stay silent, in either direction.
 pub const UPLOAD_SILENCE: Duration = Duration::from_secs(30);
-/// How long an upload that shows no sign of itself counts as going on: it shows one every third of this, and one whose ingress
-/// has died shows none.
+/// How long an upload that shows no sign of itself counts as going on: one whose ingress has died shows none.
 pub const UPLOAD_LEASE: Duration = Duration::from_secs(30);
+/// How often an upload shows that it goes on, and looks whether its batch is still there.
+pub const UPLOAD_SHOWN: Duration = Duration::from_secs(5);
 /// Entries in one FHIR batch: it is answered when all of them are, within one body.
 pub const MAX_BUNDLE_ENTRIES: usize = 32;
 /// Records in one page of a list.

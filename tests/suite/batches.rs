@@ -10,7 +10,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_auth::token::{Grant, LEEWAY, LIFETIME, Tokens};
 use dermflow_schemas::{
     clock,
-    limits::{MAX_BUNDLE_ENTRIES, MAX_UPLOADS, MAX_WAITERS},
+    limits::{MAX_BUNDLE_ENTRIES, MAX_UPLOADS, MAX_WAITERS, UPLOAD_PATIENCE},
 };
 use dermflow_tests::{
     client::{Answer, Client, sample, sample_bytes, send},
@@ -74,6 +74,13 @@ fn id(answer: &[Value]) -> String {
 // The answer of a line, by its number.
 fn of(answer: &[Value], number: usize) -> &Value {
     answer.iter().find(|line| line["line"] == number).unwrap_or(&Value::Null)
+}
+
+async fn one_job_at_a_time(lab: &mut Lab, client: &str) -> Result<()> {
+    lab.auth(&["user", "quota", client, "--jobs", "1"])?;
+    // A replica knows the quotas before its first request.
+    lab.stop_ingress(0).await?;
+    lab.restart_ingress(0).await
 }
 
 async fn until_status(client: &Client, batch: &str, status: &str) -> Result<Value> {
@@ -375,6 +382,37 @@ async fn an_upload_does_not_outlive_its_token() -> Result<()> {
     lab.stop().await
 }
 
+// What waits for room waits no longer than its upload may go on: a client that is shut out is told so at once, and one that
+// deletes the batch, soon.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_waits_does_not_outlive_its_upload() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let gone = lab.register("gone").await?;
+    one_job_at_a_time(&mut lab, "gone").await?;
+    let (sender, response) = stream_to(&gone, "/batches").await?;
+    sender.send(Ok(line("l0") + &line("l1"))).await?;
+    drop(sender);
+    let first = async || (lab.messages("JOBS").await.ok()? == 1).then_some(());
+    eventually("the first line is in the queue", LONG, first).await?;
+    let begun = Instant::now();
+    lab.auth(&["user", "revoke", "gone"])?;
+    let last = last(response).await?;
+    assert_eq!(last["error"]["code"], "unauthenticated", "{last}");
+    assert_eq!((&last["accepted"], &last["refused"]), (&json!(1), &json!(1)), "{last}");
+    assert!(begun.elapsed() < UPLOAD_PATIENCE / 4, "{:?}", begun.elapsed());
+
+    let (client, (sender, mut response)) = (lab.client(), stream_to(lab.client(), "/batches").await?);
+    sender.send(Ok(line("l0"))).await?;
+    let first = String::from_utf8(response.chunk().await?.context("no line")?.to_vec())?;
+    let first: Value = serde_json::from_str(first.lines().next().context("no line")?)?;
+    let path = format!("/batches/{}", first["batch"].as_str().context("no batch")?);
+    assert_eq!(client.delete(&path).await?.status, 202);
+    let last = self::last(response).await?;
+    assert_eq!((&last["error"]["code"], &last["complete"]), (&json!("not-found"), &json!(false)), "{last}");
+    drop(sender);
+    lab.stop().await
+}
+
 // One client's uploads leave places for others', and one that ends makes room.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_client_does_not_take_every_place_for_uploads() -> Result<()> {
@@ -501,6 +539,21 @@ async fn the_lines_of_an_upload_have_its_deadline() -> Result<()> {
     let job = answer[1]["job"].as_str().context("no job")?;
     let ended = client.poll(job, LONG).await?;
     assert_eq!((ended.status, ended.code()), (504, "deadline-exceeded"));
+    lab.stop().await
+}
+
+// A line's deadline counts from when there was room for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_waits_has_its_whole_deadline() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    one_job_at_a_time(&mut lab, "demo").await?;
+    let request = lab.client().request(Method::POST, "/batches").header("content-type", NDJSON);
+    let request = request.header("cancel-after", "5s").body(line("a") + &line("b"));
+    let answer = lines(&send(request).await?)?;
+    // There is room for the second when the first one's time is over.
+    assert_eq!(answer.last().context("no last line")?["accepted"], 2, "{answer:?}");
+    let late = "SELECT count(*) FROM ingress.jobs WHERE deadline <> accepted_at + interval '5s' OR queued_at > deadline";
+    assert_eq!(lab.count(late).await?, 0);
     lab.stop().await
 }
 

@@ -164,12 +164,12 @@ impl Store {
         .await
     }
 
-    /// An upload goes on.
-    pub(crate) async fn upload_seen(&self, upload: Uuid, now: OffsetDateTime) -> Result<()> {
+    /// An upload goes on; whether its batch does, too.
+    pub(crate) async fn upload_seen(&self, upload: Uuid, batch: Uuid, now: OffsetDateTime) -> Result<bool> {
         within(async {
-            let update = "UPDATE uploads SET seen_at = $2 WHERE id = $1";
-            self.pool.get().await?.execute(update, &[&upload, &now]).await?;
-            Ok(())
+            let update = "WITH seen AS (UPDATE uploads SET seen_at = $3 WHERE id = $1) \
+                          SELECT EXISTS (SELECT FROM batches WHERE id = $2 AND deleted_at IS NULL)";
+            Ok(self.pool.get().await?.query_one(update, &[&upload, &batch, &now]).await?.get(0))
         })
         .await
     }
@@ -232,6 +232,17 @@ impl Store {
             let refused = connection.prepare_cached(refused).await?;
             tally.refused = connection.query_one(&refused, &[&batch]).await?.get(0);
             Ok(tally)
+        })
+        .await
+    }
+
+    /// Whether a job of a batch has not ended.
+    pub(crate) async fn has_open_jobs(&self, batch: Uuid) -> Result<bool> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let select = "SELECT EXISTS (SELECT FROM jobs WHERE batch = $1 AND finished_at IS NULL)";
+            let select = connection.prepare_cached(select).await?;
+            Ok(connection.query_one(&select, &[&batch]).await?.get(0))
         })
         .await
     }
