@@ -182,8 +182,7 @@ async fn record_batch(app: &App, batch: Vec<Message>, stop: &CancellationToken) 
     }
 }
 
-/// A newer build's result is left for a replica that knows it; a broken one can help nobody, and its job ends
-/// at its deadline.
+/// A newer build's result is left for a replica that knows it; a broken one can help nobody, and its job is found lost.
 async fn set_aside(message: &Message, error: &EnvelopeError) {
     tracing::error!(subject = %message.subject, %error, "unreadable result");
     let kind = match error {

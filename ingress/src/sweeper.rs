@@ -151,7 +151,7 @@ async fn sweep_up(app: &App, code: Code, settled: &[Settled]) {
     // The broker may be away, and the next round must not wait for it.
     let clean = async {
         for job in settled {
-            // What is lost is in no stream, unless it is its object that is.
+            // What is lost is in no stream that would give it up, unless it is its object that is.
             if code == Code::PayloadLost && !job.spent_claim_check {
                 lanes::cancel(app, job.id).await;
             } else {

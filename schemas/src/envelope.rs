@@ -69,20 +69,13 @@ pub struct JobHeader {
     /// Where the payload is.
     pub carrier: Carrier,
     /// How often an operator has put it back into the queue.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub requeues: u32,
 }
 
-/// Fields that are zero for nearly every job are left out, which older builds take for zero, too.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
-fn is_zero(count: &u32) -> bool {
-    *count == 0
-}
-
-/// As [`is_zero`].
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
-fn is_default(language: &Language) -> bool {
-    *language == Language::default()
+/// Fields that have their default in nearly every message are left out, which older builds take for it, too.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The job that a message names, whatever its version; `None` when it names none.
@@ -197,7 +190,7 @@ pub struct Manifest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identifier: Option<Identifier>,
     /// For how many classes, the most probable first, there are heat maps of each image.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub heat_maps: u32,
     /// What the report is written in.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -301,7 +294,7 @@ pub struct ResultHeader {
     pub key: String,
     /// How often the job had been put back into the queue when the attempt was made: a failure from before it was
     /// put back last says nothing about it.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub requeues: u32,
     /// Which version of which model it was; empty when the attempt did not come to one.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -368,7 +361,7 @@ impl ResultHeader {
     }
 }
 
-/// A worker's note that an attempt began. May be lost: the result repeats it.
+/// A worker's note that an attempt began, or that it failed and another one follows. May be lost: the result repeats it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// The job.
@@ -378,6 +371,9 @@ pub struct Progress {
     /// When it began.
     #[serde(with = "time::serde::rfc3339")]
     pub started_at: OffsetDateTime,
+    /// It failed, and the next one waits for its time.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub parked: bool,
 }
 
 fn frame(header: &impl Serialize, tail: &[u8]) -> Bytes {

@@ -243,6 +243,11 @@ pub fn bulk_consumer_name(client: ClientId) -> String {
     format!("bulk-{client}")
 }
 
+/// Whose bulk jobs a consumer of this name has; `None` when it is another one.
+pub fn bulk_consumer_client(name: &str) -> Option<ClientId> {
+    name.strip_prefix("bulk-")?.parse().ok()
+}
+
 /// The consumer of one client's bulk jobs, at most `max_ack_pending` of which are with workers at once. The
 /// broker forgets it when nobody has asked for [`limits::BULK_CONSUMER_IDLE`]; jobs that wait then go on
 /// waiting in the stream until ingress makes it again.
@@ -732,6 +737,8 @@ mod tests {
         let [a, b] = ids.map(|id| bulk_consumer(id.parse().unwrap(), limits::DEFAULT_ACK_WAIT, 7));
         assert_eq!(a.durable_name.as_deref(), Some("bulk-7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b37"));
         assert_eq!((a.max_ack_pending, a.filter_subject.contains('*')), (7, false));
+        assert_eq!(a.durable_name.as_deref().and_then(bulk_consumer_client), ids[0].parse().ok());
+        assert_eq!(bulk_consumer_client(Lane::Interactive.as_str()), None);
         assert_ne!((a.durable_name, a.filter_subject), (b.durable_name, b.filter_subject));
     }
 }

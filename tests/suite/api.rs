@@ -151,6 +151,25 @@ async fn an_asynchronous_call_is_polled_to_its_report() -> Result<()> {
     lab.stop().await
 }
 
+// Between two attempts a job does not run: it waits, and says for which attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_between_its_attempts() -> Result<()> {
+    let workers = vec![Worker::simulated(1).fault("panic").attempts(2)];
+    let lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    // The pause before the third attempt is the first that takes longer than a look.
+    let waits = async || {
+        let poll = lab.client().get(&format!("/fhir/_async/{job}")).await.ok()?;
+        (poll.header("x-progress") == "queued, attempt 3").then_some(())
+    };
+    eventually("the job waits", LONG, waits).await?;
+    let record = lab.client().get(&format!("/jobs/{job}")).await?.body;
+    assert_eq!((&record["status"], &record["attempts"]), (&json!("queued"), &json!(2)), "{record}");
+    assert_eq!(lab.client().poll(&job, LONG).await?.status, 200);
+    assert_eq!(lab.client().get(&format!("/jobs/{job}")).await?.body["attempts"], 3);
+    lab.stop().await
+}
+
 // REQ_005: a wait that ends is a 504 with the way to the result, or a 202 when the caller prefers; never an
 // empty 200.
 #[tokio::test(flavor = "multi_thread")]
