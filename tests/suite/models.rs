@@ -481,6 +481,7 @@ fn report_of(engine: &mut dyn Engine, model: &Model, names: &[&str]) -> Result<V
         bytes: file.len(),
         format: format_of(name),
         title: None,
+        taken: None,
         body_site: None,
     });
     let mut manifest = Manifest::new(entries.collect(), None, None);
@@ -627,6 +628,7 @@ async fn a_live_report_agrees_with_itself() -> Result<()> {
     let files = [sample_bytes("ham10000-mel.jpg"), white.into_inner(), sample_bytes("isic2017-nv.png")];
     let mut request = parameters(&files);
     let asked = json!({"name": "heatMap", "valueCode": "top-5"});
+    request["parameter"][0]["part"][0]["valueAttachment"]["creation"] = json!("2026-02");
     request["parameter"].as_array_mut().context("no parameters")?.push(asked);
     let answer = lab.client().analyze(&request, &[("accept-language", "it, de-CH;q=0.9, en;q=0.5")]).await?;
     ensure!(answer.status == 200, "{}", answer.text);
@@ -656,6 +658,8 @@ async fn a_live_report_agrees_with_itself() -> Result<()> {
 
     for (n, file) in (1..).zip(&files) {
         let media = resource(report, &format!("image-{n}"))?;
+        let taken = if n == 1 { &json!("2026-02") } else { &report["effectiveDateTime"] };
+        assert_eq!(media["createdDateTime"], *taken);
         assert_eq!(media["identifier"][0]["value"], hex(digest(&SHA256, file).as_ref()));
         assert_eq!(media["content"]["hash"], STANDARD.encode(digest(&SHA1_FOR_LEGACY_USE_ONLY, file)));
         assert_eq!(media["content"]["size"], file.len());
