@@ -534,6 +534,40 @@ async fn the_reports_of_the_samples_are_the_expected_ones() -> Result<()> {
     Ok(())
 }
 
+// Evaluation has the outlines of the reports.
+#[tokio::test]
+async fn the_program_writes_the_outlines_of_the_reports() -> Result<()> {
+    let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
+    let (model, mut engine) = derm7().await?;
+    let names = [VIEWS, &["isic2017-nv-exif6.jpg"]].concat();
+    let outlines = async |model: &str, last: &str| {
+        Command::new(programs()?.join("worker"))
+            .arg("outlines")
+            .arg("--ort-dylib")
+            .arg(&servers.onnxruntime)
+            .arg(repo().join(model))
+            .args(names.iter().chain([&last]).map(|name| images().join(name)))
+            .output()
+            .await
+            .context("worker outlines")
+    };
+    let told = outlines("workers/models/derm7", "README.md").await?;
+    let error = String::from_utf8_lossy(&told.stderr);
+    ensure!(!told.status.success() && error.contains("README.md"), "{error}");
+    let lines: Vec<&str> = std::str::from_utf8(&told.stdout)?.lines().collect();
+    assert_eq!(lines.len(), names.len());
+    for (name, line) in names.iter().zip(lines) {
+        let report = report_of(&mut *engine, &model, &[*name])?;
+        let parts = resource(&report, "extent-1")?["component"].as_array().context("no parts")?;
+        let polygon = parts.iter().find_map(|part| part["valueString"].as_str());
+        assert_eq!(polygon, Some(line), "{name}");
+    }
+    let told = outlines("tests/models/tiny", names[0]).await?;
+    let error = String::from_utf8_lossy(&told.stderr);
+    ensure!(!told.status.success() && error.contains("no map of the lesion"), "{error}");
+    Ok(())
+}
+
 // What is said of a case is the mean of what is said of its images, and of one that is too dark nothing is.
 #[tokio::test]
 async fn a_case_is_the_mean_of_its_good_images() -> Result<()> {
