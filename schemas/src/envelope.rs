@@ -172,6 +172,9 @@ pub struct ImageEntry {
     /// The caller's title.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
+    /// When it was taken, as the caller says: a FHIR dateTime, which may be a year alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken: Option<String>,
     /// Where on the body, as the caller coded it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_site: Option<CodeableConcept>,
@@ -424,7 +427,7 @@ mod tests {
     }
 
     fn payload() -> Payload {
-        let entry = |bytes, format| ImageEntry { bytes, format, title: None, body_site: None };
+        let entry = |bytes, format| ImageEntry { bytes, format, title: None, taken: None, body_site: None };
         let images = vec![entry(3, Format::Jpeg), entry(2, Format::Png)];
         let subject = Some(Reference { display: Some("P-1".into()), ..Reference::default() });
         Payload {

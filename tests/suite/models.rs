@@ -481,6 +481,7 @@ fn report_of(engine: &mut dyn Engine, model: &Model, names: &[&str]) -> Result<V
         bytes: file.len(),
         format: format_of(name),
         title: None,
+        taken: None,
         body_site: None,
     });
     let mut manifest = Manifest::new(entries.collect(), None, None);
@@ -530,6 +531,40 @@ async fn the_reports_of_the_samples_are_the_expected_ones() -> Result<()> {
     for (name, report) in &reports {
         alike(name, PERCENT, report, &golden[name])?;
     }
+    Ok(())
+}
+
+// Evaluation has the outlines of the reports.
+#[tokio::test]
+async fn the_program_writes_the_outlines_of_the_reports() -> Result<()> {
+    let servers = Servers::obtain(repo(), &Given::default(), |_| ()).await?;
+    let (model, mut engine) = derm7().await?;
+    let names = [VIEWS, &["isic2017-nv-exif6.jpg"]].concat();
+    let outlines = async |model: &str, last: &str| {
+        Command::new(programs()?.join("worker"))
+            .arg("outlines")
+            .arg("--ort-dylib")
+            .arg(&servers.onnxruntime)
+            .arg(repo().join(model))
+            .args(names.iter().chain([&last]).map(|name| images().join(name)))
+            .output()
+            .await
+            .context("worker outlines")
+    };
+    let told = outlines("workers/models/derm7", "README.md").await?;
+    let error = String::from_utf8_lossy(&told.stderr);
+    ensure!(!told.status.success() && error.contains("README.md"), "{error}");
+    let lines: Vec<&str> = std::str::from_utf8(&told.stdout)?.lines().collect();
+    assert_eq!(lines.len(), names.len());
+    for (name, line) in names.iter().zip(lines) {
+        let report = report_of(&mut *engine, &model, &[*name])?;
+        let parts = resource(&report, "extent-1")?["component"].as_array().context("no parts")?;
+        let polygon = parts.iter().find_map(|part| part["valueString"].as_str());
+        assert_eq!(polygon, Some(line), "{name}");
+    }
+    let told = outlines("tests/models/tiny", names[0]).await?;
+    let error = String::from_utf8_lossy(&told.stderr);
+    ensure!(!told.status.success() && error.contains("no map of the lesion"), "{error}");
     Ok(())
 }
 
@@ -627,6 +662,7 @@ async fn a_live_report_agrees_with_itself() -> Result<()> {
     let files = [sample_bytes("ham10000-mel.jpg"), white.into_inner(), sample_bytes("isic2017-nv.png")];
     let mut request = parameters(&files);
     let asked = json!({"name": "heatMap", "valueCode": "top-5"});
+    request["parameter"][0]["part"][0]["valueAttachment"]["creation"] = json!("2026-02");
     request["parameter"].as_array_mut().context("no parameters")?.push(asked);
     let answer = lab.client().analyze(&request, &[("accept-language", "it, de-CH;q=0.9, en;q=0.5")]).await?;
     ensure!(answer.status == 200, "{}", answer.text);
@@ -656,6 +692,8 @@ async fn a_live_report_agrees_with_itself() -> Result<()> {
 
     for (n, file) in (1..).zip(&files) {
         let media = resource(report, &format!("image-{n}"))?;
+        let taken = if n == 1 { &json!("2026-02") } else { &report["effectiveDateTime"] };
+        assert_eq!(media["createdDateTime"], *taken);
         assert_eq!(media["identifier"][0]["value"], hex(digest(&SHA256, file).as_ref()));
         assert_eq!(media["content"]["hash"], STANDARD.encode(digest(&SHA1_FOR_LEGACY_USE_ONLY, file)));
         assert_eq!(media["content"]["size"], file.len());

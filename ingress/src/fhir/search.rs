@@ -1,8 +1,9 @@
 //! Search parameters as FHIR R4 has them (<https://hl7.org/fhir/R4/search.html>).
 
+use dermflow_schemas::fhir;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use time::{
-    Date, Duration, Month, OffsetDateTime, format_description::well_known::Rfc3339,
+    Date, Duration, Month, OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339,
     macros::format_description,
 };
 
@@ -72,6 +73,14 @@ pub(crate) fn period(value: &str) -> Option<Period> {
     }
 }
 
+/// A FHIR `dateTime` (R4, Data Types) as a report has it: a year, a month or a day as it is, an instant in UTC.
+pub(crate) fn date_time(text: &str) -> Option<String> {
+    let (start, _) = instant(text).or_else(|| day(text)).or_else(|| month(text)).or_else(|| year(text))?;
+    let start = start.checked_to_offset(UtcOffset::UTC).filter(|start| start.year() > 0)?;
+    let is_date = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
+    Some(if is_date { text.to_owned() } else { fhir::instant(start) })
+}
+
 type Stretch = Option<(OffsetDateTime, OffsetDateTime)>;
 
 fn between(first: Date, next: Date) -> (OffsetDateTime, OffsetDateTime) {
@@ -132,6 +141,38 @@ mod tests {
             ["", "ge", "xx2026-01-31", "2026-02-30", "31.1.2026", "9999-12-31", "+026", "2026-1", "9999"]
         {
             assert_eq!(period(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_date_and_time_is_as_exact_as_it_is_written() {
+        for date in ["2026", "2026-02", "2026-02-28", "0001-01-01"] {
+            assert_eq!(date_time(date).as_deref(), Some(date));
+        }
+        for (text, told) in [
+            ("2026-02-13T15:58:25+01:00", "2026-02-13T14:58:25.000Z"),
+            ("2026-02-13T14:58:25.4321Z", "2026-02-13T14:58:25.432Z"),
+        ] {
+            assert_eq!(date_time(text).as_deref(), Some(told));
+        }
+        for bad in [
+            "",
+            "0000",
+            "26",
+            "+026",
+            "-2026-01-01",
+            "2026-13",
+            "2026-02-30",
+            "2026-1-1",
+            "ge2026",
+            "2026-02-13T14:58",
+            "2026-02-13T14:58:25",
+            "2026-02-13 ",
+            "13.2.2026",
+            "0001-01-01T00:00:00+14:00",
+            "9999-12-31T23:59:59-14:00",
+        ] {
+            assert_eq!(date_time(bad), None, "{bad}");
         }
     }
 
