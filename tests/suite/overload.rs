@@ -25,6 +25,7 @@ use dermflow_tests::{
 };
 use futures_util::{future::try_join_all, stream};
 use reqwest::{Body, Method};
+use serde_json::json;
 use tokio::{
     net::{TcpSocket, TcpStream},
     sync::mpsc,
@@ -399,6 +400,31 @@ async fn bodies_that_do_not_fit_are_refused_from_the_newest_on() -> Result<()> {
     }
     assert_eq!(lab.metric("dermflow_body_bytes").await, Some(0.0));
     assert_eq!(lab.client().analyze_raw(rest, &[("prefer", "respond-async")]).await?.status, 202);
+    lab.stop().await
+}
+
+// A Bundle whose jobs are queued holds nothing of its body any more, however long its caller waits for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bundle_that_waits_holds_no_body() -> Result<()> {
+    const MIB: usize = 1 << 20;
+    const ENTRIES: usize = 4;
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let request = json!({"method": "POST", "url": "DiagnosticReport/$analyze"});
+    let entry = json!({"resource": sample("ham10000-nv.jpg"), "request": request});
+    let bundle = json!({"resourceType": "Bundle", "type": "batch", "entry": vec![entry; ENTRIES]});
+    let post = lab.client().request(Method::POST, "/fhir").header("content-type", FHIR_JSON);
+    let body = format!("{}{bundle}", " ".repeat(20 * MIB));
+    let waiting = tokio::spawn(send(post.header("prefer", "wait=60").body(body)));
+    let queued = "SELECT count(*) FROM ingress.jobs WHERE state = 'queued'";
+    let all = async || (lab.count(queued).await.ok()? == ENTRIES as i64).then_some(());
+    eventually("every entry is queued", LONG, all).await?;
+    let free = async || (lab.metric("dermflow_body_bytes").await? == 0.0).then_some(());
+    eventually("the body is gone", AT_ONCE, free).await?;
+    assert!(!waiting.is_finished(), "nobody waits");
+    lab.start_worker(Worker::simulated(1)).await?;
+    let answer = waiting.await??;
+    let entries = answer.body["entry"].as_array().context(answer.text.clone())?;
+    assert!(entries.iter().all(|entry| entry["response"]["status"] == "200"), "{}", answer.text);
     lab.stop().await
 }
 

@@ -100,6 +100,8 @@ pub(crate) async fn post(
         }
     });
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
+    // What waits from here on are ids.
+    drop(memory);
     let jobs: Vec<Option<JobId>> =
         submitted.iter().map(|submitted| Some(submitted.as_ref().ok()?.job)).collect();
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
