@@ -7,9 +7,12 @@ use std::{
     thread,
 };
 
+use futures_util::future::select_all;
 use secrecy::SecretString;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::loops::Loops;
 
 /// Starts logging: one JSON object a line on standard error, level by `RUST_LOG` (`info` when unset); panics too.
 ///
@@ -44,6 +47,20 @@ fn named(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
+/// Waits for SIGTERM or SIGINT while `loops` go on.
+///
+/// # Errors
+/// When the handlers cannot be installed, or one of the loops ends: whoever supervises the process has to start it again.
+pub async fn told_to_stop<const N: usize>(loops: [&mut Loops; N]) -> io::Result<()> {
+    tokio::select! {
+        told = shutdown_requested() => told,
+        (lost, ..) = select_all(loops.map(|loops| Box::pin(loops.lost()))) => {
+            tracing::error!(%lost, "the process cannot go on");
+            Err(io::Error::other(lost))
+        }
+    }
+}
+
 /// Waits for SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -76,6 +93,16 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[tokio::test]
+    async fn a_process_ends_when_one_of_its_loops_does() {
+        let (mut listeners, mut loops) = (Loops::default(), Loops::default());
+        listeners.spawn("the listener", std::future::pending());
+        loops.spawn("the keeper", std::future::pending());
+        loops.spawn("the recorder", async { panic!("as it may happen") });
+        let error = told_to_stop([&mut listeners, &mut loops]).await.unwrap_err();
+        assert_eq!(error.to_string(), "the recorder panicked");
     }
 
     #[test]
