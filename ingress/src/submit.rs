@@ -19,14 +19,12 @@ use dermflow_schemas::{
 };
 use futures_util::StreamExt;
 use time::OffsetDateTime;
-use tokio::{
-    sync::OwnedSemaphorePermit,
-    time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
-};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 
 use crate::{
     answer::Problem,
     app::App,
+    bodies::Memory,
     commit::{Committed, Entry, prepare, publish_one},
     rates, retention,
     store::{
@@ -51,7 +49,7 @@ pub(crate) struct Submission {
     /// How long to wait when the client's quota or the queue is full, rather than to refuse.
     pub(crate) patience: Duration,
     /// Accounts for the payload's memory until it is in the queue.
-    pub(crate) memory: OwnedSemaphorePermit,
+    pub(crate) memory: Memory,
 }
 
 /// A job that is recorded and in the queue, or has been through it.

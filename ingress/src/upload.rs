@@ -33,7 +33,7 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    sync::{mpsc, oneshot},
     task::JoinSet,
     time::{Interval, MissedTickBehavior, interval, sleep, timeout},
 };
@@ -43,6 +43,7 @@ use crate::{
     answer::Problem,
     app::{App, Place},
     audited::refused_part,
+    bodies::Memory,
     extract::Pass,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
@@ -126,7 +127,7 @@ struct Uploading {
 }
 
 async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<Bytes>) {
-    let lines = Lines::new(body, app.bounds.bodies.kib(), MAX_BODY_BYTES);
+    let lines = Lines::new(body, app.bounds.bodies.share(Some(upload.client)), MAX_BODY_BYTES);
     let uploading = Uploading {
         app,
         upload: Arc::new(upload),
@@ -369,7 +370,7 @@ async fn line(
     turn: Turn,
     number: usize,
     bytes: Bytes,
-    memory: OwnedSemaphorePermit,
+    memory: Memory,
 ) -> Answered {
     let (length, form) = (bytes.len(), upload.form);
     let (custom_id, payload) = match blocking(move || lines::parse(form, &bytes)).await {
@@ -430,7 +431,7 @@ async fn accept(
     upload: &Upload,
     member: Member,
     payload: dermflow_schemas::envelope::Payload,
-    memory: OwnedSemaphorePermit,
+    memory: Memory,
 ) -> Result<JobId, Problem> {
     let custom_id = member.custom_id.clone();
     let submission = Submission {
