@@ -115,8 +115,9 @@ pub(crate) struct Bounds {
 impl Bounds {
     /// The bounds of [`limits`].
     pub(crate) fn new() -> Self {
+        let kib = limits::BODY_MEMORY_BYTES / 1024;
         Self {
-            bodies: Bodies::new(limits::BODY_MEMORY_BYTES / 1024),
+            bodies: Bodies::new(kib, kib / 2),
             waiters: Places::new(limits::MAX_WAITERS),
             submitters: Places::new(limits::MAX_SUBMITTERS),
             uploads: Places::new(limits::MAX_UPLOADS),

@@ -23,13 +23,14 @@ use dermflow_schemas::{
 use futures_util::StreamExt;
 use serde_json::json;
 use time::OffsetDateTime;
-use tokio::{select, sync::OwnedSemaphorePermit, time::timeout};
+use tokio::{select, time::timeout};
 
 use crate::{
     access::{Gate, Stale, Verdict},
     answer::{EXPIRED, Problem},
-    app::{App, Bounds},
+    app::App,
     audited::Origin,
+    bodies::{Memory, Share, kib_of},
     providers::{Proof, Trouble},
     rates,
     store::connections::has_room,
@@ -248,7 +249,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) bytes: Bytes,
-    pub(crate) memory: OwnedSemaphorePermit,
+    pub(crate) memory: Memory,
 }
 
 impl Body {
@@ -259,13 +260,13 @@ impl Body {
 
     /// Reads the body: `limit` bytes, within [`BODY_TIMEOUT`], and only while there is memory for it. Memory is
     /// taken as the bytes arrive: who announces much and sends little keeps nobody else out. When it runs out, see [`Bodies`](crate::bodies::Bodies).
-    pub(crate) async fn read(self, bounds: &Bounds, limit: usize) -> Result<Held, Problem> {
+    pub(crate) async fn read(self, share: Share, limit: usize) -> Result<Held, Problem> {
         if self.announced.is_some_and(|length| length > limit) {
             return Err(too_large(limit));
         }
         let read = async {
             let mut chunks = self.body.into_data_stream();
-            let mut arrival = bounds.bodies.begin();
+            let mut arrival = share.begin();
             arrival.hold(1).await?;
             let mut bytes = BytesMut::new();
             loop {
@@ -280,7 +281,7 @@ impl Body {
                     return Err(too_large(limit));
                 }
                 bytes.extend_from_slice(&chunk);
-                arrival.hold(bytes.len().div_ceil(1024)).await?;
+                arrival.hold(kib_of(bytes.len())).await?;
             }
             Ok(Held { bytes: bytes.freeze(), memory: arrival.arrived()? })
         };

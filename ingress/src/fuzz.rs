@@ -1,10 +1,6 @@
 //! What the fuzz targets of `tests/fuzz` reach of the parsers, and nothing else.
 
-use std::{
-    io,
-    sync::{Arc, LazyLock},
-    time::Duration,
-};
+use std::{io, sync::LazyLock, time::Duration};
 
 use axum::{
     body::Body,
@@ -13,13 +9,11 @@ use axum::{
 use bytes::Bytes;
 use dermflow_schemas::{envelope::Payload, error::ApiError};
 use futures_util::{FutureExt, stream};
-use tokio::{
-    runtime::{Builder, Runtime},
-    sync::Semaphore,
-};
+use tokio::runtime::{Builder, Runtime};
 
 use crate::{
     answer,
+    bodies::Bodies,
     json::Json,
     lines::{self, Form},
     ndjson::{Lines, Next},
@@ -61,8 +55,8 @@ pub fn split(chunks: Vec<Vec<u8>>, limit: usize, kib: usize) -> Option<Vec<(usiz
         LazyLock::new(|| Builder::new_current_thread().enable_time().build());
     let _context = RUNTIME.as_ref().ok()?.enter();
     let chunks = chunks.into_iter().map(|chunk| Ok::<_, io::Error>(Bytes::from(chunk)));
-    let memory = Arc::new(Semaphore::new(kib));
-    let mut lines = Lines::new(Body::from_stream(stream::iter(chunks)), memory.clone(), limit);
+    let memory = Bodies::new(kib, kib);
+    let mut lines = Lines::new(Body::from_stream(stream::iter(chunks)), memory.share(None), limit);
     let mut found = Vec::new();
     loop {
         // Everything is there: what waits, waits for memory that does not come.
@@ -73,7 +67,7 @@ pub fn split(chunks: Vec<Vec<u8>>, limit: usize, kib: usize) -> Option<Vec<(usiz
         }
     }
     drop(lines);
-    assert_eq!(memory.available_permits(), kib, "all memory is given back");
+    assert_eq!(memory.held(), 0, "all memory is given back");
     Some(found)
 }
 

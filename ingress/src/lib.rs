@@ -73,7 +73,8 @@ use dermflow_http::{
 };
 use dermflow_schemas::{
     limits::{DATABASE_CONNECTIONS, NETWORK_CONNECTIONS, OPERATOR_CONNECTIONS, SIGN_IN_CONNECTIONS},
-    process::shutdown_requested,
+    loops::Loops,
+    process::told_to_stop,
     queue::{self, NatsOptions, Publisher},
     seal::Keyring,
 };
@@ -97,7 +98,7 @@ use crate::{
 /// Runs an ingress process until SIGTERM or SIGINT, then drains.
 ///
 /// # Errors
-/// One clear sentence when something it needs at start is missing, broken or out of reach.
+/// One clear sentence when something it needs at start is missing, broken or out of reach, or when one of its loops ended.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let files = CertificateFiles::open(&options.tls_cert, &options.tls_key)?;
     let tls = tls_config(files.served())?;
@@ -146,67 +147,72 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     });
     // Before the first request: a restart forgets nobody who was shut out.
     app.access.refresh(app.store.pool()).await;
-    let stop = app.draining.clone();
-    start_groups(&app, entries, results);
+    let mut groups = start_groups(&app, entries, results);
     let public = serve::bind("listen", options.listen).await?;
     let plain = serve::bind("plain-listen", options.plain_listen).await?;
     let internal = serve::bind("internal-listen", options.internal_listen.into()).await?;
-    let stop_recording = CancellationToken::new();
-    let recorders = [
-        tokio::spawn(recorder::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(recorder::run_progress(app.clone(), stop_recording.clone())),
-        tokio::spawn(sweeper::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(keeper::run(app.clone(), options.ack_wait(), options.replicas, stop_recording.clone())),
-        tokio::spawn(access::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(rates::exchange(app.clone(), app.nats.clone(), stop_recording.clone())),
-        tokio::spawn(drain::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(timekeeper::run(app.store.clone(), stop_recording.clone())),
-        tokio::spawn(chainer::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(files.follow(stop_recording.clone())),
-        tokio::spawn(public_tls.clone().follow(stop_recording.clone())),
-        tokio::spawn(resealer::run(app.clone(), stop_recording.clone())),
-        tokio::spawn(resealer::follow_keys(app.clone(), stop_recording.clone())),
-    ];
-    let mut followers = app.providers.start(&stop_recording);
     let challenge = challenges(acme.as_ref());
+    let stop_loops = CancellationToken::new();
+    let mut loops = start_loops(&app, &options, &stop_loops);
+    loops.spawn("the look at the certificate", files.follow(stop_loops.clone()));
+    loops.spawn("the look at the CA of clients", public_tls.clone().follow(stop_loops.clone()));
     if let Some(acme) = acme {
         let replica = acme::Replica::start(app.clone(), acme).await;
-        followers.push(tokio::spawn(replica.run(stop_recording.clone())));
+        loops.spawn("ACME", replica.run(stop_loops.clone()));
     }
     let in_clear = app.clone();
     let seen = move |request, source| clear::seen(in_clear.clone(), request, source);
     let crowd = || Crowd::new(options.network_connections as usize, app.metrics.turned_away.clone());
     let balancers = Balancers::new(&options.balancers, &options.http_balancers);
     let door = || Door::new(crowd(), balancers.clone(), app.metrics.proxy_headers_refused.clone());
-    let routes = routes::public(app.clone(), &options.clients);
-    let listeners = [
-        tokio::spawn(serve::https(public, public_tls, routes, door(), stop.clone())),
-        tokio::spawn(serve::redirect(plain, public_url.into(), challenge, seen, door(), stop.clone())),
-        tokio::spawn(serve::https(internal, tls, routes::internal(app.clone()), crowd(), stop.clone())),
-    ];
+    let (routes, own_routes) = (routes::public(app.clone(), &options.clients), routes::internal(app.clone()));
+    let (public_url, stop) = (public_url.into(), app.draining.clone());
+    let mut listeners = Loops::default();
+    listeners.spawn("the listener", serve::https(public, public_tls, routes, door(), stop.clone()));
+    let redirect = serve::redirect(plain, public_url, challenge, seen, door(), stop.clone());
+    listeners.spawn("the plain listener", redirect);
+    listeners.spawn("the internal listener", serve::https(internal, tls, own_routes, crowd(), stop.clone()));
     tracing::info!(listen = %options.listen, "ready");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    shutdown_requested().await?;
+    let told = told_to_stop([&mut listeners, &mut loops, &mut groups]).await;
     tracing::info!("draining");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    // Waiting callers need the recorder's neighbours to the end: listeners first.
+    // Waiting callers need the recorder and its neighbours to the end: listeners first.
     stop.cancel();
-    for listener in listeners {
-        listener.await?;
-    }
-    stop_recording.cancel();
-    for recorder in recorders.into_iter().chain(followers) {
-        recorder.await?;
-    }
-    Ok(())
+    let served = listeners.ended().await;
+    stop_loops.cancel();
+    let ended = loops.ended().await;
+    told?;
+    served?;
+    Ok(ended?)
 }
 
 /// What callers wait for goes on in groups, of each lane and of results, until nobody waits any longer.
-fn start_groups(app: &Arc<App>, lanes: [Entries; 2], results: AwaitedResults) {
-    for entries in lanes {
-        tokio::spawn(commit::run(app.clone(), entries));
-    }
-    tokio::spawn(recorder::run_awaited(app.clone(), results));
+fn start_groups(app: &Arc<App>, [interactive, bulk]: [Entries; 2], results: AwaitedResults) -> Loops {
+    let mut groups = Loops::default();
+    groups.spawn("the commits of one lane", commit::run(app.clone(), interactive));
+    groups.spawn("the commits of the other lane", commit::run(app.clone(), bulk));
+    groups.spawn("the recorder of awaited results", recorder::run_awaited(app.clone(), results));
+    groups
+}
+
+/// What goes on beside requests until `stop`.
+fn start_loops(app: &Arc<App>, options: &Options, stop: &CancellationToken) -> Loops {
+    let mut loops = Loops::default();
+    let ack_wait = options.ack_wait();
+    loops.spawn("the recorder", recorder::run(app.clone(), stop.clone()));
+    loops.spawn("the recorder of progress", recorder::run_progress(app.clone(), stop.clone()));
+    loops.spawn("the sweeper", sweeper::run(app.clone(), stop.clone()));
+    loops.spawn("the keeper", keeper::run(app.clone(), ack_wait, options.replicas, stop.clone()));
+    loops.spawn("the look at accounts", access::run(app.clone(), stop.clone()));
+    loops.spawn("the exchange of rates", rates::exchange(app.clone(), app.nats.clone(), stop.clone()));
+    loops.spawn("the look at the queue's speed", drain::run(app.clone(), stop.clone()));
+    loops.spawn("the timekeeper", timekeeper::run(app.store.clone(), stop.clone()));
+    loops.spawn("the chainer", chainer::run(app.clone(), stop.clone()));
+    loops.spawn("the resealer", resealer::run(app.clone(), stop.clone()));
+    loops.spawn("the look at the sealing keys", resealer::follow_keys(app.clone(), stop.clone()));
+    app.providers.start(&mut loops, stop);
+    loops
 }
 
 /// What the plain listener answers to a certificate authority, by path.
@@ -239,7 +245,7 @@ async fn prepare_queue(
 /// Runs the operators' process until SIGTERM or SIGINT, then drains.
 ///
 /// # Errors
-/// One clear sentence when something it needs at start is missing, broken or out of reach.
+/// One clear sentence when something it needs at start is missing, broken or out of reach, or when one of its loops ended.
 pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let files = CertificateFiles::open(&options.tls_cert, &options.tls_key)?;
     let tls = options.clients.tls(files.served())?;
@@ -265,32 +271,27 @@ pub async fn operate(options: OperateOptions) -> anyhow::Result<()> {
     let address = options.listen.into();
     let listener = serve::bind("listen", address).await?;
     // Revocations are followed until the last request has ended.
-    let (stop_following, stop) = (CancellationToken::new(), CancellationToken::new());
-    let followers = operators.providers.start(&stop_following);
-    let tasks = [
-        tokio::spawn(access::run(operators.clone(), stop_following.clone())),
-        tokio::spawn(rates::exchange(operators.clone(), nats, stop_following.clone())),
-        tokio::spawn(timekeeper::run(operators.store.clone(), stop_following.clone())),
-        tokio::spawn(files.follow(stop_following.clone())),
-        tokio::spawn(tls.clone().follow(stop_following.clone())),
-    ];
+    let (stop_loops, stop) = (CancellationToken::new(), CancellationToken::new());
+    let (mut loops, mut requests) = (Loops::default(), Loops::default());
+    operators.providers.start(&mut loops, &stop_loops);
+    loops.spawn("the look at accounts", access::run(operators.clone(), stop_loops.clone()));
+    loops.spawn("the exchange of rates", rates::exchange(operators.clone(), nats, stop_loops.clone()));
+    loops.spawn("the timekeeper", timekeeper::run(operators.store.clone(), stop_loops.clone()));
+    loops.spawn("the look at the certificate", files.follow(stop_loops.clone()));
+    loops.spawn("the look at the CA of clients", tls.clone().follow(stop_loops.clone()));
     let crowd = Crowd::new(NETWORK_CONNECTIONS, metrics.turned_away);
     let routes = routes::operators(operators.clone(), &options.clients);
-    let requests = [
-        tokio::spawn(dead::resume(operators.clone(), stop.clone())),
-        tokio::spawn(serve::https(listener, tls, routes, crowd, stop.clone())),
-    ];
+    requests.spawn("the look at dead letters", dead::resume(operators.clone(), stop.clone()));
+    requests.spawn("the listener", serve::https(listener, tls, routes, crowd, stop.clone()));
     tracing::info!(listen = %address, "ready for operators");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    shutdown_requested().await?;
+    let told = told_to_stop([&mut requests, &mut loops]).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
-    for task in requests {
-        task.await?;
-    }
-    stop_following.cancel();
-    for task in tasks.into_iter().chain(followers) {
-        task.await?;
-    }
-    Ok(())
+    let served = requests.ended().await;
+    stop_loops.cancel();
+    let ended = loops.ended().await;
+    told?;
+    served?;
+    Ok(ended?)
 }

@@ -1,28 +1,25 @@
 //! Lines of a request body, one after the other, within bounds of memory and time.
 
-use std::sync::Arc;
-
 use axum::body::{Body, BodyDataStream};
 use bytes::{Bytes, BytesMut};
 use dermflow_schemas::limits::UPLOAD_SILENCE;
 use futures_util::StreamExt;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
-};
+use tokio::time::timeout;
+
+use crate::bodies::{Memory, Share, kib_of};
 
 /// Splits a body at line feeds. Empty lines are passed over; a carriage return before the line feed is taken off.
 pub(crate) struct Lines {
     body: BodyDataStream,
-    /// A permit a KiB of memory.
-    kib: Arc<Semaphore>,
+    /// Where its memory comes from.
+    share: Share,
     /// The longest line.
     limit: usize,
     buffer: BytesMut,
     /// How much of the buffer holds no line feed.
     searched: usize,
     /// What accounts for the buffer.
-    memory: Option<OwnedSemaphorePermit>,
+    memory: Option<Memory>,
     /// Lines before the present one.
     count: usize,
     /// The present line is too long: the rest of it is thrown away.
@@ -34,7 +31,7 @@ pub(crate) struct Lines {
 #[derive(Debug)]
 pub(crate) enum Next {
     /// A line and its number, from 1.
-    Line { number: usize, bytes: Bytes, memory: OwnedSemaphorePermit },
+    Line { number: usize, bytes: Bytes, memory: Memory },
     /// The line of this number is longer than the limit.
     TooLong { number: usize },
     /// The body ended.
@@ -46,10 +43,10 @@ pub(crate) enum Next {
 pub(crate) struct Cut;
 
 impl Lines {
-    pub(crate) fn new(body: Body, kib: Arc<Semaphore>, limit: usize) -> Self {
+    pub(crate) fn new(body: Body, share: Share, limit: usize) -> Self {
         Self {
             body: body.into_data_stream(),
-            kib,
+            share,
             limit,
             buffer: BytesMut::new(),
             searched: 0,
@@ -82,11 +79,11 @@ impl Lines {
     /// What is in the buffer is accounted for, no less and no more, or waited for. A body is not read any further
     /// meanwhile.
     async fn account(&mut self) -> Result<(), Cut> {
-        let needed = kib(self.buffer.len());
-        let held = self.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let needed = kib_of(self.buffer.len());
+        let held = self.memory.as_ref().map_or(0, Memory::kib);
         if needed > held {
-            let more = self.kib.clone().acquire_many_owned((needed - held) as u32);
-            let more = timeout(UPLOAD_SILENCE, more).await.map_err(|_| Cut)?.map_err(|_| Cut)?;
+            let more = timeout(UPLOAD_SILENCE, self.share.wait(needed - held));
+            let more = more.await.map_err(|_| Cut)?.map_err(|_| Cut)?;
             match &mut self.memory {
                 Some(memory) => memory.merge(more),
                 None => self.memory = Some(more),
@@ -125,7 +122,7 @@ impl Lines {
             if line.len() > self.limit {
                 return Some(Next::TooLong { number: self.count });
             }
-            let memory = self.memory.as_mut().and_then(|memory| memory.split(kib(line.len())));
+            let memory = self.memory.as_mut().and_then(|memory| memory.split(kib_of(line.len())));
             let memory = memory.expect("the buffer, whose first line this is, has been accounted for");
             return Some(Next::Line { number: self.count, bytes: line.freeze(), memory });
         }
@@ -156,10 +153,6 @@ fn content(line: &[u8]) -> usize {
     line.strip_suffix(b"\r").map_or(line.len(), <[u8]>::len)
 }
 
-fn kib(bytes: usize) -> usize {
-    bytes.div_ceil(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
@@ -167,13 +160,14 @@ mod tests {
     use futures_util::stream;
 
     use super::*;
+    use crate::bodies::Bodies;
 
     /// The lines of a body that arrives in chunks of `size` bytes.
     async fn lines(body: &str, size: usize) -> Vec<(usize, String)> {
         let chunks: Vec<_> = body.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
         let body = Body::from_stream(stream::iter(chunks.into_iter().map(Ok::<_, Infallible>)));
-        let memory = Arc::new(Semaphore::new(64));
-        let mut lines = Lines::new(body, memory.clone(), 10);
+        let memory = Bodies::new(64, 64);
+        let mut lines = Lines::new(body, memory.share(None), 10);
         let mut found = Vec::new();
         loop {
             match lines.next().await.unwrap() {
@@ -185,7 +179,7 @@ mod tests {
             }
         }
         drop(lines);
-        assert_eq!(memory.available_permits(), 64, "memory is given back");
+        assert_eq!(memory.held(), 0, "memory is given back");
         found
     }
 

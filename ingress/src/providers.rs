@@ -11,11 +11,14 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use aws_lc_rs::digest::{SHA256, digest};
 use dermflow_auth::provider::{self, Claimed, Identity, Provider, Refusal, Shape};
-use dermflow_schemas::limits::{INTROSPECTION_CACHE, INTROSPECTION_REFUSED, REMEMBERED_EXTERNAL};
+use dermflow_schemas::{
+    limits::{INTROSPECTION_CACHE, INTROSPECTION_REFUSED, REMEMBERED_EXTERNAL},
+    loops::Loops,
+};
 use prometheus::IntCounterVec;
 use quick_cache::sync::Cache;
 use time::OffsetDateTime;
-use tokio::{sync::OnceCell, task::JoinHandle, time::Instant};
+use tokio::{sync::OnceCell, time::Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -103,8 +106,10 @@ impl Providers {
     }
 
     /// Keeps the keys fresh until `stop`.
-    pub(crate) fn start(&self, stop: &CancellationToken) -> Vec<JoinHandle<()>> {
-        self.remotes.iter().map(|remote| tokio::spawn(remote.clone().follow(stop.clone()))).collect()
+    pub(crate) fn start(&self, loops: &mut Loops, stop: &CancellationToken) {
+        for remote in &self.remotes {
+            loops.spawn("the look at a provider's keys", remote.clone().follow(stop.clone()));
+        }
     }
 
     /// Who a token that is not ours speaks for at `now`.

@@ -19,15 +19,13 @@ use dermflow_schemas::{
 };
 use futures_util::StreamExt;
 use time::OffsetDateTime;
-use tokio::{
-    sync::OwnedSemaphorePermit,
-    time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
-};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     answer::Problem,
     app::App,
+    bodies::Memory,
     commit::{Committed, Entry, prepare, publish_one},
     rates, retention,
     store::{
@@ -51,7 +49,7 @@ pub(crate) struct Submission {
     pub(crate) member: Option<Member>,
     pub(crate) patience: Patience,
     /// Accounts for the payload's memory until it is in the queue.
-    pub(crate) memory: OwnedSemaphorePermit,
+    pub(crate) memory: Memory,
 }
 
 /// Until when something waits for the client's quota or for room in the queue, rather than to be refused.

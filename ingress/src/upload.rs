@@ -34,7 +34,7 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    sync::{mpsc, oneshot},
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
@@ -45,6 +45,7 @@ use crate::{
     answer::Problem,
     app::{App, Place},
     audited::refused_part,
+    bodies::Memory,
     extract::Pass,
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
@@ -135,7 +136,7 @@ struct Uploading {
 }
 
 async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<Bytes>) {
-    let lines = Lines::new(body, app.bounds.bodies.kib(), MAX_BODY_BYTES);
+    let lines = Lines::new(body, app.bounds.bodies.share(Some(upload.client)), MAX_BODY_BYTES);
     let uploading = Uploading {
         app,
         upload: Arc::new(upload),
@@ -393,7 +394,7 @@ struct Taken {
     number: usize,
     came: OffsetDateTime,
     bytes: Bytes,
-    memory: OwnedSemaphorePermit,
+    memory: Memory,
 }
 
 async fn line(app: Arc<App>, upload: Arc<Upload>, turn: Turn, taken: Taken) -> Answered {
@@ -465,7 +466,7 @@ async fn accept(
     upload: &Upload,
     member: Member,
     payload: dermflow_schemas::envelope::Payload,
-    memory: OwnedSemaphorePermit,
+    memory: Memory,
 ) -> Result<Submitted, Problem> {
     let custom_id = member.custom_id.clone();
     let submission = Submission {

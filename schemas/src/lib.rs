@@ -15,6 +15,7 @@ pub mod id;
 pub mod image;
 pub mod job;
 pub mod limits;
+pub mod loops;
 pub mod model;
 pub mod monitor;
 pub mod process;

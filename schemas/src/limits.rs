@@ -48,7 +48,8 @@ pub const MAX_FAULTS: usize = 20;
 /// Bytes of a login form: a name and the longest password, percent-encoded.
 pub const MAX_FORM_BYTES: usize = 8 * 1024;
 
-/// Request bodies held in memory at once, in bytes, per ingress process; the next one gets a 503.
+/// Request bodies held in memory at once, and reports on their way out, in bytes, per ingress process, half of them of one
+/// client; the next one gets a 503.
 pub const BODY_MEMORY_BYTES: usize = 384 * 1024 * 1024;
 /// How long a body waits for what newer ones were told to leave; more than they need for that, unless uploads are in line
 /// before it.

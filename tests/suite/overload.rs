@@ -25,6 +25,7 @@ use dermflow_tests::{
 };
 use futures_util::{future::try_join_all, stream};
 use reqwest::{Body, Method};
+use serde_json::json;
 use tokio::{
     net::{TcpSocket, TcpStream},
     sync::mpsc,
@@ -275,7 +276,7 @@ async fn one_client_does_not_fill_the_queue_for_the_database() -> Result<()> {
     lab.stop().await
 }
 
-/// A request that does not wait, whose body comes in parts, on a connection of its own.
+/// A request that does not wait, or an upload, whose body comes in parts, on a connection of its own.
 struct Piecemeal {
     parts: mpsc::Sender<Result<Vec<u8>, io::Error>>,
     answer: JoinHandle<Result<Answer>>,
@@ -283,16 +284,20 @@ struct Piecemeal {
 
 impl Piecemeal {
     fn begin(lab: &Lab, token: &str) -> Result<Self> {
+        Self::post(lab, token, "/fhir/DiagnosticReport/$analyze", FHIR_JSON)
+    }
+
+    fn post(lab: &Lab, token: &str, path: &str, kind: &str) -> Result<Self> {
         let client = Client::new(&lab.ca(), &lab.url(0))?.with_token(token);
         let (parts, coming) = mpsc::channel(1);
         let body = stream::unfold(coming, |mut coming| async { Some((coming.recv().await?, coming)) });
-        let request = client.request(Method::POST, "/fhir/DiagnosticReport/$analyze");
-        let request = request.header("content-type", FHIR_JSON).header("prefer", "respond-async");
+        let request = client.request(Method::POST, path);
+        let request = request.header("content-type", kind).header("prefer", "respond-async");
         let answer = tokio::spawn(send(request.body(Body::wrap_stream(body))));
         Ok(Self { parts, answer })
     }
 
-    /// White space, which JSON may begin with.
+    /// White space, which JSON and a line may begin with.
     async fn space(&self, bytes: usize) -> Result<()> {
         Ok(self.parts.send(Ok(vec![b' '; bytes])).await?)
     }
@@ -357,7 +362,9 @@ async fn an_upload_that_finds_no_room_is_not_read_on() -> Result<()> {
 async fn bodies_that_do_not_fit_are_refused_from_the_newest_on() -> Result<()> {
     const MIB: usize = 1 << 20;
     let lab = Lab::start(Setup::without_workers()).await?;
-    let (token, rest) = (lab.client().token(), sample("ham10000-nv.jpg").to_string());
+    // No client has more than half of it.
+    let (second, third) = (lab.register("second").await?, lab.register("third").await?);
+    let (token, rest) = (third.token(), sample("ham10000-nv.jpg").to_string());
     let (large, memory) = (MAX_BODY_BYTES - rest.len(), lab.ingress_memory(0)?);
     let held = async |bytes: usize| {
         let held = async || lab.metric("dermflow_body_bytes").await.filter(|held| *held >= bytes as f64);
@@ -365,8 +372,8 @@ async fn bodies_that_do_not_fit_are_refused_from_the_newest_on() -> Result<()> {
     };
     // All of them but one are as large as they may be; there is room for one more.
     let mut first = Vec::new();
-    for _ in 0..BODY_MEMORY_BYTES / MAX_BODY_BYTES - 1 {
-        first.push(Piecemeal::begin(&lab, token)?);
+    for n in 0..BODY_MEMORY_BYTES / MAX_BODY_BYTES - 1 {
+        first.push(Piecemeal::begin(&lab, [lab.client(), &second][n % 2].token())?);
     }
     try_join_all(first.iter().map(|body| body.space(large))).await?;
     let full = first.len() * large;
@@ -399,6 +406,67 @@ async fn bodies_that_do_not_fit_are_refused_from_the_newest_on() -> Result<()> {
     }
     assert_eq!(lab.metric("dermflow_body_bytes").await, Some(0.0));
     assert_eq!(lab.client().analyze_raw(rest, &[("prefer", "respond-async")]).await?.status, 202);
+    lab.stop().await
+}
+
+// One client whose uploads, more of them than there is memory for, each stop in the middle of a line: it holds half of the
+// memory and no more, its next body is refused, and another client's is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_client_does_not_fill_the_memory_for_bodies() -> Result<()> {
+    const LINE: usize = 23 << 20;
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let other = lab.register("other").await?;
+    let mut uploads = Vec::new();
+    for _ in 0..=BODY_MEMORY_BYTES / LINE {
+        uploads.push(Piecemeal::post(&lab, lab.client().token(), "/batches", "application/x-ndjson")?);
+    }
+    try_join_all(uploads.iter().map(|upload| upload.space(LINE))).await?;
+    let (mut last, mut since) = (0.0, Instant::now());
+    let stands = async || {
+        let now = lab.metric("dermflow_body_bytes").await?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        (now > LINE as f64 && since.elapsed() > Duration::from_secs(2)).then_some(now)
+    };
+    let held = eventually("no more is taken in", LONG, stands).await?;
+    assert!(held <= (BODY_MEMORY_BYTES / 2) as f64, "{} MiB", held as usize >> 20);
+    let (small, prefer) = (sample("ham10000-nv.jpg").to_string(), [("prefer", "respond-async")]);
+    let body = format!("{}{small}", " ".repeat(LINE));
+    let begun = Instant::now();
+    is_shed(&(lab.client().analyze_raw(small, &prefer).await?, begun.elapsed()))?;
+    let answer = other.analyze_raw(body, &prefer).await?;
+    assert_eq!(answer.status, 202, "{}", answer.text);
+    for upload in &uploads {
+        upload.answer.abort();
+    }
+    let free = async || (lab.metric("dermflow_body_bytes").await? == 0.0).then_some(());
+    eventually("who hangs up holds nothing", LONG, free).await?;
+    lab.stop().await
+}
+
+// A Bundle whose jobs are queued holds nothing of its body any more, however long its caller waits for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bundle_that_waits_holds_no_body() -> Result<()> {
+    const MIB: usize = 1 << 20;
+    const ENTRIES: usize = 4;
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let request = json!({"method": "POST", "url": "DiagnosticReport/$analyze"});
+    let entry = json!({"resource": sample("ham10000-nv.jpg"), "request": request});
+    let bundle = json!({"resourceType": "Bundle", "type": "batch", "entry": vec![entry; ENTRIES]});
+    let post = lab.client().request(Method::POST, "/fhir").header("content-type", FHIR_JSON);
+    let body = format!("{}{bundle}", " ".repeat(20 * MIB));
+    let waiting = tokio::spawn(send(post.header("prefer", "wait=60").body(body)));
+    let queued = "SELECT count(*) FROM ingress.jobs WHERE state = 'queued'";
+    let all = async || (lab.count(queued).await.ok()? == ENTRIES as i64).then_some(());
+    eventually("every entry is queued", LONG, all).await?;
+    let free = async || (lab.metric("dermflow_body_bytes").await? == 0.0).then_some(());
+    eventually("the body is gone", AT_ONCE, free).await?;
+    assert!(!waiting.is_finished(), "nobody waits");
+    lab.start_worker(Worker::simulated(1)).await?;
+    let answer = waiting.await??;
+    let entries = answer.body["entry"].as_array().context(answer.text.clone())?;
+    assert!(entries.iter().all(|entry| entry["response"]["status"] == "200"), "{}", answer.text);
     lab.stop().await
 }
 

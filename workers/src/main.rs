@@ -101,7 +101,6 @@ fn main() -> ExitCode {
     let decoder = env::args_os().nth(1).is_some_and(|first| first == child::ARGUMENT);
     memory::keep_little();
     process::init();
-    log_panics();
     if decoder {
         // The worker says what became of it.
         return if child::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
@@ -296,12 +295,4 @@ async fn work(
             ExitCode::FAILURE
         }
     }
-}
-
-/// A panic is a log line with its place. Its message stays out: it may quote what it was working on.
-fn log_panics() {
-    std::panic::set_hook(Box::new(|panic| {
-        let at = panic.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(at, thread = std::thread::current().name(), "panic");
-    }));
 }

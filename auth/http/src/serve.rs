@@ -122,8 +122,9 @@ impl From<Arc<ServerConfig>> for Tls {
 impl Tls {
     /// Follows the CA of clients, if they are asked, until `stop`.
     pub async fn follow(self, stop: CancellationToken) {
-        if let Self::Asking(clients) = self {
-            clients.follow(stop).await;
+        match self {
+            Self::Fixed(_) => stop.cancelled().await,
+            Self::Asking(clients) => clients.follow(stop).await,
         }
     }
 

@@ -41,7 +41,8 @@ use dermflow_http::{
 use dermflow_schemas::{
     error::Code,
     limits::{CLOCK_INTERVAL, NETWORK_CONNECTIONS, STAFF_CONNECTIONS},
-    process::shutdown_requested,
+    loops::Loops,
+    process::told_to_stop,
 };
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -67,8 +68,8 @@ struct Service {
 /// Serves until SIGTERM or SIGINT, then lets requests in flight finish.
 ///
 /// # Errors
-/// One clear sentence when something it needs at start is missing, broken or out of reach, or when the address is
-/// open to the public and that was not said twice.
+/// One clear sentence when something it needs at start is missing, broken or out of reach, when the address is open to
+/// the public and that was not said twice, or when one of its loops ended.
 pub(crate) async fn run(
     options: ServeOptions,
     database: &DatabaseOptions,
@@ -106,20 +107,24 @@ pub(crate) async fn run(
         let service = handshakes.clone();
         async move { audited::handshake(&service, source, &error).await }
     };
-    let follower = tokio::spawn(files.follow(stop.clone()));
-    let timekeeper = tokio::spawn(keep_time(service.clone(), stop.clone()));
+    let (mut listeners, mut loops) = (Loops::default(), Loops::default());
+    loops.spawn("the look at the certificate", files.follow(stop.clone()));
+    loops.spawn("the timekeeper", keep_time(service.clone(), stop.clone()));
     let health = health::router(service.clone());
-    let health = tokio::spawn(https(internal, internal_tls, health, internal_crowd, stop.clone()));
-    let server = tokio::spawn(https_or(listener, tls, router(routes, service), refused, crowd, stop.clone()));
+    listeners
+        .spawn("the internal listener", https(internal, internal_tls, health, internal_crowd, stop.clone()));
+    let routes = router(routes, service);
+    listeners.spawn("the listener", https_or(listener, tls, routes, refused, crowd, stop.clone()));
     tracing::info!(listen = %address, "ready for staff");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    shutdown_requested().await?;
+    let told = told_to_stop([&mut listeners, &mut loops]).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
-    server.await?;
-    health.await?;
-    timekeeper.await?;
-    Ok(follower.await?)
+    let served = listeners.ended().await;
+    let ended = loops.ended().await;
+    told?;
+    served?;
+    Ok(ended?)
 }
 
 /// Goes by the database's clock, as ingress does, which judges by what is written here; and forgets who has not called

@@ -136,7 +136,7 @@ impl Remote {
 
     /// Looks at the provider's keys until `stop`.
     pub(super) async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        let Some(source) = &self.provider.keys else { return };
+        let Some(source) = &self.provider.keys else { return stop.cancelled().await };
         loop {
             let began = Instant::now();
             let look = tokio::select! {

@@ -81,7 +81,7 @@ pub(super) async fn analysed(
     let cancel_after = cancel_after(&headers)?;
     let prefer = Prefer::from_headers(&headers);
     let _turn = Turn::new(&app, client, prefer.lane())?;
-    let Held { bytes, memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
+    let Held { bytes, memory } = body.read(app.bounds.bodies.share(Some(client)), MAX_BODY_BYTES).await?;
     let mut payload = blocking(move || parse(&bytes)).await??;
     payload.manifest.language = language::accepted(&headers);
     payload.manifest.model = model.or(payload.manifest.model);

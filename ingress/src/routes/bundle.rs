@@ -64,7 +64,7 @@ pub(crate) async fn post(
     let (prefer, cancel_after) = (Prefer::from_headers(&headers), cancel_after(&headers)?);
     let turn = || Turn::new(&app, client, prefer.lane());
     let _first = turn()?;
-    let Held { bytes, mut memory } = body.read(&app.bounds, MAX_BODY_BYTES).await?;
+    let Held { bytes, mut memory } = body.read(app.bounds.bodies.share(Some(client)), MAX_BODY_BYTES).await?;
     let entries = blocking(move || parse(&bytes)).await??;
     // Who waits for many waits as many callers do.
     let _others = entries.iter().skip(1).map(|_| turn()).collect::<Result<Vec<_>, _>>()?;
@@ -100,6 +100,8 @@ pub(crate) async fn post(
         }
     });
     let submitted: Vec<Result<Submitted, Problem>> = join_all(submissions.collect::<Vec<_>>()).await;
+    // What waits from here on are ids.
+    drop(memory);
     let jobs: Vec<Option<JobId>> =
         submitted.iter().map(|submitted| Some(submitted.as_ref().ok()?.job)).collect();
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));

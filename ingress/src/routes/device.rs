@@ -141,11 +141,11 @@ fn diagnosed(app: &App, ended: Ended) -> Response {
     response
 }
 
-async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Held, Problem> {
+async fn read(app: &App, client: ClientId, headers: &HeaderMap, body: Body) -> Result<Held, Problem> {
     if !sends_fhir(headers) {
         return Err(ApiError::from(Code::MediaType).at("Content-Type").into());
     }
-    body.read(&app.bounds, MAX_BODY_BYTES).await
+    body.read(app.bounds.bodies.share(Some(client)), MAX_BODY_BYTES).await
 }
 
 /// Scores from answers, in the language that `Accept-Language` asks for.
@@ -156,12 +156,12 @@ async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Held, Proble
         Any, Guarded, Reads, Typed, Unavailable))]
 async fn assess(
     State(app): State<Arc<App>>,
-    _: Allowed<Submit>,
+    Allowed { client, .. }: Allowed<Submit>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
     let begun = Instant::now();
-    let Held { bytes, memory: _memory } = read(&app, &headers, body).await?;
+    let Held { bytes, memory: _memory } = read(&app, client, &headers, body).await?;
     let assessment = blocking(move || severity::parse(&bytes)).await??;
     let deed = Deeds::one(Action::Assess, None, json!({ "scores": assessment.codes() }));
     let language = language::accepted(&headers);
@@ -178,11 +178,11 @@ macro_rules! automatic {
                 Any, Guarded, Reads, Typed, Unavailable))]
         async fn $name(
             State(app): State<Arc<App>>,
-            _: Allowed<Submit>,
+            Allowed { client, .. }: Allowed<Submit>,
             headers: HeaderMap,
             body: Body,
         ) -> Result<Response, Problem> {
-            let Held { bytes, memory: _memory } = read(&app, &headers, body).await?;
+            let Held { bytes, memory: _memory } = read(&app, client, &headers, body).await?;
             Err(blocking(move || $parse(&bytes)).await?.into())
         }
     )*};

@@ -82,7 +82,7 @@ pub(crate) async fn post(
     body: Body,
 ) -> Result<Response, Refusal> {
     sign_ins_have_room(&app)?;
-    let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
+    let Held { bytes, .. } = body.read(app.bounds.bodies.share(None), MAX_FORM_BYTES).await?;
     let (username, password, scope) = read(headers, bytes).await?;
     let (pool, now) = (&app.sign_ins, clock::now());
     let user = users::authenticate(pool, &app.doorkeeper, &username, password, source, now).await;

@@ -245,7 +245,7 @@ struct Form(HashMap<String, String>);
 impl Form {
     async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Self, Refusal> {
         sign_ins_have_room(app)?;
-        let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
+        let Held { bytes, .. } = body.read(app.bounds.bodies.share(None), MAX_FORM_BYTES).await?;
         let malformed = || invalid_request("The body is a form, application/x-www-form-urlencoded.");
         let fields = form_pairs(headers, bytes).await.ok_or_else(malformed)?;
         let mut form = HashMap::new();

@@ -137,7 +137,7 @@ pub(crate) async fn search_form(
         return Err(Code::NotAcceptable.into());
     }
     let Query(mut parameters) = query.map_err(|_| ApiError::from(Code::QueryInvalid).at("query"))?;
-    let Held { bytes, .. } = body.read(&app.bounds, MAX_FORM_BYTES).await?;
+    let Held { bytes, .. } = body.read(app.bounds.bodies.share(Some(client)), MAX_FORM_BYTES).await?;
     let form = form_pairs(&headers, bytes).await;
     let rule = "application/x-www-form-urlencoded";
     parameters.extend(form.ok_or_else(|| ApiError::from(Code::MediaType).at("Content-Type").detail(rule))?);
@@ -153,9 +153,8 @@ async fn found(
     let asked = Asked::read(&app, client, parameters, prefer::is_lenient(headers))?;
     let _turn = Turn::new(&app, client, Lane::Interactive)?;
     let (reports, more) = app.store.search(client, &asked.wanted, asked.count).await?;
-    let kib = reports.iter().map(|found| found.sealed.bytes.len()).sum::<usize>() / 1024;
-    let memory = app.bounds.bodies.kib().try_acquire_many_owned(kib as u32);
-    let _memory = memory.map_err(|_| Code::Overloaded)?;
+    let bytes = reports.iter().map(|found| found.sealed.bytes.len()).sum();
+    let _memory = app.bounds.bodies.share(Some(client)).take(bytes)?;
     let url = |cursor: Option<String>| {
         let cursor = cursor.as_deref().map(|cursor| ("_cursor", cursor));
         let used = asked.used.iter().map(|(name, value)| (name.as_str(), value.as_str()));
