@@ -210,7 +210,8 @@ fn cursor(found: &Found) -> String {
 
 fn place(cursor: &str) -> Option<(OffsetDateTime, Uuid)> {
     let (micros, id) = cursor.split_once('.')?;
-    let nanos = micros.parse::<i128>().ok()?.checked_mul(1_000)?;
+    // PostgreSQL has no year -9999.
+    let nanos = i128::from(micros.parse::<u64>().ok()?) * 1_000;
     Some((OffsetDateTime::from_unix_timestamp_nanos(nanos).ok()?, id.parse().ok()?))
 }
 
