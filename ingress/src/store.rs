@@ -1,4 +1,5 @@
-//! The record of jobs in PostgreSQL: every statement that ingress sends.
+//! The record of jobs in PostgreSQL, and what else ingress keeps there: every statement on its own tables. Those on accounts,
+//! credentials and the trail are in `dermflow_auth`.
 //!
 //! A job changes state only by a statement whose condition comes from [`job::sources`], so the database and
 //! [`job::step`] cannot disagree, and of two racing transitions one finds nothing to do.

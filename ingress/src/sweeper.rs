@@ -26,7 +26,9 @@ use crate::{
     store::{Leader, Settled},
 };
 
-/// A round every [`SWEEP_INTERVAL`] until `stop`; the database sees to it that one replica leads.
+/// A round every [`SWEEP_INTERVAL`] until `stop`. The database sees to it that one replica leads; what is left of deleted
+/// batches, and consumers that are gone, are every replica's affair: rows that one has locked another passes over, and what
+/// is done twice does no harm.
 pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
     let mut sweeper = Sweeper::default();
     let mut round = interval(SWEEP_INTERVAL);

@@ -324,7 +324,7 @@ pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(2);
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Records settled or erased in one statement of the sweeper.
 pub const SWEEP_BATCH: i64 = 500;
-/// Jobs of a deleted batch that are taken out of the queue at once.
+/// Jobs of a deleted batch that are taken out of the queue at once, or ended jobs whose payloads are out of the object store.
 pub const WITHDRAWALS: usize = 16;
 /// How long the replica that sweeps may be silent before another takes its place: four rounds.
 pub const SWEEP_LEASE: Duration = Duration::from_secs(20);

@@ -36,7 +36,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 use tokio::{
     sync::Semaphore,
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
@@ -603,12 +603,14 @@ impl Publisher {
     ///
     /// From [`limits::ATOMIC_FROM`] messages on, and within [`limits::ATOMIC_BYTES`], they go as one atomic batch
     /// (ADR-50), which the broker syncs to disk once. What a batch is refused for, such as one message that is
-    /// stored already or one too many for the stream, concerns single messages: then each goes by itself.
+    /// stored already or one too many for the stream, concerns single messages: then each goes by itself, with what is left
+    /// of `deadline`.
     pub async fn publish_all(
         &self,
         messages: Vec<Message>,
         deadline: Duration,
     ) -> Vec<Result<u64, PublishError>> {
+        let end = Instant::now() + deadline;
         let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
         if (limits::ATOMIC_FROM..=limits::ATOMIC_MESSAGES).contains(&messages.len())
             && bytes <= limits::ATOMIC_BYTES
@@ -620,7 +622,8 @@ impl Publisher {
                 Err(PublishError::Full | PublishError::Refused(_)) => {}
             }
         }
-        join_all(messages.into_iter().map(|message| self.publish(message, deadline))).await
+        let left = end.saturating_duration_since(Instant::now());
+        join_all(messages.into_iter().map(|message| self.publish(message, left))).await
     }
 
     /// The sequence of the last message; the others stand before it without a gap.

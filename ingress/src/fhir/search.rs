@@ -1,7 +1,10 @@
 //! Search parameters as FHIR R4 has them (<https://hl7.org/fhir/R4/search.html>).
 
+use std::fmt::Display;
+
 use dermflow_schemas::fhir;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::{Value, json};
 use time::{
     Date, Duration, Month, OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339,
     macros::format_description,
@@ -18,8 +21,48 @@ const PLAIN: AsciiSet = NON_ALPHANUMERIC
     .remove(b'/')
     .remove(b'$');
 
-/// A query.
-pub(crate) fn query<'p>(parameters: impl IntoIterator<Item = (&'p str, &'p str)>) -> String {
+/// A page of what was found at `url` with `parameters` (R4 Bundle, `searchset`), and where the next one begins, if there is
+/// one.
+pub(crate) fn searchset(
+    url: &str,
+    parameters: &[(String, String)],
+    next: Option<&str>,
+    entries: Vec<Value>,
+) -> Value {
+    let pairs = || parameters.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    let link = |relation: &str, query: &str| {
+        let mark = if query.is_empty() { "" } else { "?" };
+        json!({"relation": relation, "url": format!("{url}{mark}{query}")})
+    };
+    let mut links = vec![link("self", &query(pairs()))];
+    if let Some(next) = next {
+        let kept = pairs().filter(|(name, _)| *name != CURSOR);
+        links.push(link("next", &query(kept.chain([(CURSOR, next)]))));
+    }
+    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
+    // FHIR has no empty lists.
+    if !entries.is_empty() {
+        bundle["entry"] = entries.into();
+    }
+    bundle
+}
+
+/// Where a page begins.
+const CURSOR: &str = "_cursor";
+
+/// A resource that was found, at `url` with its `id`.
+pub(crate) fn found(url: &str, id: impl Display, resource: Value) -> Value {
+    entry(&format!("{url}/{id}"), "match", resource)
+}
+
+/// A resource, and why it is there (R4 value set `search-entry-mode`).
+pub(crate) fn entry(full_url: &str, mode: &str, resource: Value) -> Value {
+    let mut entry = json!({"fullUrl": full_url, "search": {"mode": mode}});
+    entry["resource"] = resource;
+    entry
+}
+
+fn query<'p>(parameters: impl IntoIterator<Item = (&'p str, &'p str)>) -> String {
     let escaped = |text: &'p str| utf8_percent_encode(text, &PLAIN);
     let pairs: Vec<String> =
         parameters.into_iter().map(|(name, value)| format!("{}={}", escaped(name), escaped(value))).collect();
@@ -219,6 +262,26 @@ mod tests {
             .map(|(n, v)| (plain(n), plain(v)))
             .collect();
         assert_eq!(read, pairs.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+
+    #[test]
+    fn links_say_what_was_asked_and_nothing_else() {
+        let pairs = [("_format", "json&agent=x"), ("_cursor", "7"), ("date", "2026-01-31T12:00:00+01:00")];
+        let pairs = pairs.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let bundle = searchset("https://x.example/fhir/Task", &pairs, Some("6"), Vec::new());
+        let date = "date=2026-01-31T12:00:00%2B01:00";
+        let urls = [
+            format!("https://x.example/fhir/Task?_format=json%26agent%3Dx&_cursor=7&{date}"),
+            format!("https://x.example/fhir/Task?_format=json%26agent%3Dx&{date}&_cursor=6"),
+        ];
+        assert_eq!(bundle["link"].as_array().unwrap().len(), 2);
+        for (link, url) in bundle["link"].as_array().unwrap().iter().zip(urls) {
+            assert_eq!(link["url"], url);
+        }
+        assert!(bundle.get("entry").is_none());
+        let whole = searchset("https://x.example/fhir/Task", &[], None, vec![json!({})]);
+        assert_eq!(whole["link"], json!([{"relation": "self", "url": "https://x.example/fhir/Task"}]));
+        assert_eq!(whole["entry"], json!([{}]));
     }
 
     fn plain(text: &str) -> String {

@@ -385,8 +385,11 @@ impl Store {
                           FROM unnest($2::uuid[], $3::bigint[]) AS ended (id, event) \
                           WHERE jobs.id = ended.id AND state = ANY($4)";
             transaction.execute(update, &[&now, &ids, &events, &open_states(Event::Cancelled)]).await?;
-            let ended = "SELECT id FROM jobs WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) \
-                         AND finished_at IS NOT NULL AND deleted_at IS NULL LIMIT $1 FOR UPDATE SKIP LOCKED";
+            // One look into an index a batch; without the order all that has been removed might be looked at again.
+            let ended = "SELECT ended.id FROM batches CROSS JOIN LATERAL (SELECT id FROM jobs \
+                         WHERE batch = batches.id AND finished_at IS NOT NULL AND deleted_at IS NULL \
+                         ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED) AS ended \
+                         WHERE batches.deleted_at IS NOT NULL LIMIT $1";
             let ended = transaction.query(ended, &[&SWEEP_BATCH]).await?;
             let ended: Vec<Uuid> = ended.iter().map(|row| row.get(0)).collect();
             let erased = remove_reports(&transaction, &ended, now).await?;
