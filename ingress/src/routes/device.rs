@@ -13,6 +13,7 @@ use dermflow_http::answer::DEVICE_VERSION;
 use dermflow_schemas::{
     clock,
     error::{ApiError, Code},
+    id::ClientId,
     limits::MAX_BODY_BYTES,
     model::ModelRef,
 };
