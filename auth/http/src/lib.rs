@@ -13,6 +13,7 @@ pub mod dress;
 mod forwarded;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod keeping;
 mod linger;
 pub mod meter;
 pub mod metrics;
