@@ -22,3 +22,4 @@ mod patient;
 pub mod rates;
 pub mod serve;
 pub mod shares;
+mod streams;
