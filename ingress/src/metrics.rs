@@ -51,7 +51,7 @@ pub(crate) struct Metrics {
     pub(crate) waiters: IntGauge,
     /// Callers who do not wait, while their jobs are accepted.
     pub(crate) submitters: IntGauge,
-    /// Memory that bodies hold.
+    /// Memory that bodies hold, and reports on their way out.
     pub(crate) body_bytes: IntGauge,
     /// What external identity providers were asked, by issuer, kind (keys, introspection) and outcome.
     pub(crate) provider_questions: IntCounterVec,
@@ -139,7 +139,10 @@ impl Metrics {
                 &registry,
                 IntGauge::new("dermflow_submitters", "Callers whose jobs are being accepted.")?,
             )?,
-            body_bytes: add(&registry, IntGauge::new("dermflow_body_bytes", "Memory that bodies hold.")?)?,
+            body_bytes: add(
+                &registry,
+                IntGauge::new("dermflow_body_bytes", "Memory that bodies and reports hold.")?,
+            )?,
             provider_questions: counter(
                 "dermflow_provider_questions_total",
                 "What external identity providers were asked.",

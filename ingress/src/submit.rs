@@ -285,11 +285,18 @@ pub(crate) fn internal(error: &dyn std::error::Error) -> Problem {
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) record: Record,
-    pub(crate) report: Option<Vec<u8>>,
+    pub(crate) report: Option<Report>,
     /// The client has no way to ask again.
     pub(crate) last: bool,
     /// Until when the report can be asked for.
     pub(crate) expires: OffsetDateTime,
+}
+
+/// A report that was opened, and the memory that it takes until it has been sent.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) memory: Memory,
 }
 
 /// Step 4: waits until the job has ended, `budget` at most; `None` when it goes on.
@@ -342,7 +349,11 @@ async fn look(app: &App, job: JobId, client: ClientId, last: bool) -> Result<Opt
     let (record, sealed) = app.store.find_with_report(job, client).await?.ok_or(Code::NotFound)?;
     let report = match record.state {
         state if !state.is_terminal() => return Ok(None),
-        State::Succeeded => Some(open(app, job, &sealed.ok_or(Code::ReportRemoved)?)?),
+        State::Succeeded => {
+            let sealed = sealed.ok_or(Code::ReportRemoved)?;
+            let memory = app.bounds.bodies.share(Some(client)).take(sealed.bytes.len())?;
+            Some(Report { bytes: open(app, job, &sealed)?, memory })
+        }
         _ if record.deleted_at.is_some() => return Err(Code::NotFound.into()),
         _ => None,
     };

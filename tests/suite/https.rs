@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
 use dermflow_local::{
     servers::python_packages,
     stack::{Ports, repo},
@@ -282,6 +283,48 @@ async fn who_reads_no_answer_is_left() -> Result<()> {
         async { while stream.write_all(request.as_bytes()).await.is_ok() && stream.flush().await.is_ok() {} };
     timeout(WRITE_TIMEOUT + Duration::from_secs(20), sending).await.context("it is kept")?;
     assert!(begun.elapsed() >= WRITE_TIMEOUT, "{:?}", begun.elapsed());
+    lab.stop().await
+}
+
+// Who asks for reports over HTTP/2 and opens no window for them: they count as memory that is held, and are given up, each by
+// itself, when the time to take something of them is over. The connection goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_takes_over_http2_are_given_up() -> Result<()> {
+    const HELD: &str = "dermflow_body_bytes";
+    const ANSWERS: usize = 64;
+    let lab = Lab::start(Setup::simulated(1)).await?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    let report = lab.client().poll(&job, Duration::from_secs(30)).await?;
+    assert_eq!((report.status, lab.metric(HELD).await), (200, Some(0.0)), "{}", report.text);
+    let stream = connect_for(&lab, b"h2").await?;
+    let (mut requests, connection) =
+        h2::client::Builder::new().initial_window_size(0).handshake::<_, Bytes>(stream).await?;
+    tokio::spawn(connection);
+    let request = |method: &str, path: &str| {
+        let request = hyper::Request::builder().method(method).uri(format!("{}{path}", lab.url(0)));
+        request.header("authorization", format!("Bearer {}", lab.client().token())).body(())
+    };
+    let (begun, mut answers) = (tokio::time::Instant::now(), Vec::new());
+    for _ in 0..ANSWERS {
+        requests = requests.ready().await?;
+        let report = request("GET", &format!("/fhir/DiagnosticReport/{job}"))?;
+        let answer = requests.send_request(report, true)?.0.await?;
+        assert_eq!(answer.status(), 200);
+        answers.push(answer.into_body());
+    }
+    let held = lab.metric(HELD).await.context("no metric")?;
+    println!("{held} bytes are held for answers of {} bytes", report.text.len());
+    assert!(held >= (ANSWERS * report.text.len()) as f64, "{held}");
+    for answer in &mut answers {
+        let part = timeout(WRITE_TIMEOUT + Duration::from_secs(20), answer.data()).await;
+        let end = part.context("an answer is kept")?.context("an answer ended")?.unwrap_err();
+        assert_eq!(end.reason(), Some(h2::Reason::CANCEL), "{end}");
+    }
+    assert!(begun.elapsed() >= WRITE_TIMEOUT, "{:?}", begun.elapsed());
+    let free = async || (lab.metric(HELD).await? == 0.0).then_some(());
+    eventually("their memory is given back", SOON, free).await?;
+    let mut requests = requests.ready().await?;
+    assert_eq!(requests.send_request(request("HEAD", PATH)?, true)?.0.await?.status(), 200);
     lab.stop().await
 }
 

@@ -421,16 +421,16 @@ async fn one_client_does_not_fill_the_memory_for_bodies() -> Result<()> {
         uploads.push(Piecemeal::post(&lab, lab.client().token(), "/batches", "application/x-ndjson")?);
     }
     try_join_all(uploads.iter().map(|upload| upload.space(LINE))).await?;
-    let (mut last, mut since) = (0.0, Instant::now());
+    let (mut last, mut since) = (0, Instant::now());
     let stands = async || {
-        let now = lab.metric("dermflow_body_bytes").await?;
+        let now = lab.metric("dermflow_body_bytes").await? as usize;
         if now != last {
             (last, since) = (now, Instant::now());
         }
-        (now > LINE as f64 && since.elapsed() > Duration::from_secs(2)).then_some(now)
+        (now > LINE && since.elapsed() > Duration::from_secs(2)).then_some(now)
     };
     let held = eventually("no more is taken in", LONG, stands).await?;
-    assert!(held <= (BODY_MEMORY_BYTES / 2) as f64, "{} MiB", held as usize >> 20);
+    assert!(held <= BODY_MEMORY_BYTES / 2, "{} MiB", held >> 20);
     let (small, prefer) = (sample("ham10000-nv.jpg").to_string(), [("prefer", "respond-async")]);
     let body = format!("{}{small}", " ".repeat(LINE));
     let begun = Instant::now();

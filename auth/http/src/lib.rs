@@ -13,6 +13,7 @@ pub mod dress;
 mod forwarded;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod keeping;
 mod linger;
 pub mod meter;
 pub mod metrics;
@@ -21,3 +22,4 @@ mod patient;
 pub mod rates;
 pub mod serve;
 pub mod shares;
+mod streams;

@@ -29,7 +29,7 @@ use hyper::{
     service::{Service, service_fn},
 };
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulConnection},
     service::TowerToHyperService,
 };
@@ -56,6 +56,7 @@ use crate::{
     door::{Door, Entered},
     dress::overloaded,
     patient::Patient,
+    streams::{Streams, watched},
 };
 
 /// What an ACME server speaks to see a challenge answered (RFC 8737 §6.2).
@@ -280,11 +281,12 @@ pub async fn https_or<F: Future<Output = ()> + Send>(
                     request.extensions_mut().insert(certificate);
                     request.extensions_mut().insert(shows.clone());
                 }
-                router.call(request)
+                let answer = router.call(request);
+                async move { answer.await.map(watched) }
             });
             let connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
             let conversation = converse(connection, spoke, is_h2, &stop);
-            // A peer of HTTP/2 may leave an answer waiting for as long as it likes.
+            // A peer of HTTP/2 may leave an answer waiting for longer.
             let end = timeout(if is_surplus { HEADER_TIMEOUT } else { Duration::MAX }, conversation).await;
             end.unwrap_or(End::Ordinary)
         }
@@ -367,8 +369,8 @@ pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> Certificate {
     Certificate(fingerprint)
 }
 
-fn builder(is_h2: bool) -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+fn builder(is_h2: bool) -> auto::Builder<Streams> {
+    let mut builder = auto::Builder::new(Streams);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).max_headers(100);
     builder
         .http2()

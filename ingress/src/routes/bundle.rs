@@ -7,6 +7,7 @@ use axum::{
     http::{HeaderMap, StatusCode},
     response::Response,
 };
+use dermflow_http::keeping::keeping;
 use dermflow_schemas::{
     envelope::Payload,
     error::{ApiError, Code},
@@ -22,6 +23,7 @@ use crate::{
     answer::{self, Problem, accepts_fhir, sends_fhir},
     app::App,
     audited::{Deed, Deeds, refused_part},
+    bodies::Memory,
     element::{Faults, Node},
     extract::{Allowed, Body, Held, Submit},
     json::Json,
@@ -32,7 +34,7 @@ use crate::{
         openapi::{Any, Bundle, Guarded, Negotiated, Reads, Typed, Wishes},
         status::finished_record,
     },
-    submit::{Ended, Patience, Submission, Submitted, blocking, internal, status_url, submit, wait},
+    submit::{Ended, Patience, Report, Submission, Submitted, blocking, internal, status_url, submit, wait},
 };
 
 /// The operation, as entries name it: relative to the base of the service.
@@ -105,45 +107,50 @@ pub(crate) async fn post(
     let jobs: Vec<Option<JobId>> =
         submitted.iter().map(|submitted| Some(submitted.as_ref().ok()?.job)).collect();
     let answers = submitted.into_iter().map(|submitted| answer(&app, client, submitted, end));
-    let entries = join_all(answers).await;
+    let (entries, kept): (Vec<Value>, Vec<Option<Memory>>) = join_all(answers).await.into_iter().unzip();
     // Who learns that a job goes on has just submitted it.
     let told = jobs.iter().zip(&entries).filter(|(_, entry)| entry["response"]["status"] != "202");
     let deeds = told
         .filter_map(|(job, entry)| Some(Deed::ended((*job)?, entry["resource"].is_object()).last(keyless)));
     let deeds = Deeds::Each(deeds.collect());
     let bundle = json!({"resourceType": "Bundle", "type": "batch-response", "entry": entries});
-    Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
+    Ok(keeping(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())), kept))
 }
 
+/// An entry, and the memory that its report takes.
 async fn answer(
     app: &Arc<App>,
     client: ClientId,
     submitted: Result<Submitted, Problem>,
     end: Instant,
-) -> Value {
+) -> (Value, Option<Memory>) {
     let job = submitted.as_ref().ok().map(|submitted| submitted.job);
     let ended = match submitted {
         Ok(submitted) => wait(app, submitted, client, end.saturating_duration_since(Instant::now())).await,
         Err(problem) => Err(problem),
     };
-    match (ended, job) {
-        (Ok(Some(ended)), _) => finished(ended).unwrap_or_else(|problem| refused(&problem)),
+    let entry = match (ended, job) {
+        (Ok(Some(ended)), _) => match finished(ended) {
+            Ok((entry, memory)) => return (entry, Some(memory)),
+            Err(problem) => refused(&problem),
+        },
         (Ok(None), Some(job)) => goes_on(app, job),
         (Ok(None), None) => refused(&Code::Internal.into()),
         (Err(problem), _) => refused(&problem),
-    }
+    };
+    (entry, None)
 }
 
-fn finished(ended: Ended) -> Result<Value, Problem> {
-    let (record, report) = finished_record(ended)?;
-    let report: Value = serde_json::from_slice(&report).map_err(|error| internal(&error))?;
+fn finished(ended: Ended) -> Result<(Value, Memory), Problem> {
+    let (record, Report { bytes, memory }) = finished_record(ended)?;
+    let report: Value = serde_json::from_slice(&bytes).map_err(|error| internal(&error))?;
     let response = json!({
         "status": "200",
         "location": format!("DiagnosticReport/{}/_history/1", record.id),
         "etag": "W/\"1\"",
         "lastModified": instant(record.finished_at.unwrap_or(record.accepted_at)),
     });
-    Ok(json!({"resource": report, "response": response}))
+    Ok((json!({"resource": report, "response": response}), memory))
 }
 
 fn goes_on(app: &App, job: JobId) -> Value {

@@ -50,11 +50,13 @@ pub(crate) async fn search(
     }
     let wanted = wanted.ok_or_else(|| invalid("target"))?;
     let job = wanted.split_once('/').and_then(|(_, id)| job_of(id.get(..36)?));
-    let resources = match job {
-        None => Vec::new(),
+    let (resources, _memory) = match job {
+        None => (Vec::new(), None),
         Some(job) => match separated(&app, job, client).await {
-            Err(problem) if problem.is(Code::NotFound) || problem.is(Code::ReportRemoved) => Vec::new(),
-            resources => resources?,
+            Err(problem) if problem.is(Code::NotFound) || problem.is(Code::ReportRemoved) => {
+                (Vec::new(), None)
+            }
+            separated => separated.map(|(resources, memory)| (resources, Some(memory)))?,
         },
     };
     // A report's Provenance comes last.

@@ -7,6 +7,7 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use dermflow_http::keeping::keeping;
 use dermflow_schemas::{
     error::{ApiError, Code},
     id::{ClientId, JobId},
@@ -22,6 +23,7 @@ use crate::{
     answer::{self, Problem, accepts_fhir},
     app::App,
     audited::{Deed, Deeds},
+    bodies::Memory,
     extract::{Allowed, Body, Delete, Held, JobPath, Read, Search, form_pairs},
     fhir::{parts, search},
     index::{self, Kind},
@@ -154,7 +156,7 @@ async fn found(
     let _turn = Turn::new(&app, client, Lane::Interactive)?;
     let (reports, more) = app.store.search(client, &asked.wanted, asked.count).await?;
     let bytes = reports.iter().map(|found| found.sealed.bytes.len()).sum();
-    let _memory = app.bounds.bodies.share(Some(client)).take(bytes)?;
+    let memory = app.bounds.bodies.share(Some(client)).take(bytes)?;
     let next = reports.last().filter(|_| more).map(cursor);
     let deeds: Vec<Deed> = reports.iter().map(|found| Deed::ended(found.job, true)).collect();
     let body = blocking(move || {
@@ -164,7 +166,7 @@ async fn found(
         bundle.to_string().into_bytes()
     });
     let deeds = if deeds.is_empty() { Deeds::Status(None) } else { Deeds::Each(deeds) };
-    Ok(deeds.of(answer::fhir(StatusCode::OK, body.await?)))
+    Ok(keeping(deeds.of(answer::fhir(StatusCode::OK, body.await?)), memory))
 }
 
 /// A report, with its parts when they are asked for; or why it cannot be opened.
@@ -354,10 +356,15 @@ pub(super) fn job_of(text: &str) -> Option<JobId> {
     own_id(text).map(JobId::from)
 }
 
-/// A report as separate resources.
-pub(super) async fn separated(app: &App, job: JobId, client: ClientId) -> Result<Vec<Value>, Problem> {
+/// A report as separate resources, with the memory that it takes.
+pub(super) async fn separated(
+    app: &App,
+    job: JobId,
+    client: ClientId,
+) -> Result<(Vec<Value>, Memory), Problem> {
     let report = ended(app, job, client).await?.and_then(|ended| ended.report).ok_or(Code::NotFound)?;
-    Ok(parts::separate(serde_json::from_slice(&report).map_err(|error| internal(&error))?))
+    let separated = parts::separate(serde_json::from_slice(&report.bytes).map_err(|error| internal(&error))?);
+    Ok((separated, report.memory))
 }
 
 /// One of the resources that a report consists of.
@@ -374,11 +381,11 @@ async fn part(
     let report = id.split_at_checked(36).filter(|(_, name)| name.starts_with('-'));
     let job = report.and_then(|(report, _)| job_of(report)).ok_or(Code::NotFound)?;
     let is_it = |part: &Value| part["resourceType"] == kind && part["id"] == id;
-    let mut parts = separated(app, job, client).await?.into_iter().skip(1);
-    let part = parts.find(is_it).ok_or(Code::NotFound)?;
+    let (parts, memory) = separated(app, job, client).await?;
+    let part = parts.into_iter().skip(1).find(is_it).ok_or(Code::NotFound)?;
     let tag = [(header::ETAG, "W/\"1\"")];
     let response = (tag, answer::fhir(StatusCode::OK, part.to_string().into_bytes())).into_response();
-    Ok(Deeds::Each(vec![Deed::ended(job, true)]).of(response))
+    Ok(keeping(Deeds::Each(vec![Deed::ended(job, true)]).of(response), memory))
 }
 
 macro_rules! parts {

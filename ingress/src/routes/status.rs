@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use dermflow_auth::audit::{Object, Who};
+use dermflow_http::keeping::keeping;
 use dermflow_schemas::{
     clock,
     envelope::Failure,
@@ -27,7 +28,7 @@ use crate::{
     language, recorder,
     routes::openapi::{Any, Failed, GoesOn, Guarded, Negotiated, OperationOutcome, Own, Reported},
     store::Record,
-    submit::{Ended, ended, status_url},
+    submit::{Ended, Report, ended, status_url},
 };
 
 pub(super) static PROGRESS: HeaderName = HeaderName::from_static("x-progress");
@@ -115,7 +116,7 @@ pub(crate) fn accepted(app: &App, job: JobId) -> Response {
 }
 
 /// The report of a job that has ended, or its error.
-pub(super) fn finished_record(ended: Ended) -> Result<(Record, Vec<u8>), Problem> {
+pub(super) fn finished_record(ended: Ended) -> Result<(Record, Report), Problem> {
     let Ended { record, report, .. } = ended;
     let Some(report) = report else { return Err(failed(&record).into()) };
     Ok((record, report))
@@ -145,14 +146,14 @@ pub(crate) fn answered(ended: Ended, dress: impl FnOnce(&Record, Vec<u8>) -> Res
         // That the job failed is what is asked for.
         Err(failed) => return Deeds::Status(Some(Object::job(job))).of(failed.into_response()),
     };
-    let mut response = dress(&record, report);
+    let mut response = dress(&record, report.bytes);
     let headers = response.headers_mut();
     if let Some(finished_at) = record.finished_at {
         insert(headers, &header::LAST_MODIFIED, &http_date(finished_at));
     }
     insert(headers, &header::EXPIRES, &http_date(expires));
     insert(headers, &SERVER_TIMING, &server_timing(&record));
-    Deeds::Each(vec![Deed::ended(record.id, true).last(last)]).of(response)
+    keeping(Deeds::Each(vec![Deed::ended(record.id, true).last(last)]).of(response), report.memory)
 }
 
 /// What a failed job answers.
