@@ -76,12 +76,12 @@ pub(crate) async fn run_awaited(app: Arc<App>, mut awaited: AwaitedResults) {
         let app = app.clone();
         tokio::spawn(async move {
             let (results, tried): (Vec<Received>, Vec<_>) = group.into_iter().unzip();
-            let recorded = record(&app, &results).await;
+            let (recorded, count) = (record(&app, &results).await, results.len());
             // What they leave in the queue is no affair of those who wait for them, or for the next group.
-            drop((tried, permit));
+            drop((results, tried, permit));
             match recorded {
                 Ok(winners) => clean_up(&app, &winners).await,
-                Err(error) => tracing::warn!(%error, results = results.len(), "results not recorded yet"),
+                Err(error) => tracing::warn!(%error, results = count, "results not recorded yet"),
             }
         });
     }
@@ -102,8 +102,8 @@ pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
     }
 }
 
-/// Records what comes until the broker no longer says that it is there, or `stop`. What still came for this request would
-/// wait for the broker to deliver it again: it ends before the pause.
+/// Records what comes, until the stream ends or fails, or `stop`. It takes the stream along: what it would still be sent
+/// after that would wait until the broker delivers it again.
 async fn record_from(app: &App, mut messages: Stream, stop: &CancellationToken) {
     let mut next = Instant::now();
     loop {

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use dermflow_local::ports;
+use dermflow_schemas::random::Rng;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -165,11 +166,8 @@ impl Dice {
     }
 
     fn hits(&self, per_cent: u64) -> bool {
-        const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
-        let state = self.0.fetch_add(STEP, Ordering::Relaxed).wrapping_add(STEP);
-        let mixed = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (mixed ^ (mixed >> 31)) % 100 < per_cent
+        let before = self.0.fetch_add(Rng::STEP, Ordering::Relaxed);
+        Rng(before).number() % 100 < per_cent
     }
 }
 

@@ -10,6 +10,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use dermflow_schemas::{
     id::ClientId,
     limits::{BULK_CLIENTS, BULK_PROBES, MAX_WEIGHT},
+    random::mix,
 };
 
 /// The stride of a client of weight 1. Passes overflow after 2^40 jobs.
@@ -185,13 +186,6 @@ impl Fair {
             self.waiting.insert((share.pass, share.order, client));
         }
     }
-}
-
-/// The finisher of `SplitMix64`.
-pub(crate) fn mix(bits: u64) -> u64 {
-    let bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    bits ^ (bits >> 31)
 }
 
 #[cfg(test)]

@@ -7,15 +7,13 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
-use dermflow_schemas::limits::{
-    BULK_FLOOR, BULK_LOOK, BULK_MOMENT, BULK_RETRY, BULK_RETRY_MAX, DEFAULT_ACK_WAIT,
+use dermflow_schemas::{
+    limits::{BULK_FLOOR, BULK_LOOK, BULK_MOMENT, BULK_RETRY, BULK_RETRY_MAX, DEFAULT_ACK_WAIT},
+    random::Rng,
 };
 
 use crate::{
-    fair::{
-        mix,
-        tests::{client, number},
-    },
+    fair::tests::{client, number},
     schedule::{Line, Schedule, Source},
 };
 
@@ -27,19 +25,6 @@ const SECOND: Time = 1_000_000;
 const HOP: Time = 200;
 const RETRY: Time = BULK_RETRY.as_micros() as Time;
 const RETRY_MAX: Time = BULK_RETRY_MAX.as_micros() as Time;
-
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    fn between(&mut self, low: u64, high: u64) -> u64 {
-        low + self.next() % (high - low + 1)
-    }
-}
 
 /// A client's consumer at the broker.
 #[derive(Debug, Clone)]
@@ -112,7 +97,7 @@ impl World {
         let mut rng = Rng(seed);
         let workers = (0..workers)
             .map(|_| Worker {
-                schedule: Schedule::new(rng.next()),
+                schedule: Schedule::new(rng.number()),
                 work: work(&mut rng),
                 idle: false,
                 life: 0,
@@ -212,7 +197,7 @@ impl World {
                 }
             }
             Event::Crash(worker) => {
-                let schedule = Schedule::new(self.rng.next());
+                let schedule = Schedule::new(self.rng.number());
                 let Worker { life, work, running, .. } = &self.workers[worker];
                 let (life, work, running) = (life + 1, *work, *running);
                 self.workers[worker] =
@@ -334,7 +319,7 @@ fn equal_backlogs_get_equal_service_and_weights_are_proportions() {
         let total: u64 = weights.iter().map(|weight| u64::from(*weight)).sum();
         // At least 25 jobs of each in 5 s: with fewer the index shows the rounding.
         let slowest = (5 * SECOND * workers as u64 / (25 * total)).min(400 * MS);
-        let mut world = World::new(rng.next(), workers, |rng| rng.between(slowest / 2, slowest));
+        let mut world = World::new(rng.number(), workers, |rng| rng.between(slowest / 2, slowest));
         world.lost = [0, 10, 50][rng.between(0, 2) as usize];
         for (n, weight) in weights.iter().enumerate() {
             world.client(n, *weight, rng.between(0, SECOND), 1_000_000);
@@ -367,7 +352,7 @@ fn a_small_batch_does_not_wait_behind_large_ones() {
         let mut rng = Rng(seed);
         let (large, workers) = (rng.between(1, 10) as usize, rng.between(1, 8) as usize);
         let (work, at) = (rng.between(5, 200) * MS, rng.between(5, 8) * SECOND + rng.between(0, SECOND));
-        let worlds = rng.next();
+        let worlds = rng.number();
         let takes = |large: usize| {
             let mut world = World::new(worlds, workers, |_| work);
             (0..large).for_each(|n| world.client(n, 1, 0, 100_000));
@@ -388,7 +373,7 @@ fn a_small_batch_does_not_wait_behind_large_ones() {
 fn bulk_does_not_starve_behind_a_flood() {
     for_seeds(50, |seed| {
         let mut rng = Rng(seed);
-        let mut world = World::new(rng.next(), rng.between(1, 16) as usize, |rng| rng.between(2, 20) * MS);
+        let mut world = World::new(rng.number(), rng.between(1, 16) as usize, |rng| rng.between(2, 20) * MS);
         world.flood = true;
         let clients: Vec<usize> = (0..rng.between(1, 5) as usize).collect();
         for n in &clients {
@@ -414,7 +399,7 @@ fn a_client_at_its_limit_is_neither_stalled_nor_in_the_way() {
         let limit = rng.between(1, 4);
         let workers = rng.between(2 * limit, 12);
         let work = rng.between(10, 100) * MS;
-        let mut world = World::new(rng.next(), workers as usize, |_| work);
+        let mut world = World::new(rng.number(), workers as usize, |_| work);
         world.client(0, 1, 0, 1_000_000);
         world.clients.get_mut(&0).unwrap().max_ack_pending = limit as usize;
         world.client(1, 1, 0, 1_000_000);
@@ -434,7 +419,7 @@ fn a_slow_broker_costs_moments() {
         let mut rng = Rng(seed);
         let (clients, workers) = (rng.between(1, 4) as usize, rng.between(1, 8));
         let work = rng.between(20, 200) * MS;
-        let mut world = World::new(rng.next(), workers as usize, |_| work);
+        let mut world = World::new(rng.number(), workers as usize, |_| work);
         world.slow = rng.between(5, 30);
         (0..clients).for_each(|n| world.client(n, 1, 0, 1_000_000));
         world.run_until(31 * SECOND);
@@ -450,7 +435,7 @@ fn a_slow_broker_costs_moments() {
 fn a_lost_wake_up_costs_one_look_at_most() {
     for_seeds(100, |seed| {
         let mut rng = Rng(seed);
-        let mut world = World::new(rng.next(), rng.between(1, 8) as usize, |_| 10 * MS);
+        let mut world = World::new(rng.number(), rng.between(1, 8) as usize, |_| 10 * MS);
         world.lost = 100;
         let at = rng.between(2 * SECOND, 4 * SECOND);
         world.client(0, 1, at, 1);
@@ -464,7 +449,7 @@ fn a_lost_wake_up_costs_one_look_at_most() {
 /// workers die with what they run: every job is done, as soon as the broker has given up the dead and workers have looked.
 fn troubled(seed: u64, forgotten: bool) -> Result<(), String> {
     let mut rng = Rng(seed);
-    let mut world = World::new(rng.next(), rng.between(1, 4) as usize, |rng| rng.between(5, 100) * MS);
+    let mut world = World::new(rng.number(), rng.between(1, 4) as usize, |rng| rng.between(5, 100) * MS);
     world.lost = [0, 20, 100][rng.between(0, 2) as usize];
     (world.stray, world.slow, world.forgotten) = (rng.between(0, 50), rng.between(0, 20), forgotten);
     let clients = rng.between(1, 4) as usize;

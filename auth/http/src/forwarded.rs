@@ -80,6 +80,7 @@ fn is_port(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use dermflow_schemas::random::Rng;
     use hyper::header::HeaderValue;
 
     use super::*;
@@ -168,15 +169,6 @@ mod tests {
         assert_eq!(of(&[]), BALANCER);
     }
 
-    /// A number from a seed (`SplitMix64`), the same on every run.
-    fn random(seed: &mut u64) -> u64 {
-        *seed = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = *seed;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
     // Whatever a caller sends, in the field and as the name of the host that the balancer quotes: after balancers have
     // appended what they saw, the caller is where the first of them saw it.
     #[test]
@@ -199,10 +191,10 @@ mod tests {
             "for=198.51.100.9",
             "\\\\",
         ];
-        let mut seed = 7;
+        let mut rng = Rng(7);
         let mut words = |most: u64| -> String {
-            let count = random(&mut seed) % (most + 1);
-            (0..count).map(|_| WORDS[(random(&mut seed) % 16) as usize]).collect()
+            let count = rng.between(0, most);
+            (0..count).map(|_| WORDS[rng.below(16)]).collect()
         };
         for round in 0..20_000 {
             let (field, host) = (words(12), words(8).replace('\\', "\\\\").replace('"', "\\\""));

@@ -332,7 +332,7 @@ fn wait(used: Counts, policy: Policy, room: f64, passed: f64) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use dermflow_schemas::limits::COUNT_INTERVAL;
+    use dermflow_schemas::{limits::COUNT_INTERVAL, random::Rng};
 
     use super::*;
 
@@ -344,15 +344,6 @@ mod tests {
         Subject::Client(CLIENT.parse().unwrap())
     }
 
-    /// A number from a seed (`SplitMix64`), the same on every run.
-    fn random(seed: &mut u64) -> u64 {
-        *seed = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = *seed;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
     /// Several replicas that tell each other with a delay, and lose one message in `loss`.
     struct Simulation {
         meters: Vec<Meter>,
@@ -360,7 +351,7 @@ mod tests {
         sent: Vec<(u64, usize, Vec<Line>)>,
         policy: Policy,
         loss: u64,
-        seed: u64,
+        rng: Rng,
         now: u64,
     }
 
@@ -368,7 +359,8 @@ mod tests {
         fn new(replicas: usize, quota: u64, window: u64, loss: u64, seed: u64) -> Self {
             let meters = (0..replicas).map(|n| Meter::new(Uuid::from_u128(n as u128 + 1))).collect();
             let policy = Policy { quota, window: Duration::from_secs(window) };
-            let mut simulation = Self { meters, sent: Vec::new(), policy, loss, seed, now: 1_000_000_000 };
+            let mut simulation =
+                Self { meters, sent: Vec::new(), policy, loss, rng: Rng(seed), now: 1_000_000_000 };
             // They have found each other before anybody calls.
             simulation.run(3_000, |_| 0);
             simulation
@@ -381,8 +373,7 @@ mod tests {
             for _ in 0..millis {
                 self.now += 1;
                 for n in 0..self.meters.len() {
-                    let times =
-                        asked(n) / 1_000 + u64::from(random(&mut self.seed) % 1_000 < asked(n) % 1_000);
+                    let times = asked(n) / 1_000 + u64::from(self.rng.number() % 1_000 < asked(n) % 1_000);
                     for _ in 0..times {
                         let taken = self.meters[n].take(client(), Kind::Requests, self.policy, 1, self.now);
                         granted += u64::from(taken.is_ok());
@@ -390,7 +381,7 @@ mod tests {
                     // Each has its own beat.
                     if self.now % COUNT_INTERVAL.as_millis() as u64 == n as u64 * 37 % 100 {
                         let lines = self.meters[n].round(self.now);
-                        if self.loss == 0 || !random(&mut self.seed).is_multiple_of(self.loss) {
+                        if self.loss == 0 || !self.rng.number().is_multiple_of(self.loss) {
                             self.sent.push((self.now + WAY, n, lines));
                         }
                     }

@@ -11,6 +11,8 @@ use std::fmt::Write;
 
 use world::World;
 
+use crate::random::Rng;
+
 /// A rule that is broken on purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Defect {
@@ -78,28 +80,6 @@ const DEFECTS: [Defect; 19] = [
 
 /// Steps of a schedule before the surroundings calm down.
 const STEPS: usize = 120;
-
-/// `SplitMix64`: what a schedule depends on.
-#[derive(Debug, Clone)]
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let bits = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^ (bits >> 31)
-    }
-
-    /// Below `n`, which is above zero.
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    fn percent(&mut self, n: usize) -> bool {
-        self.below(100) < n
-    }
-}
 
 /// Runs the schedule of `seed` to its end.
 fn run(seed: u64, defect: Option<Defect>) -> Result<World, String> {

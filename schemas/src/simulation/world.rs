@@ -1,10 +1,11 @@
 //! The model: clients, ingress, record, queue, workers, recorders, sweeper, operators. One call of [`World::step`] lets one
 //! of them take one step.
 
-use super::{Defect, Rng};
+use super::Defect;
 use crate::{
     job::{Event, State, step},
     limits::MAX_ATTEMPTS,
+    random::Rng,
 };
 
 /// Ticks until the broker delivers again what was not acked.

@@ -154,6 +154,7 @@ async fn what_a_batch_is_refused_for_costs_no_second_deadline() -> Result<()> {
     let lab = Lab::start(Setup::without_workers()).await?;
     let broker = lab.broker().await?;
     let mut batch = broker.subscribe("elsewhere").await?;
+    broker.flush().await?;
     let (deadline, late) = (Duration::from_secs(3), Duration::from_secs(2));
     // In place of a stream: it takes its time to refuse the batch, and answers to none of its messages.
     let stream = async {
