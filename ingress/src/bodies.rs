@@ -136,7 +136,7 @@ impl Share {
         // Who waits for its own share keeps nobody from the rest.
         let own = self.kib.clone().acquire_many_owned(kib as u32).await?;
         let all = self.bodies.kib.clone().acquire_many_owned(kib as u32).await?;
-        Ok(Memory { own, all })
+        Ok(Memory { all, own })
     }
 
     /// So much of it, for `bytes`.
@@ -146,15 +146,16 @@ impl Share {
     pub(crate) fn take(&self, bytes: usize) -> Result<Memory, Code> {
         let take = |kib: &Arc<Semaphore>| kib.clone().try_acquire_many_owned(kib_of(bytes) as u32);
         let own = take(&self.kib).map_err(|_| Code::Overloaded)?;
-        Ok(Memory { own, all: take(&self.bodies.kib).map_err(|_| Code::Overloaded)? })
+        Ok(Memory { all: take(&self.bodies.kib).map_err(|_| Code::Overloaded)?, own })
     }
 }
 
 /// Memory that is taken until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    own: OwnedSemaphorePermit,
+    // First: whoever waits for its own share finds the rest of it free.
     all: OwnedSemaphorePermit,
+    own: OwnedSemaphorePermit,
 }
 
 impl Memory {
@@ -170,7 +171,7 @@ impl Memory {
 
     /// So much of it; `None` when it has less.
     pub(crate) fn split(&mut self, kib: usize) -> Option<Self> {
-        Some(Self { own: self.own.split(kib)?, all: self.all.split(kib)? })
+        Some(Self { all: self.all.split(kib)?, own: self.own.split(kib)? })
     }
 }
 

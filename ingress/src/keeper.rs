@@ -64,7 +64,7 @@ pub(crate) async fn run(app: Arc<App>, ack_wait: Duration, replicas: usize, stop
 
 async fn keep(app: &App, ack_wait: Duration, replicas: usize) -> Result<(), async_nats::Error> {
     let context = app.publisher.context();
-    let mut missing = Vec::new();
+    let (mut missing, mut limits) = (Vec::new(), HashMap::new());
     for (name, consumers) in queue::expected(ack_wait) {
         let Some(stream) = stream(context, &name).await? else {
             missing.push(name);
@@ -72,11 +72,17 @@ async fn keep(app: &App, ack_wait: Duration, replicas: usize) -> Result<(), asyn
         };
         let (held, there) = look(&stream).await?;
         show(app, &name, held);
-        lanes::align(app, &there).await;
         let gone = consumers.into_iter().filter(|consumer| !there.contains_key(consumer));
         missing.extend(gone.map(|consumer| format!("{name}/{consumer}")));
+        if name == queue::JOBS {
+            limits = there;
+        }
     }
-    if missing.is_empty() { Ok(()) } else { recreate(app, ack_wait, replicas, &missing).await }
+    if !missing.is_empty() {
+        recreate(app, ack_wait, replicas, &missing).await?;
+    }
+    lanes::align(app, &limits).await;
+    Ok(())
 }
 
 /// `None` when the broker says that there is no such stream.

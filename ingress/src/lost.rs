@@ -17,7 +17,10 @@
 //! have been on the lists of RETRIES or RESULTS since the last round, as many are read: most leave these within moments, so
 //! that a damaged one soon is among few.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use async_nats::jetstream::{Context, stream::RawMessageErrorKind};
 use base64::{Engine, engine::general_purpose::URL_SAFE};
@@ -33,12 +36,16 @@ use dermflow_schemas::{
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 use time::OffsetDateTime;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
     app::App,
     store::{InLine, Open},
 };
+
+/// How long messages of RETRIES and RESULTS are read in a round, which has more to look at.
+const READ_DEADLINE: Duration = Duration::from_secs(5);
 
 type Answer<T> = Result<T, async_nats::Error>;
 
@@ -150,8 +157,9 @@ impl Watch {
             Ok(missing)
         };
         let Ok(mut missing) = missing.await.map_err(unanswered) else { return Ok(Vec::new()) };
-        // A broker that lets us read JOBS only tells the rest all the same.
-        missing.extend(self.unreadable(context, stayed).await.map_err(unanswered).unwrap_or_default());
+        // What was found in JOBS does not wait for a broker that gives nothing else to read.
+        let unreadable = timeout(READ_DEADLINE, self.unreadable(context, stayed)).await;
+        missing.extend(unreadable.unwrap_or(Ok(Vec::new())).map_err(unanswered).unwrap_or_default());
         Ok(self.confirm(&missing))
     }
 

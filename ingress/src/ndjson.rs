@@ -1,8 +1,10 @@
 //! Lines of a request body, one after the other, within bounds of memory and time.
 
+use std::time::Duration;
+
 use axum::body::{Body, BodyDataStream};
 use bytes::{Bytes, BytesMut};
-use dermflow_schemas::limits::UPLOAD_SILENCE;
+use dermflow_schemas::limits::{UPLOAD_PATIENCE, UPLOAD_SILENCE};
 use futures_util::StreamExt;
 use tokio::time::timeout;
 
@@ -38,9 +40,17 @@ pub(crate) enum Next {
     End,
 }
 
-/// The body was cut, or its sender, or the memory for it, took too long.
+/// Why a body is not read any further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Cut;
+pub(crate) enum Cut {
+    /// It was cut, or its sender took too long.
+    Sender,
+    /// There was no memory for it for too long.
+    NoRoom,
+}
+
+/// How long a body waits for memory: longer than lines in hand, which may hold it, wait for room in the queue.
+const ROOM_PATIENCE: Duration = UPLOAD_PATIENCE.saturating_add(UPLOAD_SILENCE);
 
 impl Lines {
     pub(crate) fn new(body: Body, share: Share, limit: usize) -> Self {
@@ -68,8 +78,8 @@ impl Lines {
             if self.ended {
                 return Ok(Next::End);
             }
-            let chunk = timeout(UPLOAD_SILENCE, self.body.next()).await.map_err(|_| Cut)?;
-            match chunk.transpose().map_err(|_| Cut)? {
+            let chunk = timeout(UPLOAD_SILENCE, self.body.next()).await.map_err(|_| Cut::Sender)?;
+            match chunk.transpose().map_err(|_| Cut::Sender)? {
                 None => self.ended = true,
                 Some(chunk) => self.buffer.extend_from_slice(&chunk),
             }
@@ -82,8 +92,8 @@ impl Lines {
         let needed = kib_of(self.buffer.len());
         let held = self.memory.as_ref().map_or(0, Memory::kib);
         if needed > held {
-            let more = timeout(UPLOAD_SILENCE, self.share.wait(needed - held));
-            let more = more.await.map_err(|_| Cut)?.map_err(|_| Cut)?;
+            let more = timeout(ROOM_PATIENCE, self.share.wait(needed - held));
+            let more = more.await.map_err(|_| Cut::NoRoom)?.map_err(|_| Cut::NoRoom)?;
             match &mut self.memory {
                 Some(memory) => memory.merge(more),
                 None => self.memory = Some(more),

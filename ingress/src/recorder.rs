@@ -76,13 +76,10 @@ pub(crate) async fn run_awaited(app: Arc<App>, mut awaited: AwaitedResults) {
         let app = app.clone();
         tokio::spawn(async move {
             let (results, tried): (Vec<Received>, Vec<_>) = group.into_iter().unzip();
-            let (recorded, count) = (record(&app, &results).await, results.len());
-            // What they leave in the queue is no affair of those who wait for them, or for the next group.
-            drop((results, tried, permit));
-            match recorded {
-                Ok(winners) => clean_up(&app, &winners).await,
-                Err(error) => tracing::warn!(%error, results = count, "results not recorded yet"),
+            if let Err(error) = record(&app, &results).await {
+                tracing::warn!(%error, results = results.len(), "results not recorded yet");
             }
+            drop((tried, permit));
         });
     }
 }
@@ -163,8 +160,14 @@ async fn record_batch(app: &App, batch: Vec<Message>, stop: &CancellationToken) 
     let (mut done, mut most) = (0, results.len());
     while done < results.len() {
         let end = results.len().min(done + most);
-        let winners = match record(app, &results[done..end]).await {
-            Ok(winners) => winners,
+        let recorded = async {
+            record(app, &results[done..end]).await?;
+            // Of all, whoever recorded them first: a process that dies here finds them again.
+            let jobs: Vec<JobId> = results[done..end].iter().map(|(header, _)| header.job).collect();
+            app.store.spent_claim_checks(&jobs).await
+        };
+        let spent = match recorded.await {
+            Ok(spent) => spent,
             Err(error) => {
                 tracing::warn!(%error, results = end - done, "results not recorded yet");
                 // It may be too much for one transaction.
@@ -176,12 +179,12 @@ async fn record_batch(app: &App, batch: Vec<Message>, stop: &CancellationToken) 
                 continue;
             }
         };
+        delete_objects(app, spent).await;
         for message in &messages[done..end] {
             if let Err(error) = message.ack().await {
                 tracing::debug!(%error, "a recorded result will be delivered again");
             }
         }
-        clean_up(app, &winners).await;
         done = end;
     }
 }
@@ -196,8 +199,8 @@ async fn set_aside(message: &Message, error: &EnvelopeError) {
     let _ = message.ack_with(kind).await;
 }
 
-/// Records results; of each job the first one wins. What is left to do for the winners is [`clean_up`]'s.
-async fn record(app: &App, results: &[Received]) -> Result<Vec<Settled>, DbError> {
+/// Records results; of each job the first one wins.
+async fn record(app: &App, results: &[Received]) -> Result<(), DbError> {
     let winners = app.store.settle(results).await?;
     app.metrics.late_results.with_label_values::<&str>(&[]).inc_by((results.len() - winners.len()) as u64);
     for winner in &winners {
@@ -206,7 +209,7 @@ async fn record(app: &App, results: &[Received]) -> Result<Vec<Settled>, DbError
             observe(app, winner, header);
         }
     }
-    Ok(winners)
+    Ok(())
 }
 
 fn observe(app: &App, winner: &Settled, header: &ResultHeader) {
@@ -223,10 +226,9 @@ fn observe(app: &App, winner: &Settled, header: &ResultHeader) {
     }
 }
 
-/// Frees what ended jobs leave in the queue. What fails here is freed by the streams' limits.
-pub(crate) async fn clean_up(app: &App, ended: &[Settled]) {
-    let spent: Vec<JobId> = ended.iter().filter(|job| job.spent_claim_check).map(|job| job.id).collect();
-    let delete = stream::iter(spent).for_each_concurrent(WITHDRAWALS, |id| async move {
+/// Removes the payloads of ended jobs. What fails here is freed by the store's limits.
+pub(crate) async fn delete_objects(app: &App, jobs: Vec<JobId>) {
+    let delete = stream::iter(jobs).for_each_concurrent(WITHDRAWALS, |id| async move {
         delete_object(app, id).await;
     });
     delete.await;

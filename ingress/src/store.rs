@@ -291,6 +291,21 @@ impl Store {
         .await
     }
 
+    /// Those of these jobs that have ended with a payload in the object store that nothing needs any more.
+    pub(crate) async fn spent_claim_checks(&self, jobs: &[JobId]) -> Result<Vec<JobId>> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let select = format!(
+                "SELECT {SETTLED} FROM jobs WHERE id = ANY($1) AND claim_check AND finished_at IS NOT NULL"
+            );
+            let select = connection.prepare_cached(&select).await?;
+            let jobs: Vec<Uuid> = jobs.iter().map(|job| job.uuid()).collect();
+            let ended = connection.query(&select, &[&jobs]).await?;
+            Ok(ended.iter().map(settled).filter(|job| job.spent_claim_check).map(|job| job.id).collect())
+        })
+        .await
+    }
+
     /// A client's own job; another client's does not exist for it.
     pub(crate) async fn find(&self, job: JobId, client: ClientId) -> Result<Option<Record>> {
         within(async {

@@ -151,6 +151,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             Ok(Submitted { job: header.job, is_new: true, ended: false, keyless, wake_up })
         }
         Committed::Known(first) => {
+            let now = clock::now();
             // Who submits a job again asks how far it is.
             let asked = Event::new(Action::StatusRead, who, now).client(Some(client));
             app.trail.repeated(asked.object(Some(Object::job(first.id)))).await?;
@@ -167,7 +168,8 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             // What happened before anybody listened is in the record.
             let ended =
                 app.store.find(first.id, client).await?.is_none_or(|record| record.state.is_terminal());
-            Ok(Submitted { job: first.id, is_new: false, ended, keyless, wake_up })
+            let is_new = first.id == header.job;
+            Ok(Submitted { job: first.id, is_new, ended, keyless, wake_up })
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     batches::clear,
     lanes,
     lost::{Watch, jobs_in},
-    recorder::{clean_up, delete_object, withdraw},
+    recorder::{delete_object, delete_objects, withdraw},
     retention,
     store::{Leader, Settled},
 };
@@ -160,7 +160,8 @@ async fn sweep_up(app: &App, code: Code, settled: &[Settled]) {
                 withdraw(app, job.id, job.stream_seq).await;
             }
         }
-        clean_up(app, settled).await;
+        let spent = settled.iter().filter(|job| job.spent_claim_check).map(|job| job.id).collect();
+        delete_objects(app, spent).await;
     };
     if timeout(SWEEP_INTERVAL, clean).await.is_err() {
         tracing::warn!("not everything that was settled is out of the queue");

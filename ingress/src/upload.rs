@@ -131,7 +131,7 @@ struct Uploading {
     /// Nobody reads the answers, or the sender is gone.
     is_gone: bool,
     running: JoinSet<Answered>,
-    /// Why the caller may not go on.
+    /// Why it may not go on.
     shut_out: Arc<OnceLock<Problem>>,
 }
 
@@ -212,7 +212,7 @@ impl Uploading {
         complete && self.shut_out.get().is_none()
     }
 
-    /// Reads to the end; `false` when the server cannot go on, or the caller may not.
+    /// Reads to the end; `false` when the server cannot go on, or the upload may not.
     async fn read(&mut self, lines: &mut Lines) -> Result<bool, Gone> {
         loop {
             while !self.has_room() {
@@ -235,7 +235,11 @@ impl Uploading {
             };
             match next {
                 Ok(Next::End) => return Ok(true),
-                Err(Cut) => return Err(Gone),
+                Err(Cut::Sender) => return Err(Gone),
+                Err(Cut::NoRoom) => {
+                    let _ = self.shut_out.set(Code::Overloaded.into());
+                    return Ok(false);
+                }
                 Ok(next) => {
                     if !self.take(next) {
                         return Ok(false);

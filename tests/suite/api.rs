@@ -319,7 +319,7 @@ async fn a_slow_object_store_keeps_no_answer_back() -> Result<()> {
     let (recorded, (answer, answered)) = tokio::try_join!(recorded, answered)?;
     assert_eq!(answer.status, 200, "{}", answer.text);
     let late = answered.saturating_duration_since(recorded);
-    assert!(late < PUBLISH_DEADLINE / 2, "{late:?} after its result was on record");
+    assert!(late < PUBLISH_DEADLINE * 3 / 4, "{late:?} after its result was on record");
     lab.stop().await
 }
 

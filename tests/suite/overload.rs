@@ -427,7 +427,7 @@ async fn one_client_does_not_fill_the_memory_for_bodies() -> Result<()> {
         if now != last {
             (last, since) = (now, Instant::now());
         }
-        (now > LINE && since.elapsed() > Duration::from_secs(2)).then_some(now)
+        (now > BODY_MEMORY_BYTES / 2 - LINE && since.elapsed() > Duration::from_secs(2)).then_some(now)
     };
     let held = eventually("no more is taken in", LONG, stands).await?;
     assert!(held <= BODY_MEMORY_BYTES / 2, "{} MiB", held >> 20);
