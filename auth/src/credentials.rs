@@ -47,7 +47,7 @@ pub enum BadKey {
     #[error("no certificate (PEM)")]
     NotCertificate,
     /// It has no id.
-    #[error("a key has a kid of 1 to 255 bytes")]
+    #[error("a key has a kid of 1 to 255 bytes, none of them a control character")]
     NoId,
 }
 
@@ -63,6 +63,10 @@ impl PublicKey {
     /// See [`BadKey`].
     pub fn parse(text: &str) -> Result<Self, BadKey> {
         let value: Value = serde_json::from_str(text).map_err(|_| BadKey::NotJwk)?;
+        // PostgreSQL's jsonb has no NUL, whichever member it is in.
+        if value.to_string().contains(r"\u0000") {
+            return Err(BadKey::NotJwk);
+        }
         if ["d", "p", "q", "dp", "dq", "qi", "k"].iter().any(|private| value.get(private).is_some()) {
             return Err(BadKey::Private);
         }
@@ -70,10 +74,15 @@ impl PublicKey {
         algorithm(&jwk).ok_or(BadKey::Type)?;
         DecodingKey::from_jwk(&jwk).map_err(|_| BadKey::NotJwk)?;
         match jwk.common.key_id {
-            Some(id) if (1..=255).contains(&id.len()) => Ok(Self(value)),
+            Some(id) if is_id(&id) => Ok(Self(value)),
             _ => Err(BadKey::NoId),
         }
     }
+}
+
+/// Whether a key may have this `kid`. PostgreSQL's text has no NUL.
+fn is_id(kid: &str) -> bool {
+    (1..=255).contains(&kid.len()) && !kid.contains(char::is_control)
 }
 
 /// The one algorithm that a key is for, whatever a header says.
@@ -178,7 +187,7 @@ pub async fn check_assertion(
         return Ok(None);
     }
     let Ok(header) = jsonwebtoken::decode_header(assertion) else { return Ok(None) };
-    let (Some(kid), None) = (header.kid, header.crit) else { return Ok(None) };
+    let (Some(kid), None) = (header.kid.filter(|kid| is_id(kid)), header.crit) else { return Ok(None) };
     // Whose key to look for; nothing of it is believed yet.
     let Some(claimed) = unproved(assertion) else { return Ok(None) };
     let select = format!(
@@ -260,6 +269,9 @@ mod tests {
             ("d", json!("AA"), BadKey::Private),
             ("crv", json!("P-256"), BadKey::Type),
             ("kid", json!(""), BadKey::NoId),
+            ("kid", json!("a\tb"), BadKey::NoId),
+            ("kid", json!("a\0b"), BadKey::NotJwk),
+            ("use", json!("a\0b"), BadKey::NotJwk),
             ("kty", json!("OKP"), BadKey::Type),
             ("x", json!("!"), BadKey::NotJwk),
         ];

@@ -14,7 +14,7 @@ use dermflow_schemas::{
 use secrecy::SecretString;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::json;
-use time::{Duration, OffsetDateTime};
+use time::{Duration, OffsetDateTime, UtcOffset};
 use tokio_postgres::{Row, types::Json};
 use uuid::Uuid;
 
@@ -927,5 +927,7 @@ fn check_text(
 }
 
 fn check_expiry(expires_at: Option<OffsetDateTime>, now: OffsetDateTime) -> Result<(), RegistryError> {
-    if expires_at.is_some_and(|at| at <= now) { Err(RegistryError::Past) } else { Ok(()) }
+    // By the clock of another zone it may be in a year that UTC has no number for.
+    let is_future = |at: OffsetDateTime| at > now && at.checked_to_offset(UtcOffset::UTC).is_some();
+    if expires_at.is_none_or(is_future) { Ok(()) } else { Err(RegistryError::Past) }
 }

@@ -16,6 +16,7 @@ use dermflow_schemas::{
     limits::{GROUP_BYTES, GROUP_JOBS, GROUP_LEAST, GROUP_QUEUE, PUBLISH_DEADLINE},
     queue::{Message, PublishError},
 };
+use futures_util::future::join_all;
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, timeout_at},
@@ -211,13 +212,12 @@ async fn publish(
     end: Instant,
 ) -> Vec<Result<(), Problem>> {
     let Some(lane) = fresh.first().map(|fresh| fresh.header.lane) else { return Vec::new() };
-    let clients: HashSet<ClientId> = fresh.iter().map(|fresh| fresh.header.client).collect();
     let left = end.saturating_duration_since(Instant::now());
     let published = app.publisher_of(lane).publish_all(messages, left).await;
-    for client in clients {
-        lanes::announce(app, lane, client).await;
-    }
     let headers = || fresh.iter().map(|fresh| &fresh.header);
+    let clients = headers().zip(&published).filter(|(_, published)| published.is_ok());
+    let clients: HashSet<ClientId> = clients.map(|(header, _)| header.client).collect();
+    join_all(clients.into_iter().map(|client| lanes::announce(app, lane, client))).await;
     let marks: Vec<Queued> = headers()
         .zip(&published)
         .filter_map(|(header, published)| {

@@ -247,7 +247,7 @@ async fn without_letter(operators: &Operators, requeue: &Requeue) -> Result<(), 
 /// Removes a dead letter for good, bytes and all.
 pub(crate) async fn purge(operators: &Operators, sequence: u64, operator: Who) -> Result<(), Problem> {
     let letter = get(operators, sequence).await?.ok_or(Code::NotFound)?;
-    if !discard(operators, sequence, (letter.client, letter.job), operator).await? {
+    if !discard(operators, &letter, operator).await? {
         return Err(refused("the letter is on its way into the queue"));
     }
     let (job, operator) = (letter.job.map(tracing::field::display), operator.actor.id());
@@ -255,21 +255,15 @@ pub(crate) async fn purge(operators: &Operators, sequence: u64, operator: Who) -
     Ok(())
 }
 
-/// Removes a dead letter on behalf of `who`, with the job and client that it is about, if that can be told; not one that is
-/// on its way into the queue. Whether it is gone.
-pub(crate) async fn discard(
-    operators: &Operators,
-    sequence: u64,
-    (client, job): (Option<ClientId>, Option<JobId>),
-    who: Who,
-) -> Result<bool, Problem> {
-    let place = i64::try_from(sequence).map_err(|_| Code::NotFound)?;
+/// Removes a dead letter on behalf of `who`; not one that is on its way into the queue. Whether it is gone.
+pub(crate) async fn discard(operators: &Operators, letter: &Letter, who: Who) -> Result<bool, Problem> {
+    let place = i64::try_from(letter.sequence).map_err(|_| Code::NotFound)?;
     if operators.store.requeued_from(place).await?.is_some_and(|requeue| requeue.pending) {
         return Ok(false);
     }
     // The trail first: an entry for a letter that is still there does no harm.
-    operators.store.purge(place, client, job, clock::now(), who).await?;
-    remove(operators, sequence).await?;
+    operators.store.purge(place, letter.client, letter.job, clock::now(), who).await?;
+    remove(operators, letter.sequence).await?;
     Ok(true)
 }
 

@@ -2,9 +2,10 @@
 //! seconds, and an alarm goes up. What was in it is for the sweeper to find out. Every replica does this, as it
 //! needs neither the database nor a leader.
 //!
-//! Looking at the queue is also where its gauges come from.
+//! Looking at the queue is also where its gauges come from, and where it shows that staff has changed a client's limit of
+//! jobs in flight.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_nats::jetstream::{
     Context,
@@ -22,7 +23,7 @@ use serde_json::json;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::app::App;
+use crate::{app::App, lanes};
 
 /// What a stream holds, as far as consumers know of it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +72,8 @@ async fn keep(app: &App, ack_wait: Duration, replicas: usize) -> Result<(), asyn
         };
         let (held, there) = look(&stream).await?;
         show(app, &name, held);
-        let gone = consumers.into_iter().filter(|consumer| !there.contains(consumer));
+        lanes::align(app, &there).await;
+        let gone = consumers.into_iter().filter(|consumer| !there.contains_key(consumer));
         missing.extend(gone.map(|consumer| format!("{name}/{consumer}")));
     }
     if missing.is_empty() { Ok(()) } else { recreate(app, ack_wait, replicas, &missing).await }
@@ -91,16 +93,16 @@ async fn stream(context: &Context, name: &str) -> Result<Option<Stream<Info>>, a
     }
 }
 
-/// What the stream holds, and the names of its consumers.
-async fn look(stream: &Stream<Info>) -> Result<(Held, HashSet<String>), async_nats::Error> {
+/// What the stream holds, and its consumers by name with the limits of what they have in flight.
+async fn look(stream: &Stream<Info>) -> Result<(Held, HashMap<String, i64>), async_nats::Error> {
     let state = &stream.cached_info().state;
     let mut held = Held { messages: state.messages, ..Held::default() };
-    let mut there = HashSet::new();
+    let mut there = HashMap::new();
     let mut consumers = stream.consumers().take(MAX_CONSUMERS);
     while let Some(consumer) = consumers.try_next().await? {
         held.pending += consumer.num_pending;
         held.ack_pending += consumer.num_ack_pending as u64;
-        there.insert(consumer.name);
+        there.insert(consumer.name, consumer.config.max_ack_pending);
     }
     if held.unaccounted() > 0 && stream.cached_info().config.name == queue::RETRIES {
         let parked = stream.info_with_subjects(queue::ALL_RETRIES).await?;

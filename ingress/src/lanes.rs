@@ -51,7 +51,7 @@ impl Lanes {
         }
     }
 
-    /// The consumer is gone.
+    /// The consumer is gone, or not as it was.
     fn forget(&self, client: ClientId) {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).remove(&client);
     }
@@ -150,6 +150,25 @@ pub(crate) async fn repair(app: &App) {
         }
         Ok(Err(error)) => tracing::warn!(%error, "consumers of bulk jobs"),
         Err(_) => tracing::warn!("consumers of bulk jobs: no answer"),
+    }
+}
+
+/// Gives the consumers of clients, which have these limits, those that staff has set since.
+pub(crate) async fn align(app: &App, consumers: &HashMap<String, i64>) {
+    // A view that is too old may be none at all, which knows of no limits.
+    if app.access.is_stale() {
+        return;
+    }
+    for (name, limit) in consumers {
+        let Some(client) = queue::bulk_consumer_client(name) else { continue };
+        let running = app.access.quota(client).running;
+        if *limit != running {
+            tracing::info!(%client, limit, running, "another limit of jobs in flight");
+            app.lanes.forget(client);
+            if ensure_consumer(app, client, running).await.is_err() {
+                return;
+            }
+        }
     }
 }
 

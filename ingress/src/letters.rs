@@ -9,14 +9,14 @@ use std::collections::BTreeMap;
 use dermflow_auth::audit::Who;
 use dermflow_schemas::{
     clock,
-    id::{ClientId, JobId},
+    id::ClientId,
     limits::{DEAD_PAGE_BYTES, MAX_LETTERS, RESULT_PATIENCE},
 };
 use time::OffsetDateTime;
 
 use crate::{
     answer::Problem,
-    dead::{Letter, Operators, discard, from_on},
+    dead::{Letter, Operators, discard, from_on, get},
 };
 
 /// The letters that this process has seen.
@@ -31,13 +31,12 @@ pub(crate) struct Letters {
 #[derive(Debug, Clone, Copy)]
 struct Known {
     client: Option<ClientId>,
-    job: Option<JobId>,
     dead_at: OffsetDateTime,
 }
 
 impl From<&Letter> for Known {
     fn from(letter: &Letter) -> Self {
-        Self { client: letter.client, job: letter.job, dead_at: letter.dead_at }
+        Self { client: letter.client, dead_at: letter.dead_at }
     }
 }
 
@@ -56,21 +55,18 @@ impl Letters {
         // Not before the job's failure is on record, which the worker tells after it has written the letter.
         let kept = |client| operators.access.quota(client).retention().max(RESULT_PATIENCE);
         let past = |known: &Known| known.client.is_some_and(|client| known.dead_at + kept(client) <= now);
-        let past: Vec<(u64, Known)> = self
-            .known
-            .iter()
-            .filter(|(_, known)| past(known))
-            .map(|(place, known)| (*place, *known))
-            .collect();
-        for (place, Known { client, job, .. }) in past {
-            if discard(operators, place, (client, job), Who::part("sweeper")).await? {
-                tracing::info!(
-                    job = job.map(tracing::field::display),
-                    letter = place,
-                    "dead letter past its retention"
-                );
-                self.known.remove(&place);
+        let past: Vec<u64> =
+            self.known.iter().filter(|(_, known)| past(known)).map(|(place, _)| *place).collect();
+        for place in past {
+            // It may have left since it was read, and its job have another letter, with the same payload.
+            if let Some(letter) = get(operators, place).await? {
+                if !discard(operators, &letter, Who::part("sweeper")).await? {
+                    continue;
+                }
+                let job = letter.job.map(tracing::field::display);
+                tracing::info!(job, letter = place, "dead letter past its retention");
             }
+            self.known.remove(&place);
         }
         Ok(())
     }

@@ -117,7 +117,7 @@ fn plain_image(node: &Node<'_, '_>, faults: &mut Faults) -> Option<(ImageEntry, 
     let body_site = body_site(&element, faults);
     let data = element.required("data", faults)?;
     let (bytes, format) = parameters::image_file(data.string(faults)?, &data.path, faults)?;
-    Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, body_site }, bytes))
+    Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, taken: None, body_site }, bytes))
 }
 
 /// A SNOMED CT code, or one of the device API's.

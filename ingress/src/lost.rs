@@ -13,7 +13,9 @@
 //! broker still counts, until it is read; and, when more than [`MAX_GAPS`] are removed between the first and the last
 //! message, what else is gone between them.
 //! The samples are the first ones in line of [`LOST_SAMPLES`] clients and lanes, among which a message soon is that the
-//! broker has passed over, and as many others in the order of their ids, until [`LOST_SAMPLE_BYTES`] are read.
+//! broker has passed over, and as many others in the order of their ids, until [`LOST_SAMPLE_BYTES`] are read. Of jobs that
+//! have been on the lists of RETRIES or RESULTS since the last round, as many are read: most leave these within moments, so
+//! that a damaged one soon is among few.
 
 use std::collections::{HashMap, HashSet};
 
@@ -75,6 +77,8 @@ struct Suspects {
     contested: Vec<Open>,
     /// Their payload should be in the object store.
     claims: Vec<Open>,
+    /// They are known to be in other streams; in the order of places.
+    moved: Vec<Open>,
 }
 
 impl Suspects {
@@ -86,6 +90,7 @@ impl Suspects {
                     self.claims.push(*job);
                 }
                 if elsewhere.contains(&job.id) {
+                    self.moved.push(*job);
                     continue;
                 }
                 if gaps.has(job.stream_seq) {
@@ -105,11 +110,15 @@ pub(crate) struct Watch {
     missing: HashMap<Open, u32>,
     /// Where the samples go on.
     cursor: JobId,
+    /// Jobs that were in other streams in the last round.
+    elsewhere: HashSet<JobId>,
+    /// Where the samples of these go on, by their places in JOBS.
+    place: i64,
 }
 
 impl Default for Watch {
     fn default() -> Self {
-        Self { missing: HashMap::new(), cursor: Uuid::nil().into() }
+        Self { missing: HashMap::new(), cursor: Uuid::nil().into(), elsewhere: HashSet::new(), place: 0 }
     }
 }
 
@@ -122,7 +131,8 @@ impl Watch {
         let Ok((gaps, elsewhere)) = overview(context).await.map_err(unanswered) else {
             return Ok(Vec::new());
         };
-        let Suspects { absent, contested, claims } = suspects(app, before, &gaps, &elsewhere).await?;
+        let Suspects { absent, contested, claims, moved } = suspects(app, before, &gaps, &elsewhere).await?;
+        let stayed = self.stayed(moved, elsewhere);
         let samples = self.samples(app, before).await?;
         // Of the others the broker has told again that they are gone.
         let known = self.missing.keys().copied().filter(|job| !gaps.has(job.stream_seq));
@@ -139,7 +149,9 @@ impl Watch {
             missing.extend(without_object(context, claims).await?);
             Ok(missing)
         };
-        let Ok(missing) = missing.await.map_err(unanswered) else { return Ok(Vec::new()) };
+        let Ok(mut missing) = missing.await.map_err(unanswered) else { return Ok(Vec::new()) };
+        // A broker that lets us read JOBS only tells the rest all the same.
+        missing.extend(self.unreadable(context, stayed).await.map_err(unanswered).unwrap_or_default());
         Ok(self.confirm(&missing))
     }
 
@@ -151,6 +163,36 @@ impl Watch {
             rounds.partition(|(_, rounds)| *rounds >= LOST_ROUNDS);
         self.missing = missing;
         lost.into_keys().collect()
+    }
+
+    /// Of the jobs in other streams those to read: what could not be read in the last round, and then, of what was there in
+    /// it, the next ones.
+    fn stayed(&mut self, moved: Vec<Open>, elsewhere: HashSet<JobId>) -> Vec<Open> {
+        let before = std::mem::replace(&mut self.elsewhere, elsewhere);
+        let stayed = moved.into_iter().filter(|job| before.contains(&job.id));
+        let (mut chosen, others): (Vec<Open>, Vec<Open>) =
+            stayed.partition(|job| self.missing.contains_key(job));
+        let others = others.into_iter().filter(|job| job.stream_seq > self.place);
+        chosen.extend(others.take(LOST_SAMPLES as usize));
+        chosen
+    }
+
+    /// Those of which nothing can be read, until enough bytes are read.
+    async fn unreadable(&mut self, context: &Context, stayed: Vec<Open>) -> Answer<Vec<Open>> {
+        let (mut unreadable, mut read, mut reached) = (Vec::new(), 0, 0);
+        let is_all = stayed.len() < LOST_SAMPLES as usize;
+        for job in stayed {
+            reached = job.stream_seq;
+            match readable(context, job).await? {
+                Some(bytes) => read += bytes,
+                None => unreadable.push(job),
+            }
+            if read >= LOST_SAMPLE_BYTES {
+                break;
+            }
+        }
+        self.place = if is_all && read < LOST_SAMPLE_BYTES { 0 } else { reached };
+        Ok(unreadable)
     }
 
     /// Messages to read although nothing speaks against them: the first of each client, and some of the others.
@@ -245,6 +287,28 @@ async fn not_at_place(context: &Context, jobs: HashSet<Open>) -> Answer<Vec<Open
     Ok(found.into_iter().flatten().collect())
 }
 
+/// The bytes of a message of the job that can be read, wherever it waits. It is looked for in the order in which it moves,
+/// between the two subjects of RETRIES to and fro: a way that is longer than a question.
+async fn readable(context: &Context, job: Open) -> Answer<Option<usize>> {
+    if let Found::Own(bytes) = find(context, job).await? {
+        return Ok(Some(bytes));
+    }
+    let (retry, due, result) =
+        (queue::retry_subject(job.id), queue::due_filter(job.id), queue::result_subject(job.id));
+    for (stream, subject) in
+        [(queue::RETRIES, &due), (queue::RETRIES, &retry), (queue::RETRIES, &due), (queue::RESULTS, &result)]
+    {
+        let stream = context.get_stream_no_info(stream).await?;
+        // Of several on a subject the first that is whole will do.
+        match stream.get_first_raw_message_by_subject(subject, 1).await {
+            Ok(message) => return Ok(Some(message.payload.len())),
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
+}
+
 /// The same for samples: one after the other, until enough bytes are read.
 async fn absent_among(context: &Context, samples: Vec<Open>) -> Answer<Vec<Open>> {
     let (mut missing, mut read) = (Vec::new(), 0);
@@ -315,6 +379,7 @@ mod tests {
         assert_eq!(suspects.absent, [job(1, 9)]);
         assert_eq!(suspects.contested, [job(4, 12)], "who is new claims the place, but is not looked for");
         assert_eq!(suspects.claims, [job(3, 11)]);
+        assert_eq!(suspects.moved, [job(6, 21)]);
         let contested: Vec<InLine> =
             (0..).take(LOST_LOOKS + 9).map(|n| due(job(n, 15 + n as i64 / 9_000))).collect();
         suspects.add(&contested, &gaps, &elsewhere);
@@ -331,6 +396,22 @@ mod tests {
         assert_eq!(watch.confirm(&[open(1)]), [], "it was back in between");
         assert_eq!(watch.confirm(&[]), []);
         assert!(watch.missing.is_empty(), "nothing is remembered of what is found");
+    }
+
+    /// What is only passing by is not read; each of the others is, in turn, and what could not be read is at once.
+    #[test]
+    fn what_stays_in_another_stream_is_read_in_turn() {
+        let job = |n: i64| Open { id: Uuid::from_u128(n as u128).into(), stream_seq: n };
+        let listed = |last: i64| (1..=last).map(job).collect::<Vec<_>>();
+        let ids = |jobs: &[Open]| jobs.iter().map(|job| job.id).collect();
+        let (mut watch, jobs) = (Watch::default(), listed(LOST_SAMPLES + 10));
+        assert_eq!(watch.stayed(jobs.clone(), ids(&jobs)), [], "they may be gone in a moment");
+        let first = watch.stayed(jobs.clone(), ids(&jobs));
+        assert_eq!(first, listed(LOST_SAMPLES));
+        watch.confirm(&[job(3)]);
+        watch.place = LOST_SAMPLES;
+        let next = watch.stayed(jobs.clone(), ids(&jobs));
+        assert_eq!((next.len(), next[0], next[1]), (11, job(3), job(LOST_SAMPLES + 1)));
     }
 
     #[test]

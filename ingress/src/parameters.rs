@@ -15,6 +15,7 @@ use dermflow_schemas::{
 
 use crate::{
     element::{Element, Faults, Node},
+    fhir::search,
     json::Json,
     snomed::is_concept_id,
 };
@@ -128,7 +129,7 @@ fn analysed_image(parameter: &Element<'_, '_>, faults: &mut Faults) -> Option<(I
             _ => faults.add(Code::ParameterUnknown, format!("{}.name", item.path), None),
         }
     }
-    let Some((bytes, format, title)) = content else {
+    let Some((entry, bytes)) = content else {
         if faults.0.is_empty() {
             faults.add(
                 Code::ElementMissing,
@@ -138,19 +139,28 @@ fn analysed_image(parameter: &Element<'_, '_>, faults: &mut Faults) -> Option<(I
         }
         return None;
     };
-    Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, body_site }, bytes))
+    Some((ImageEntry { body_site, ..entry }, bytes))
 }
 
-fn attachment(
-    node: &Node<'_, '_>,
-    faults: &mut Faults,
-) -> Option<(ImageBytes, image::Format, Option<String>)> {
+/// A file and what is said of it, without its body site.
+fn attachment(node: &Node<'_, '_>, faults: &mut Faults) -> Option<(ImageEntry, ImageBytes)> {
     let names = ["contentType", "language", "data", "url", "size", "hash", "title", "creation"];
     let attachment = node.element(&names, faults)?;
     let title = attachment.text("title", faults);
+    let taken = attachment.get("creation").and_then(|node| date_time(&node, faults));
     let data = attachment.required("data", faults)?;
     let (bytes, format) = image_file(data.string(faults)?, &data.path, faults)?;
-    Some((bytes, format, title))
+    let entry = ImageEntry { bytes: bytes.as_slice().len(), format, title, taken, body_site: None };
+    Some((entry, bytes))
+}
+
+fn date_time(node: &Node<'_, '_>, faults: &mut Faults) -> Option<String> {
+    let read = search::date_time(node.string(faults)?);
+    if read.is_none() {
+        let rule = "a dateTime: YYYY, YYYY-MM, YYYY-MM-DD, or with a time of day and its zone";
+        faults.add(Code::ValueInvalid, &node.path, Some(rule.into()));
+    }
+    read
 }
 
 /// The image file that stands in a request as Base64, whatever the request calls it.
@@ -379,11 +389,29 @@ mod tests {
     }
 
     #[test]
+    fn an_image_may_say_when_it_was_taken() {
+        let mut request = request();
+        assert_eq!(parse(request.to_string().as_bytes()).unwrap().manifest.images[0].taken, None);
+        for (creation, taken) in
+            [("2026-02", "2026-02"), ("2026-02-13T15:58:25+01:00", "2026-02-13T14:58:25.000Z")]
+        {
+            request["parameter"][0]["part"][0]["valueAttachment"]["creation"] = json!(creation);
+            let payload = parse(request.to_string().as_bytes()).unwrap();
+            assert_eq!(payload.manifest.images[0].taken.as_deref(), Some(taken));
+        }
+        let place = "Parameters.parameter[0].part[0].valueAttachment.creation";
+        let creation = "/parameter/0/part/0/valueAttachment/creation";
+        expect_one(creation, json!("yesterday"), "value-invalid", place);
+        expect_one(creation, json!("2026-02-13T15:58:25"), "value-invalid", place);
+        expect_one(creation, json!(2026), "element-type", place);
+    }
+
+    #[test]
     fn legal_elements_that_are_not_used_are_let_be() {
         let mut full = request();
         full["id"] = json!("r1");
         full["meta"] = json!({"tag": [{"code": "x"}]});
-        full["parameter"][0]["part"][0]["valueAttachment"]["creation"] = json!("2026-01-01");
+        full["parameter"][0]["part"][0]["valueAttachment"]["size"] = json!(1);
         full["parameter"][0]["part"][0]["valueAttachment"]["_title"] = json!({"extension": []});
         full["parameter"][1]["valueReference"]["extension"] =
             json!([{"url": "http://x", "valueBoolean": true}]);

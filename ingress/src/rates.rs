@@ -28,7 +28,7 @@ use dermflow_schemas::{
     queue,
 };
 use futures_util::StreamExt;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -36,6 +36,7 @@ use crate::{
     answer::Problem,
     app::App,
     routes::{is_login, is_open},
+    submit::Patience,
 };
 
 /// What clients ask again and again until a job or a batch has ended; it has a rate of its own.
@@ -84,18 +85,15 @@ pub(crate) async fn images(
     app: &App,
     client: ClientId,
     images: usize,
-    patience: Duration,
+    patience: &Patience,
 ) -> Result<(), Problem> {
-    let end = Instant::now() + patience;
     loop {
         let policy = policy(Kind::Images, app.access.quota(client));
         let taken = app.rates.take(Subject::Client(client), Kind::Images, policy, images as u64);
         let Err(wait) = taken else { return Ok(()) };
-        let pause = wait.min(POLL_INTERVAL).min(end.saturating_duration_since(Instant::now()));
-        if pause.is_zero() || app.draining.is_cancelled() {
+        if !patience.pause(wait.min(POLL_INTERVAL)).await {
             return Err(ApiError::from(Code::RateExceeded).detail("images").after(wait).into());
         }
-        sleep(pause).await;
     }
 }
 

@@ -9,12 +9,12 @@ use dermflow_schemas::{
     id::JobId,
     limits::{
         MAX_WAITERS, NOTES_HELD, NOTES_TOGETHER, PUBLISH_DEADLINE, RECORD_BATCH, RECORD_BYTES, RECORD_GROUPS,
-        RECORD_INTERVAL,
+        RECORD_INTERVAL, WITHDRAWALS,
     },
     queue,
     seal::Sealed,
 };
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{FutureExt, StreamExt, stream};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     time::{Instant, sleep, sleep_until, timeout},
@@ -75,11 +75,14 @@ pub(crate) async fn run_awaited(app: Arc<App>, mut awaited: AwaitedResults) {
         }
         let app = app.clone();
         tokio::spawn(async move {
-            let (results, _tried): (Vec<Received>, Vec<_>) = group.into_iter().unzip();
-            if let Err(error) = record(&app, &results).await {
-                tracing::warn!(%error, results = results.len(), "results not recorded yet");
+            let (results, tried): (Vec<Received>, Vec<_>) = group.into_iter().unzip();
+            let recorded = record(&app, &results).await;
+            // What they leave in the queue is no affair of those who wait for them, or for the next group.
+            drop((tried, permit));
+            match recorded {
+                Ok(winners) => clean_up(&app, &winners).await,
+                Err(error) => tracing::warn!(%error, results = results.len(), "results not recorded yet"),
             }
-            drop(permit);
         });
     }
 }
@@ -90,36 +93,33 @@ fn size((_, report): &Received) -> usize {
 
 /// Drains RESULTS until `stop`, whatever fails on the way. The recorders of all replicas share the work.
 pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
-    let mut next = Instant::now();
     while !stop.is_cancelled() {
-        let mut messages = match subscribe(&app).await {
-            Ok(messages) => messages,
-            Err(error) => {
-                tracing::warn!(%error, "recorder cannot reach the queue");
-                pause(&stop).await;
-                continue;
-            }
+        match subscribe(&app).await {
+            Ok(messages) => record_from(&app, messages, &stop).await,
+            Err(error) => tracing::warn!(%error, "recorder cannot reach the queue"),
+        }
+        pause(&stop).await;
+    }
+}
+
+/// Records what comes until the broker no longer says that it is there, or `stop`. What still came for this request would
+/// wait for the broker to deliver it again: it ends before the pause.
+async fn record_from(app: &App, mut messages: Stream, stop: &CancellationToken) {
+    let mut next = Instant::now();
+    loop {
+        let first = tokio::select! {
+            () = stop.cancelled() => return,
+            first = messages.next() => first,
         };
-        loop {
-            let first = tokio::select! {
-                () = stop.cancelled() => return,
-                first = messages.next() => first,
-            };
-            match first {
-                Some(Ok(first)) => {
-                    sleep_until(next).await;
-                    next = Instant::now() + RECORD_INTERVAL;
-                    let batch = ready_too(first, &mut messages);
-                    record_batch(&app, batch, &stop).await;
-                }
-                // A missed heartbeat is not the end; the stream goes on when polled again.
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "recorder");
-                    pause(&stop).await;
-                    break;
-                }
-                None => break,
+        match first {
+            Some(Ok(first)) => {
+                sleep_until(next).await;
+                next = Instant::now() + RECORD_INTERVAL;
+                let batch = ready_too(first, &mut messages);
+                record_batch(app, batch, stop).await;
             }
+            Some(Err(error)) => return tracing::warn!(%error, "recorder"),
+            None => return,
         }
     }
 }
@@ -163,27 +163,30 @@ async fn record_batch(app: &App, batch: Vec<Message>, stop: &CancellationToken) 
     let (mut done, mut most) = (0, results.len());
     while done < results.len() {
         let end = results.len().min(done + most);
-        if let Err(error) = record(app, &results[done..end]).await {
-            tracing::warn!(%error, results = end - done, "results not recorded yet");
-            // It may be too much for one transaction.
-            most = (most / 2).max(1);
-            pause(stop).await;
-            if stop.is_cancelled() {
-                return;
+        let winners = match record(app, &results[done..end]).await {
+            Ok(winners) => winners,
+            Err(error) => {
+                tracing::warn!(%error, results = end - done, "results not recorded yet");
+                // It may be too much for one transaction.
+                most = (most / 2).max(1);
+                pause(stop).await;
+                if stop.is_cancelled() {
+                    return;
+                }
+                continue;
             }
-            continue;
-        }
+        };
         for message in &messages[done..end] {
             if let Err(error) = message.ack().await {
                 tracing::debug!(%error, "a recorded result will be delivered again");
             }
         }
+        clean_up(app, &winners).await;
         done = end;
     }
 }
 
-/// A newer build's result is left for a replica that knows it; a broken one can help nobody, and its job ends
-/// at its deadline.
+/// A newer build's result is left for a replica that knows it; a broken one can help nobody, and its job is found lost.
 async fn set_aside(message: &Message, error: &EnvelopeError) {
     tracing::error!(subject = %message.subject, %error, "unreadable result");
     let kind = match error {
@@ -193,8 +196,8 @@ async fn set_aside(message: &Message, error: &EnvelopeError) {
     let _ = message.ack_with(kind).await;
 }
 
-/// Records results; of each job the first one wins.
-async fn record(app: &App, results: &[Received]) -> Result<(), DbError> {
+/// Records results; of each job the first one wins. What is left to do for the winners is [`clean_up`]'s.
+async fn record(app: &App, results: &[Received]) -> Result<Vec<Settled>, DbError> {
     let winners = app.store.settle(results).await?;
     app.metrics.late_results.with_label_values::<&str>(&[]).inc_by((results.len() - winners.len()) as u64);
     for winner in &winners {
@@ -203,8 +206,7 @@ async fn record(app: &App, results: &[Received]) -> Result<(), DbError> {
             observe(app, winner, header);
         }
     }
-    clean_up(app, &winners).await;
-    Ok(())
+    Ok(winners)
 }
 
 fn observe(app: &App, winner: &Settled, header: &ResultHeader) {
@@ -223,11 +225,11 @@ fn observe(app: &App, winner: &Settled, header: &ResultHeader) {
 
 /// Frees what ended jobs leave in the queue. What fails here is freed by the streams' limits.
 pub(crate) async fn clean_up(app: &App, ended: &[Settled]) {
-    for job in ended {
-        if job.spent_claim_check {
-            delete_object(app, job.id).await;
-        }
-    }
+    let spent: Vec<JobId> = ended.iter().filter(|job| job.spent_claim_check).map(|job| job.id).collect();
+    let delete = stream::iter(spent).for_each_concurrent(WITHDRAWALS, |id| async move {
+        delete_object(app, id).await;
+    });
+    delete.await;
 }
 
 /// Removes a job that ended without a worker's result from the queue, wherever it waits, and stops the worker

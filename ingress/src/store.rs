@@ -1,4 +1,5 @@
-//! The record of jobs in PostgreSQL: every statement that ingress sends.
+//! The record of jobs in PostgreSQL, and what else ingress keeps there: every statement on its own tables. Those on accounts,
+//! credentials and the trail are in `dermflow_auth`.
 //!
 //! A job changes state only by a statement whose condition comes from [`job::sources`], so the database and
 //! [`job::step`] cannot disagree, and of two racing transitions one finds nothing to do.
@@ -219,21 +220,25 @@ impl Store {
         .await
     }
 
-    /// Workers began attempts. A note that comes late, or twice, changes nothing.
+    /// Workers began attempts, or parked jobs for the next one. A note that comes late, or twice, changes nothing.
     pub(crate) async fn started(&self, notes: &[Progress]) -> Result<()> {
         within(async {
             let ids: Vec<Uuid> = notes.iter().map(|note| note.job.uuid()).collect();
             let attempts: Vec<i32> = notes.iter().map(|note| note.attempt as i32).collect();
             let times: Vec<OffsetDateTime> = notes.iter().map(|note| note.started_at).collect();
+            let parked: Vec<bool> = notes.iter().map(|note| note.parked).collect();
             let connection = self.pool.get().await?;
-            // Locked in order of their ids, as results of the same jobs are.
-            let update = "WITH note AS (SELECT n.* FROM unnest($1::uuid[], $2::int[], $3::timestamptz[]) \
-                      AS n (id, attempt, at) JOIN jobs ON jobs.id = n.id \
-                      WHERE state = ANY($4) AND attempts < n.attempt ORDER BY n.id FOR UPDATE OF jobs) \
-                      UPDATE jobs SET state = 'running', started_at = note.at, attempts = note.attempt \
-                      FROM note WHERE jobs.id = note.id AND state = ANY($4) AND attempts < note.attempt";
+            // Of each job the last one; locked in order of their ids, as results of the same jobs are.
+            let update = "WITH note AS (SELECT n.* FROM (SELECT DISTINCT ON (id) * \
+                      FROM unnest($1::uuid[], $2::int[], $3::timestamptz[], $5::bool[]) AS n (id, attempt, at, parked) \
+                      ORDER BY id, attempt DESC, parked DESC) AS n JOIN jobs ON jobs.id = n.id \
+                      WHERE state = ANY($4) AND attempts < n.attempt + n.parked::int ORDER BY n.id FOR UPDATE OF jobs) \
+                      UPDATE jobs SET state = CASE WHEN note.parked THEN 'queued' ELSE 'running' END, \
+                      started_at = note.at, attempts = note.attempt FROM note \
+                      WHERE jobs.id = note.id AND state = ANY($4) AND attempts < note.attempt + note.parked::int";
             let update = connection.prepare_cached(update).await?;
-            connection.execute(&update, &[&ids, &attempts, &times, &open_states(Event::Started)]).await?;
+            let open = open_states(Event::Started);
+            connection.execute(&update, &[&ids, &attempts, &times, &open, &parked]).await?;
             Ok(())
         })
         .await

@@ -20,6 +20,7 @@ use dermflow_schemas::{
 use futures_util::StreamExt;
 use time::OffsetDateTime;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     answer::Problem,
@@ -46,16 +47,38 @@ pub(crate) struct Submission {
     /// From acceptance to the end, if the caller wants it shorter than the lane's.
     pub(crate) cancel_after: Option<Duration>,
     pub(crate) member: Option<Member>,
-    /// How long to wait when the client's quota or the queue is full, rather than to refuse.
-    pub(crate) patience: Duration,
+    pub(crate) patience: Patience,
     /// Accounts for the payload's memory until it is in the queue.
     pub(crate) memory: Memory,
+}
+
+/// Until when something waits for the client's quota or for room in the queue, rather than to be refused.
+#[derive(Debug, Clone)]
+pub(crate) struct Patience {
+    pub(crate) end: Instant,
+    /// Cancelled when there is nothing to wait for any more.
+    pub(crate) over: CancellationToken,
+}
+
+impl Patience {
+    /// Waits for nothing.
+    pub(crate) fn none() -> Self {
+        Self { end: Instant::now(), over: CancellationToken::new() }
+    }
+
+    /// Pauses until it may be tried again, for `most`; `false` when it may not.
+    pub(crate) async fn pause(&self, most: Duration) -> bool {
+        let pause = most.min(self.end.saturating_duration_since(Instant::now()));
+        !pause.is_zero() && self.over.run_until_cancelled(sleep(pause)).await.is_some()
+    }
 }
 
 /// A job that is recorded and in the queue, or has been through it.
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) job: JobId,
+    /// It was never submitted before.
+    pub(crate) is_new: bool,
     /// It had ended when it was submitted again.
     pub(crate) ended: bool,
     /// Whoever misses its answer has no key to ask for it again.
@@ -75,7 +98,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
     let Submission { client, who, lane, key, payload, cancel_after, member, patience, memory: _memory } =
         submission;
     let images = payload.images.len();
-    rates::images(&app, client, images, patience).await?;
+    rates::images(&app, client, images, &patience).await?;
     served(&app, client, key.as_deref(), payload.manifest.model.as_ref()).await?;
     let now = clock::now();
     let mut header = JobHeader::new(JobId::new(now), client, lane, now, cancel_after);
@@ -101,16 +124,31 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
         member,
         search,
     };
-    let end = Instant::now() + limits::PUBLISH_DEADLINE + patience;
+    let end = patience.end.max(Instant::now()) + limits::PUBLISH_DEADLINE;
     let wake_up = listen(&app, job.id, lane).await;
     let body = (!claim_check).then(|| header.encode(&sealed.bytes));
     prepare(&app, lane, client, end).await?;
-    let entry = Entry { job, header: header.clone(), body, end };
-    match patiently(&app, entry, patience).await? {
-        Committed::Queued => Ok(Submitted { job: header.job, ended: false, keyless, wake_up }),
+    let mut entry = Entry { job, header: header.clone(), body, end };
+    let committed = loop {
+        match app.commits.commit(entry.clone()).await {
+            Err(problem) if problem.retry() == Retry::Safe => {
+                if !patience.pause(limits::POLL_INTERVAL).await {
+                    return Err(problem);
+                }
+            }
+            done => break done?,
+        }
+        // A job is accepted when there is room for it, and its time begins then.
+        header.accept(clock::now(), cancel_after);
+        (entry.job.accepted_at, entry.job.deadline) = (header.accepted_at, header.deadline);
+        entry.body = (!claim_check).then(|| header.encode(&sealed.bytes));
+        entry.header = header.clone();
+    };
+    match committed {
+        Committed::Queued => Ok(Submitted { job: header.job, is_new: true, ended: false, keyless, wake_up }),
         Committed::Recorded => {
             check_in(&app, &mut header, &sealed).await?;
-            Ok(Submitted { job: header.job, ended: false, keyless, wake_up })
+            Ok(Submitted { job: header.job, is_new: true, ended: false, keyless, wake_up })
         }
         Committed::Known(first) => {
             // Who submits a job again asks how far it is.
@@ -129,7 +167,7 @@ async fn record_and_publish(app: Arc<App>, submission: Submission) -> Result<Sub
             // What happened before anybody listened is in the record.
             let ended =
                 app.store.find(first.id, client).await?.is_none_or(|record| record.state.is_terminal());
-            Ok(Submitted { job: first.id, ended, keyless, wake_up })
+            Ok(Submitted { job: first.id, is_new: false, ended, keyless, wake_up })
         }
     }
 }
@@ -152,23 +190,6 @@ async fn served(
     match key {
         Some(key) if app.store.has_key(client, key).await? => Ok(()),
         _ => Err(Code::ModelUnknown.into()),
-    }
-}
-
-/// Commits; what is refused for want of room is tried again while patience lasts.
-async fn patiently(app: &App, mut entry: Entry, patience: Duration) -> Result<Committed, Problem> {
-    let end = Instant::now() + patience;
-    loop {
-        let problem = match app.commits.commit(entry.clone()).await {
-            Err(problem) if problem.retry() == Retry::Safe => problem,
-            done => return done,
-        };
-        let pause = limits::POLL_INTERVAL.min(end.saturating_duration_since(Instant::now()));
-        if pause.is_zero() || app.draining.is_cancelled() {
-            return Err(problem);
-        }
-        sleep(pause).await;
-        entry.end = end + limits::PUBLISH_DEADLINE;
     }
 }
 

@@ -26,7 +26,9 @@ use crate::{
     store::{Leader, Settled},
 };
 
-/// A round every [`SWEEP_INTERVAL`] until `stop`; the database sees to it that one replica leads.
+/// A round every [`SWEEP_INTERVAL`] until `stop`. The database sees to it that one replica leads; what is left of deleted
+/// batches, and consumers that are gone, are every replica's affair: rows that one has locked another passes over, and what
+/// is done twice does no harm.
 pub(crate) async fn run(app: Arc<App>, stop: CancellationToken) {
     let mut sweeper = Sweeper::default();
     let mut round = interval(SWEEP_INTERVAL);
@@ -151,7 +153,7 @@ async fn sweep_up(app: &App, code: Code, settled: &[Settled]) {
     // The broker may be away, and the next round must not wait for it.
     let clean = async {
         for job in settled {
-            // What is lost is in no stream, unless it is its object that is.
+            // What is lost is in no stream that would give it up, unless it is its object that is.
             if code == Code::PayloadLost && !job.spent_claim_check {
                 lanes::cancel(app, job.id).await;
             } else {

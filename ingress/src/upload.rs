@@ -6,8 +6,9 @@
 use std::{
     collections::HashSet,
     convert::Infallible,
+    future::pending,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -26,7 +27,7 @@ use dermflow_schemas::{
     job::Lane,
     limits::{
         ACCESS_INTERVAL, LINGER_BYTES, LINGER_TIMEOUT, MAX_BATCH_LINES, MAX_BODY_BYTES, UPLOAD_BYTES,
-        UPLOAD_LEASE, UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SILENCE,
+        UPLOAD_LINES, UPLOAD_PATIENCE, UPLOAD_SHOWN, UPLOAD_SILENCE,
     },
 };
 use futures_util::{StreamExt, stream};
@@ -35,8 +36,9 @@ use time::OffsetDateTime;
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
-    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -48,7 +50,7 @@ use crate::{
     lines::{self, Form, Line},
     ndjson::{Cut, Lines, Next},
     store::{batches::line_key, claim::Member},
-    submit::{Submission, blocking, submit},
+    submit::{Patience, Submission, Submitted, blocking, submit},
 };
 
 /// The media type of answers.
@@ -57,6 +59,7 @@ pub(crate) const NDJSON: &str = "application/x-ndjson";
 /// Who uploads what.
 #[derive(Debug)]
 pub(crate) struct Upload {
+    pub(crate) id: Uuid,
     /// What it came with may end before it does.
     pub(crate) pass: Pass,
     pub(crate) client: ClientId,
@@ -70,6 +73,8 @@ pub(crate) struct Upload {
     pub(crate) cancel_after: Option<Duration>,
     /// Earlier uploads had lines refused, which this one may mend.
     pub(crate) mending: bool,
+    /// Cancelled when no line is to be taken any more: the server stops, or the caller may not go on.
+    pub(crate) over: CancellationToken,
     /// The place among the uploads.
     pub(crate) _place: Place,
 }
@@ -96,6 +101,10 @@ struct Answered {
     number: usize,
     custom_id: Option<String>,
     outcome: Result<JobId, Problem>,
+    /// No upload to the batch had brought the line before.
+    is_new: bool,
+    /// When it came.
+    came: OffsetDateTime,
     /// Of the line, in hand until now.
     bytes: usize,
 }
@@ -117,13 +126,13 @@ struct Uploading {
     last_turn: oneshot::Receiver<Infallible>,
     counts: Counts,
     in_hand: usize,
-    /// When the last line came.
+    /// When the last line came that no other upload had brought.
     heard: OffsetDateTime,
     /// Nobody reads the answers, or the sender is gone.
     is_gone: bool,
     running: JoinSet<Answered>,
     /// Why the caller may not go on.
-    shut_out: Option<Problem>,
+    shut_out: Arc<OnceLock<Problem>>,
 }
 
 async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<Bytes>) {
@@ -139,17 +148,15 @@ async fn run(app: Arc<App>, upload: Upload, body: Body, answers: mpsc::Sender<By
         heard: clock::now(),
         is_gone: false,
         running: JoinSet::new(),
-        shut_out: None,
+        shut_out: Arc::default(),
     };
     uploading.run(lines).await;
 }
 
 /// What happens to an upload.
 enum Event {
-    /// The server is told to stop.
-    Draining,
-    /// It is time to look whether the caller may go on.
-    Look,
+    /// No line is to be taken any more.
+    Over,
     Answered(Option<Answered>),
 }
 
@@ -158,21 +165,28 @@ struct Gone;
 
 impl Uploading {
     async fn run(mut self, mut lines: Lines) {
-        let (app, batch) = (self.app.clone(), self.upload.batch);
+        let (app, upload, shut_out) = (self.app.clone(), self.upload.clone(), self.shut_out.clone());
+        let (id, batch) = (upload.id, upload.batch);
+        let standing = async {
+            let why = ends(&app, &upload).await;
+            let _ = shut_out.set(why);
+            upload.over.cancel();
+            pending().await
+        };
         let complete = tokio::select! {
             complete = self.take_in(&mut lines) => complete,
-            never = show(&app, batch) => match never {},
+            never = standing => match never {},
         };
         // However it ended: the batch does not wait for it any more.
         let now = clock::now();
         let since = if self.is_gone { self.heard } else { now };
-        let ended = app.store.end_upload(batch, complete, since, now).await;
+        let ended = app.store.end_upload(id, complete, since, now).await;
         let complete = complete && ended.is_ok();
         let Counts { lines: count, accepted, refused } = self.counts;
         tracing::info!(%batch, lines = count, accepted, refused, complete, "upload");
         let mut last = json!({"batch": batch, "lines": count, "accepted": accepted, "refused": refused,
                               "complete": complete});
-        if let Some(problem) = &self.shut_out {
+        if let Some(problem) = shut_out.get() {
             last["error"] = problem.to_json();
         }
         if self.write(&last).await.is_ok() && !complete {
@@ -195,16 +209,14 @@ impl Uploading {
         while let Some(answered) = self.running.join_next().await {
             complete &= self.answered(answered.ok()).await.unwrap_or(false);
         }
-        complete
+        complete && self.shut_out.get().is_none()
     }
 
     /// Reads to the end; `false` when the server cannot go on, or the caller may not.
     async fn read(&mut self, lines: &mut Lines) -> Result<bool, Gone> {
-        let mut look = interval(ACCESS_INTERVAL);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             while !self.has_room() {
-                let event = self.event(&mut look).await;
+                let event = self.event().await;
                 if !self.goes_on(event).await? {
                     return Ok(false);
                 }
@@ -214,7 +226,7 @@ impl Uploading {
             let next = loop {
                 let event = tokio::select! {
                     biased;
-                    event = self.event(&mut look) => event,
+                    event = self.event() => event,
                     next = &mut next => break next,
                 };
                 if !self.goes_on(event).await? {
@@ -238,12 +250,10 @@ impl Uploading {
     }
 
     /// What happens first besides the next line. Cancel safe.
-    async fn event(&mut self, look: &mut Interval) -> Event {
-        let draining = self.app.draining.cancelled();
+    async fn event(&mut self) -> Event {
         tokio::select! {
             biased;
-            () = draining => Event::Draining,
-            _ = look.tick() => Event::Look,
+            () = self.upload.over.cancelled() => Event::Over,
             Some(answered) = self.running.join_next() => Event::Answered(answered.ok()),
         }
     }
@@ -251,11 +261,7 @@ impl Uploading {
     /// `false` when this was the end.
     async fn goes_on(&mut self, event: Event) -> Result<bool, Gone> {
         match event {
-            Event::Draining => Ok(false),
-            Event::Look => {
-                self.shut_out = self.upload.pass.check(self.app.as_ref()).await.err();
-                Ok(self.shut_out.is_none())
-            }
+            Event::Over => Ok(false),
             Event::Answered(answered) => self.answered(answered).await,
         }
     }
@@ -263,15 +269,15 @@ impl Uploading {
     /// Takes a line in hand; `false` when it is one too many.
     fn take(&mut self, next: Next) -> bool {
         self.counts.lines += 1;
-        self.heard = clock::now();
-        let over = self.counts.lines > MAX_BATCH_LINES;
+        let (came, over) = (clock::now(), self.counts.lines > MAX_BATCH_LINES);
         match next {
             Next::Line { number, bytes, memory } if !over => {
                 self.in_hand += bytes.len();
                 let (app, upload, seen) = (self.app.clone(), self.upload.clone(), self.seen.clone());
                 let (end, ended) = oneshot::channel();
                 let turn = Turn { before: std::mem::replace(&mut self.last_turn, ended), seen, _end: end };
-                self.running.spawn(line(app, upload, turn, number, bytes, memory));
+                let taken = Taken { number, came, bytes, memory };
+                self.running.spawn(line(app, upload, turn, taken));
                 true
             }
             Next::Line { number, .. } | Next::TooLong { number } => {
@@ -282,8 +288,8 @@ impl Uploading {
                 };
                 let (app, upload) = (self.app.clone(), self.upload.clone());
                 self.running.spawn(async move {
-                    let outcome = refuse(&app, &upload, number, None, error.into()).await;
-                    Answered { number, custom_id: None, outcome, bytes: 0 }
+                    let (problem, is_new) = refuse(&app, &upload, number, None, error.into()).await;
+                    Answered { number, custom_id: None, outcome: Err(problem), is_new, came, bytes: 0 }
                 });
                 !over
             }
@@ -293,8 +299,13 @@ impl Uploading {
 
     /// Tells what became of a line; `false` when others would fare no better.
     async fn answered(&mut self, answered: Option<Answered>) -> Result<bool, Gone> {
-        let Some(Answered { number, custom_id, outcome, bytes }) = answered else { return Ok(false) };
+        let Some(Answered { number, custom_id, outcome, is_new, came, bytes }) = answered else {
+            return Ok(false);
+        };
         self.in_hand -= bytes;
+        if is_new {
+            self.heard = self.heard.max(came);
+        }
         let mut goes_on = true;
         let answer = match outcome {
             Ok(job) => {
@@ -325,12 +336,26 @@ impl Uploading {
     }
 }
 
-/// Shows all replicas that an upload to the batch goes on.
-async fn show(app: &App, batch: Uuid) -> Infallible {
+/// Shows all replicas that an upload goes on, until it may not: its caller is shut out, or its batch is deleted.
+async fn ends(app: &App, upload: &Upload) -> Problem {
+    let every = |period| {
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks
+    };
+    let (mut look, mut show) = (every(ACCESS_INTERVAL), every(UPLOAD_SHOWN));
     loop {
-        sleep(UPLOAD_LEASE / 3).await;
-        if let Err(error) = app.store.upload_seen(batch, clock::now()).await {
-            tracing::debug!(%batch, %error, "an upload goes on, which nobody sees");
+        tokio::select! {
+            _ = look.tick() => {
+                if let Err(problem) = upload.pass.check(app).await {
+                    return problem;
+                }
+            }
+            _ = show.tick() => match app.store.upload_seen(upload.id, upload.batch, clock::now()).await {
+                Ok(true) => {}
+                Ok(false) => return Code::NotFound.into(),
+                Err(error) => tracing::debug!(upload = %upload.id, %error, "an upload goes on, which nobody sees"),
+            },
         }
     }
 }
@@ -364,14 +389,16 @@ impl Turn {
     }
 }
 
-async fn line(
-    app: Arc<App>,
-    upload: Arc<Upload>,
-    turn: Turn,
+/// A line in hand, with what accounts for its memory.
+struct Taken {
     number: usize,
+    came: OffsetDateTime,
     bytes: Bytes,
     memory: Memory,
-) -> Answered {
+}
+
+async fn line(app: Arc<App>, upload: Arc<Upload>, turn: Turn, taken: Taken) -> Answered {
+    let Taken { number, came, bytes, memory } = taken;
     let (length, form) = (bytes.len(), upload.form);
     let (custom_id, payload) = match blocking(move || lines::parse(form, &bytes)).await {
         Ok(Line { custom_id, payload }) => (custom_id, payload.map_err(Problem::from)),
@@ -394,31 +421,39 @@ async fn line(
             Err(problem)
         }
     };
-    let outcome = match outcome {
+    let (outcome, is_new) = match outcome {
+        Ok(Submitted { job, is_new, .. }) => (Ok(job), is_new),
         Err(problem) => {
             // The name stands for the line that came first.
             let name = custom_id.as_deref().filter(|_| !is_repeated);
-            refuse(&app, &upload, number, name, problem).await
+            let (problem, is_new) = refuse(&app, &upload, number, name, problem).await;
+            (Err(problem), is_new)
         }
-        accepted => accepted,
     };
-    Answered { number, custom_id, outcome, bytes: length }
+    Answered { number, custom_id, outcome, is_new, came, bytes: length }
 }
 
-/// The answer to a line that is refused, when that is in the audit trail, and among the batch's errors if it is for good.
+/// The answer to a line that is refused, when that is in the audit trail, and among the batch's errors if it is for good; and
+/// whether no upload has had that answer for it before.
 async fn refuse(
     app: &App,
     upload: &Upload,
     number: usize,
     name: Option<&str>,
     problem: Problem,
-) -> Result<JobId, Problem> {
-    refused_part(app, upload.who, upload.client, Some(upload.batch), number, problem.code()).await?;
-    // An upload that is too long is no fault of a line.
-    if problem.retry() == Retry::Never && !problem.is(Code::BatchTooLong) {
-        app.store.refuse_line(upload.client, upload.batch, number, name, &problem.to_json()).await?;
+) -> (Problem, bool) {
+    let noted = async {
+        refused_part(app, upload.who, upload.client, Some(upload.batch), number, problem.code()).await?;
+        // An upload that is too long is no fault of a line.
+        if problem.retry() != Retry::Never || problem.is(Code::BatchTooLong) {
+            return Ok::<_, Problem>(false);
+        }
+        Ok(app.store.refuse_line(upload.client, upload.batch, number, name, &problem.to_json()).await?)
+    };
+    match noted.await {
+        Ok(is_new) => (problem, is_new),
+        Err(failed) => (failed, false),
     }
-    Err(problem)
 }
 
 fn digest(name: &str) -> u128 {
@@ -432,7 +467,7 @@ async fn accept(
     member: Member,
     payload: dermflow_schemas::envelope::Payload,
     memory: Memory,
-) -> Result<JobId, Problem> {
+) -> Result<Submitted, Problem> {
     let custom_id = member.custom_id.clone();
     let submission = Submission {
         client: upload.client,
@@ -442,14 +477,14 @@ async fn accept(
         payload,
         cancel_after: upload.cancel_after,
         member: Some(member),
-        patience: UPLOAD_PATIENCE,
+        patience: Patience { end: Instant::now() + UPLOAD_PATIENCE, over: upload.over.clone() },
         memory,
     };
     let submitted = submit(app.clone(), submission).await?;
     if upload.mending {
         app.store.admit_line(upload.batch, &custom_id).await?;
     }
-    Ok(submitted.job)
+    Ok(submitted)
 }
 
 #[cfg(test)]

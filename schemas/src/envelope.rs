@@ -69,20 +69,13 @@ pub struct JobHeader {
     /// Where the payload is.
     pub carrier: Carrier,
     /// How often an operator has put it back into the queue.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub requeues: u32,
 }
 
-/// Fields that are zero for nearly every job are left out, which older builds take for zero, too.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
-fn is_zero(count: &u32) -> bool {
-    *count == 0
-}
-
-/// As [`is_zero`].
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
-fn is_default(language: &Language) -> bool {
-    *language == Language::default()
+/// Fields that have their default in nearly every message are left out, which older builds take for it, too.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The job that a message names, whatever its version; `None` when it names none.
@@ -105,13 +98,31 @@ impl JobHeader {
         accepted_at: OffsetDateTime,
         cancel_after: Option<Duration>,
     ) -> Self {
-        let within = match lane {
+        let (carrier, key, deadline) = (Carrier::Inline, String::new(), accepted_at);
+        let mut header = Self {
+            v: VERSION,
+            job,
+            client,
+            lane,
+            attempt: 1,
+            accepted_at,
+            deadline,
+            key,
+            carrier,
+            requeues: 0,
+        };
+        header.accept(accepted_at, cancel_after);
+        header
+    }
+
+    /// Moves the acceptance, and the deadline with it.
+    pub fn accept(&mut self, accepted_at: OffsetDateTime, cancel_after: Option<Duration>) {
+        let within = match self.lane {
             Lane::Interactive => crate::limits::INTERACTIVE_DEADLINE,
             Lane::Bulk => crate::limits::BULK_DEADLINE,
         };
-        let deadline = accepted_at + cancel_after.map_or(within, |after| after.min(within));
-        let (carrier, key) = (Carrier::Inline, String::new());
-        Self { v: VERSION, job, client, lane, attempt: 1, accepted_at, deadline, key, carrier, requeues: 0 }
+        self.accepted_at = accepted_at;
+        self.deadline = accepted_at + cancel_after.map_or(within, |after| after.min(within));
     }
 
     /// The header of a dead letter's job when it goes back into the queue at `now`, for the `requeues`th time:
@@ -161,6 +172,9 @@ pub struct ImageEntry {
     /// The caller's title.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
+    /// When it was taken, as the caller says: a FHIR dateTime, which may be a year alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken: Option<String>,
     /// Where on the body, as the caller coded it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_site: Option<CodeableConcept>,
@@ -179,7 +193,7 @@ pub struct Manifest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identifier: Option<Identifier>,
     /// For how many classes, the most probable first, there are heat maps of each image.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub heat_maps: u32,
     /// What the report is written in.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -283,7 +297,7 @@ pub struct ResultHeader {
     pub key: String,
     /// How often the job had been put back into the queue when the attempt was made: a failure from before it was
     /// put back last says nothing about it.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub requeues: u32,
     /// Which version of which model it was; empty when the attempt did not come to one.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -350,7 +364,7 @@ impl ResultHeader {
     }
 }
 
-/// A worker's note that an attempt began. May be lost: the result repeats it.
+/// A worker's note that an attempt began, or that it failed and another one follows. May be lost: the result repeats it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// The job.
@@ -360,6 +374,9 @@ pub struct Progress {
     /// When it began.
     #[serde(with = "time::serde::rfc3339")]
     pub started_at: OffsetDateTime,
+    /// It failed, and the next one waits for its time.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub parked: bool,
 }
 
 fn frame(header: &impl Serialize, tail: &[u8]) -> Bytes {
@@ -410,7 +427,7 @@ mod tests {
     }
 
     fn payload() -> Payload {
-        let entry = |bytes, format| ImageEntry { bytes, format, title: None, body_site: None };
+        let entry = |bytes, format| ImageEntry { bytes, format, title: None, taken: None, body_site: None };
         let images = vec![entry(3, Format::Jpeg), entry(2, Format::Png)];
         let subject = Some(Reference { display: Some("P-1".into()), ..Reference::default() });
         Payload {

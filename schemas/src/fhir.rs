@@ -325,9 +325,9 @@ resource! {
         view: Option<CodeableConcept>,
         /// The patient.
         subject: Option<Reference>,
-        /// When the photograph reached us, or the heat map was made.
-        #[serde(rename = "createdDateTime", serialize_with = "instant_opt")]
-        created: Option<OffsetDateTime>,
+        /// When the photograph was taken, or else reached us, or when the heat map was made.
+        #[serde(rename = "createdDateTime")]
+        created: Option<String>,
         /// Where on the body.
         body_site: Option<CodeableConcept>,
         /// What made a heat map.

@@ -71,6 +71,8 @@ pub enum Event {
     Queued,
     /// A worker began an attempt.
     Started,
+    /// An attempt failed, and another one waits for its time.
+    Parked,
     /// A worker published a report.
     Succeeded,
     /// A worker or the sweeper gave the job up.
@@ -92,7 +94,9 @@ pub enum Event {
 pub fn step(state: State, event: Event) -> Option<State> {
     use State::{Accepted, Cancelled, Failed, Queued, Running, Succeeded};
     match (state, event) {
-        (Accepted, Event::Queued) | (Failed, Event::Requeued) => Some(Queued),
+        (Accepted, Event::Queued)
+        | (Accepted | Queued | Running, Event::Parked)
+        | (Failed, Event::Requeued) => Some(Queued),
         (Succeeded | Failed | Cancelled, _) | (Queued | Running, Event::Queued) | (_, Event::Requeued) => {
             None
         }
@@ -152,8 +156,15 @@ impl FromStr for Lane {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 6] =
-        [Event::Queued, Event::Started, Event::Succeeded, Event::Failed, Event::Cancelled, Event::Requeued];
+    const EVENTS: [Event; 7] = [
+        Event::Queued,
+        Event::Started,
+        Event::Parked,
+        Event::Succeeded,
+        Event::Failed,
+        Event::Cancelled,
+        Event::Requeued,
+    ];
 
     /// I1: whatever the order, the number and the loss of events, a job ends once, and once more each time that
     /// an operator opens it again; a success and a cancellation are final.
@@ -185,6 +196,13 @@ mod tests {
     fn a_result_may_overtake_the_acknowledgement() {
         assert_eq!(step(State::Accepted, Event::Succeeded), Some(State::Succeeded));
         assert_eq!(step(State::Succeeded, Event::Queued), None);
+    }
+
+    /// One statement takes notes of both.
+    #[test]
+    fn what_can_begin_can_wait_again() {
+        assert!(sources(Event::Started).eq(sources(Event::Parked)));
+        assert_eq!(step(State::Running, Event::Parked), Some(State::Queued));
     }
 
     #[test]

@@ -103,9 +103,10 @@ pub const UPLOAD_LINES: usize = 64;
 pub const UPLOAD_PATIENCE: Duration = Duration::from_mins(1);
 /// How long an upload may stay silent, in either direction.
 pub const UPLOAD_SILENCE: Duration = Duration::from_secs(30);
-/// How long an upload that shows no sign of itself counts as going on: it shows one every third of this, and one whose ingress
-/// has died shows none.
+/// How long an upload that shows no sign of itself counts as going on: one whose ingress has died shows none.
 pub const UPLOAD_LEASE: Duration = Duration::from_secs(30);
+/// How often an upload shows that it goes on, and looks whether its batch is still there.
+pub const UPLOAD_SHOWN: Duration = Duration::from_secs(5);
 /// Entries in one FHIR batch: it is answered when all of them are, within one body.
 pub const MAX_BUNDLE_ENTRIES: usize = 32;
 /// Records in one page of a list.
@@ -323,7 +324,7 @@ pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(2);
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Records settled or erased in one statement of the sweeper.
 pub const SWEEP_BATCH: i64 = 500;
-/// Jobs of a deleted batch that are taken out of the queue at once.
+/// Jobs of a deleted batch that are taken out of the queue at once, or ended jobs whose payloads are out of the object store.
 pub const WITHDRAWALS: usize = 16;
 /// How long the replica that sweeps may be silent before another takes its place: four rounds.
 pub const SWEEP_LEASE: Duration = Duration::from_secs(20);
@@ -342,8 +343,8 @@ pub const LOST_SUSPECTS: usize = 200_000;
 /// Messages that one round asks for one by one, where what the broker says of its stream does not tell whose they are.
 pub const LOST_LOOKS: usize = 4_000;
 /// Messages that one round reads although nothing speaks against them, as damage on the broker's disk shows only
-/// when a message is read: the first ones of clients, and as many others. Among 10,000 jobs that wait, each has been
-/// read after 157 rounds.
+/// when a message is read: the first ones of clients, as many others, and as many in other streams. Among 10,000 jobs
+/// that wait, each has been read after 157 rounds.
 pub const LOST_SAMPLES: i64 = 64;
 /// Bytes after which a round reads no more of these.
 pub const LOST_SAMPLE_BYTES: usize = 32 * 1024 * 1024;

@@ -36,7 +36,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 use tokio::{
     sync::Semaphore,
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
@@ -241,6 +241,11 @@ pub fn interactive_consumer(ack_wait: Duration) -> pull::Config {
 /// The name of the consumer of one client's bulk jobs.
 pub fn bulk_consumer_name(client: ClientId) -> String {
     format!("bulk-{client}")
+}
+
+/// Whose bulk jobs a consumer of this name has; `None` when it is another one.
+pub fn bulk_consumer_client(name: &str) -> Option<ClientId> {
+    name.strip_prefix("bulk-")?.parse().ok()
 }
 
 /// The consumer of one client's bulk jobs, at most `max_ack_pending` of which are with workers at once. The
@@ -598,12 +603,14 @@ impl Publisher {
     ///
     /// From [`limits::ATOMIC_FROM`] messages on, and within [`limits::ATOMIC_BYTES`], they go as one atomic batch
     /// (ADR-50), which the broker syncs to disk once. What a batch is refused for, such as one message that is
-    /// stored already or one too many for the stream, concerns single messages: then each goes by itself.
+    /// stored already or one too many for the stream, concerns single messages: then each goes by itself, with what is left
+    /// of `deadline`.
     pub async fn publish_all(
         &self,
         messages: Vec<Message>,
         deadline: Duration,
     ) -> Vec<Result<u64, PublishError>> {
+        let end = Instant::now() + deadline;
         let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
         if (limits::ATOMIC_FROM..=limits::ATOMIC_MESSAGES).contains(&messages.len())
             && bytes <= limits::ATOMIC_BYTES
@@ -615,7 +622,8 @@ impl Publisher {
                 Err(PublishError::Full | PublishError::Refused(_)) => {}
             }
         }
-        join_all(messages.into_iter().map(|message| self.publish(message, deadline))).await
+        let left = end.saturating_duration_since(Instant::now());
+        join_all(messages.into_iter().map(|message| self.publish(message, left))).await
     }
 
     /// The sequence of the last message; the others stand before it without a gap.
@@ -732,6 +740,8 @@ mod tests {
         let [a, b] = ids.map(|id| bulk_consumer(id.parse().unwrap(), limits::DEFAULT_ACK_WAIT, 7));
         assert_eq!(a.durable_name.as_deref(), Some("bulk-7d3f8a52-5c4e-4f0a-9b1d-2e6c8f4a0b37"));
         assert_eq!((a.max_ack_pending, a.filter_subject.contains('*')), (7, false));
+        assert_eq!(a.durable_name.as_deref().and_then(bulk_consumer_client), ids[0].parse().ok());
+        assert_eq!(bulk_consumer_client(Lane::Interactive.as_str()), None);
         assert_ne!((a.durable_name, a.filter_subject), (b.durable_name, b.filter_subject));
     }
 }

@@ -899,23 +899,31 @@ impl Lab {
 
     /// Where in the broker's files the sealed payload of a job begins that waits in JOBS, from which nothing was removed.
     ///
+    /// # Errors
+    /// When it does not wait there, or the broker is away.
+    pub async fn payload_place(&self, job: &str) -> Result<(PathBuf, usize)> {
+        let sequence = format!("SELECT stream_seq FROM ingress.jobs WHERE id = '{job}'");
+        self.message_place(queue::JOBS, self.count(&sequence).await?).await
+    }
+
+    /// Where in the broker's files the body of a message of a stream begins, from which nothing was removed.
+    ///
     /// The files are encrypted without moving a byte. They hold the messages in order, each as 22 bytes, the subject, the
     /// header with four bytes of its length, the body, and 8 bytes of checksum.
     ///
     /// # Errors
-    /// When it does not wait there, or the broker is away.
-    pub async fn payload_place(&self, job: &str) -> Result<(PathBuf, usize)> {
-        let last = self.count(&format!("SELECT stream_seq FROM ingress.jobs WHERE id = '{job}'")).await?;
+    /// When there is no such message, or the broker is away.
+    pub async fn message_place(&self, stream: &str, wanted: i64) -> Result<(PathBuf, usize)> {
         let (context, folder) = (self.jetstream().await?, self.stack.nats.store());
         let block = |number: usize| -> Result<(PathBuf, usize)> {
-            let path = folder.join(format!("jetstream/$G/streams/{}/msgs/{number}.blk", queue::JOBS));
+            let path = folder.join(format!("jetstream/$G/streams/{stream}/msgs/{number}.blk"));
             let size = fs::metadata(&path).with_context(|| path.display().to_string())?.len();
             Ok((path, usize::try_from(size)?))
         };
         let (mut number, mut at) = (1, 0);
-        for sequence in 1..=last {
+        for sequence in 1..=wanted {
             let request = json!({ "seq": sequence });
-            let found: Value = context.request(format!("STREAM.MSG.GET.{}", queue::JOBS), &request).await?;
+            let found: Value = context.request(format!("STREAM.MSG.GET.{stream}"), &request).await?;
             let bytes = |name: &str| STANDARD.decode(found["message"][name].as_str().unwrap_or_default());
             let subject = found["message"]["subject"].as_str().context("it is gone")?;
             let (header, body) = (bytes("hdrs")?.len(), bytes("data")?.len());
@@ -923,12 +931,12 @@ impl Lab {
                 (number, at) = (number + 1, 0);
             }
             let begin = at + 22 + subject.len() + 4 + header;
-            if sequence == last {
+            if sequence == wanted {
                 return Ok((block(number)?.0, begin));
             }
             at = begin + body + 8;
         }
-        anyhow::bail!("{job} was never in JOBS")
+        anyhow::bail!("nothing was ever in {stream}")
     }
 
     /// SIGKILL for the broker.

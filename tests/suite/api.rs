@@ -1,9 +1,12 @@
 //! Submit, wait, poll, cancel: status codes and headers as integrators rely on them.
 
-use std::{io::Cursor, time::Duration};
+use std::{
+    io::Cursor,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
-use dermflow_schemas::{clock, envelope::ResultHeader};
+use dermflow_schemas::{clock, envelope::ResultHeader, limits::PUBLISH_DEADLINE};
 use dermflow_tests::{
     client::{distribution, observations, parameters, sample, sample_bytes},
     fhir,
@@ -151,6 +154,25 @@ async fn an_asynchronous_call_is_polled_to_its_report() -> Result<()> {
     lab.stop().await
 }
 
+// Between two attempts a job does not run: it waits, and says for which attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_between_its_attempts() -> Result<()> {
+    let workers = vec![Worker::simulated(1).fault("panic").attempts(2)];
+    let lab = Lab::start(Setup { workers, ..Setup::default() }).await?;
+    let job = lab.client().submit(&sample("ham10000-nv.jpg")).await?;
+    // The pause before the third attempt is the first that takes longer than a look.
+    let waits = async || {
+        let poll = lab.client().get(&format!("/fhir/_async/{job}")).await.ok()?;
+        (poll.header("x-progress") == "queued, attempt 3").then_some(())
+    };
+    eventually("the job waits", LONG, waits).await?;
+    let record = lab.client().get(&format!("/jobs/{job}")).await?.body;
+    assert_eq!((&record["status"], &record["attempts"]), (&json!("queued"), &json!(2)), "{record}");
+    assert_eq!(lab.client().poll(&job, LONG).await?.status, 200);
+    assert_eq!(lab.client().get(&format!("/jobs/{job}")).await?.body["attempts"], 3);
+    lab.stop().await
+}
+
 // REQ_005: a wait that ends is a 504 with the way to the result, or a 202 when the caller prefers; never an
 // empty 200.
 #[tokio::test(flavor = "multi_thread")]
@@ -270,6 +292,34 @@ async fn a_large_request_goes_through_the_object_store() -> Result<()> {
     assert_eq!(answer.status, 200, "{}", answer.text);
     let emptied = async || (lab.object_count().await.ok()? == 0).then_some(());
     eventually("the payload is removed", LONG, emptied).await?;
+    lab.stop().await
+}
+
+// An object store that takes its time to forget a payload keeps no answer back: the result is on record.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_object_store_keeps_no_answer_back() -> Result<()> {
+    let lab = Lab::start(Setup::simulated(2_000)).await?;
+    let request = parameters(&[noise(1), noise(2), noise(3)]);
+    let jobs = async |state: &str| {
+        let count = format!("SELECT count(*) FROM ingress.jobs WHERE claim_check AND state {state}");
+        let one = async || (lab.count(&count).await.ok()? == 1).then_some(());
+        eventually(&format!("a job with state {state}"), LONG, one).await
+    };
+    let recorded = async {
+        jobs("IN ('queued', 'running')").await?;
+        // From now on it says nothing of what it stores.
+        let context = lab.jetstream().await?;
+        let mut config = context.get_stream("OBJ_payloads").await?.cached_info().config.clone();
+        config.no_ack = true;
+        context.update_stream(config).await?;
+        jobs("= 'succeeded'").await?;
+        anyhow::Ok(Instant::now())
+    };
+    let answered = async { anyhow::Ok((lab.client().analyze(&request, &[]).await?, Instant::now())) };
+    let (recorded, (answer, answered)) = tokio::try_join!(recorded, answered)?;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let late = answered.saturating_duration_since(recorded);
+    assert!(late < PUBLISH_DEADLINE / 2, "{late:?} after its result was on record");
     lab.stop().await
 }
 

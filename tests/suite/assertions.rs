@@ -155,6 +155,7 @@ async fn an_assertion_proves_its_client_once() -> Result<()> {
         ("with another client's key", json!({}), json!({}), by_same_id),
         ("with another client's key and its id", json!({"kid": "theirs"}), json!({}), by_named),
         ("with an unknown key", json!({"kid": "2"}), json!({}), by_own),
+        ("with what no key is called", json!({"kid": "a\0b"}), json!({}), by_own),
         ("with no key's id", json!({"kid": null}), json!({}), by_own),
         ("with a condition", json!({"crit": ["x"], "x": 1}), json!({}), by_own),
         ("with a condition that is met", json!({"crit": ["exp"]}), json!({}), by_own),

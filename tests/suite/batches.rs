@@ -10,7 +10,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use dermflow_auth::token::{Grant, LEEWAY, LIFETIME, Tokens};
 use dermflow_schemas::{
     clock,
-    limits::{MAX_BUNDLE_ENTRIES, MAX_UPLOADS, MAX_WAITERS},
+    limits::{MAX_BUNDLE_ENTRIES, MAX_UPLOADS, MAX_WAITERS, UPLOAD_PATIENCE},
 };
 use dermflow_tests::{
     client::{Answer, Client, sample, sample_bytes, send},
@@ -74,6 +74,13 @@ fn id(answer: &[Value]) -> String {
 // The answer of a line, by its number.
 fn of(answer: &[Value], number: usize) -> &Value {
     answer.iter().find(|line| line["line"] == number).unwrap_or(&Value::Null)
+}
+
+async fn one_job_at_a_time(lab: &mut Lab, client: &str) -> Result<()> {
+    lab.auth(&["user", "quota", client, "--jobs", "1"])?;
+    // A replica knows the quotas before its first request.
+    lab.stop_ingress(0).await?;
+    lab.restart_ingress(0).await
 }
 
 async fn until_status(client: &Client, batch: &str, status: &str) -> Result<Value> {
@@ -234,6 +241,24 @@ async fn a_cut_upload_is_resumed_without_a_second_job() -> Result<()> {
     lab.stop().await
 }
 
+// Cuts an upload, the only one, once it has been answered this line.
+async fn cut_behind(
+    lab: &Lab,
+    (sender, mut answer): (Sender, reqwest::Response),
+    line: String,
+) -> Result<()> {
+    sender.send(Ok(line)).await?;
+    let mut told = String::new();
+    while !told.contains("\"line\"") {
+        let more = tokio::time::timeout(LONG, answer.chunk()).await??.context("the answer ended")?;
+        told.push_str(std::str::from_utf8(&more)?);
+    }
+    sender.send(Err(std::io::Error::other("cut"))).await?;
+    drop((sender, answer));
+    let ended = async || (lab.count("SELECT count(*) FROM ingress.uploads").await.ok()? == 0).then_some(());
+    eventually("the upload's end is on record", LONG, ended).await
+}
+
 // A batch has not ended while an upload to it goes on, whatever became of the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
@@ -266,20 +291,30 @@ async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
     drop((silent, cut));
     until_status(&client, &batch, "completed").await?;
     // Cut after a line that came later than the other's end: there may have been more.
-    let (heard, mut cut) = stream_to(&client, &path).await?;
+    let heard = stream_to(&client, &path).await?;
     upload(&client, &path, NDJSON, line("c")).await?;
-    heard.send(Ok(line("d"))).await?;
-    let mut told = String::new();
-    while !told.contains("\"job\"") {
-        let more = tokio::time::timeout(LONG, cut.chunk()).await??.context("the answer ended")?;
-        told.push_str(std::str::from_utf8(&more)?);
-    }
-    heard.send(Err(std::io::Error::other("cut"))).await?;
-    drop((heard, cut));
-    let ended = "SELECT count(*) FROM ingress.batches WHERE uploads = 0 AND closed_at IS NULL";
-    let cut = async || (lab.count(ended).await.ok()? == 1).then_some(());
-    eventually("the upload's end is on record", LONG, cut).await?;
+    cut_behind(&lab, heard, line("d")).await?;
     assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    // Not when the other one had brought that line, good or bad: it was cut before, and was heard late.
+    for late in [line("e"), "{\"custom_id\":\"bad\",\"images\":[{\"data\":\"!\"}]}\n".to_owned()] {
+        let heard = stream_to(&client, &path).await?;
+        upload(&client, &path, NDJSON, late.clone()).await?;
+        cut_behind(&lab, heard, late).await?;
+        assert_ne!(client.get(&path).await?.body["closed_at"], Value::Null);
+    }
+    upload(&client, &path, NDJSON, line("bad")).await?;
+    until_status(&client, &batch, "completed").await?;
+
+    // One that was given up as dead and lives takes nobody's place when it ends.
+    let (alive, answer) = stream_to(&client, &path).await?;
+    lab.sql("UPDATE ingress.uploads SET seen_at = seen_at - interval '1 minute'").await?;
+    let (other, unended) = stream_to(&client, &path).await?;
+    drop(alive);
+    assert_eq!(last(answer).await?["complete"], true);
+    assert_eq!(client.get(&path).await?.body["status"], "uploading");
+    drop(other);
+    assert_eq!(last(unended).await?["complete"], true);
+    until_status(&client, &batch, "completed").await?;
 
     // One that dies with its ingress is waited for as long as it might go on elsewhere.
     let dead = stream_to(&client, &path).await?;
@@ -288,7 +323,7 @@ async fn a_batch_has_not_ended_before_its_last_upload() -> Result<()> {
     drop(dead);
     upload(&client, &path, NDJSON, line("d")).await?;
     assert_eq!(client.get(&path).await?.body["status"], "uploading");
-    lab.sql("UPDATE ingress.batches SET upload_seen_at = upload_seen_at - interval '1 minute'").await?;
+    lab.sql("UPDATE ingress.uploads SET seen_at = seen_at - interval '1 minute'").await?;
     until_status(&client, &batch, "completed").await?;
     lab.stop().await
 }
@@ -344,6 +379,37 @@ async fn an_upload_does_not_outlive_its_token() -> Result<()> {
 
     let shut_out = async { lab.auth(&["user", "revoke", "gone"]).map(drop) };
     assert_shut_out(&until_ended(&gone, shut_out).await?, "unauthenticated");
+    lab.stop().await
+}
+
+// What waits for room waits no longer than its upload may go on: a client that is shut out is told so at once, and one that
+// deletes the batch, soon.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_waits_does_not_outlive_its_upload() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let gone = lab.register("gone").await?;
+    one_job_at_a_time(&mut lab, "gone").await?;
+    let (sender, response) = stream_to(&gone, "/batches").await?;
+    sender.send(Ok(line("l0") + &line("l1"))).await?;
+    drop(sender);
+    let first = async || (lab.messages("JOBS").await.ok()? == 1).then_some(());
+    eventually("the first line is in the queue", LONG, first).await?;
+    let begun = Instant::now();
+    lab.auth(&["user", "revoke", "gone"])?;
+    let last = last(response).await?;
+    assert_eq!(last["error"]["code"], "unauthenticated", "{last}");
+    assert_eq!((&last["accepted"], &last["refused"]), (&json!(1), &json!(1)), "{last}");
+    assert!(begun.elapsed() < UPLOAD_PATIENCE / 4, "{:?}", begun.elapsed());
+
+    let (client, (sender, mut response)) = (lab.client(), stream_to(lab.client(), "/batches").await?);
+    sender.send(Ok(line("l0"))).await?;
+    let first = String::from_utf8(response.chunk().await?.context("no line")?.to_vec())?;
+    let first: Value = serde_json::from_str(first.lines().next().context("no line")?)?;
+    let path = format!("/batches/{}", first["batch"].as_str().context("no batch")?);
+    assert_eq!(client.delete(&path).await?.status, 202);
+    let last = self::last(response).await?;
+    assert_eq!((&last["error"]["code"], &last["complete"]), (&json!("not-found"), &json!(false)), "{last}");
+    drop(sender);
     lab.stop().await
 }
 
@@ -473,6 +539,21 @@ async fn the_lines_of_an_upload_have_its_deadline() -> Result<()> {
     let job = answer[1]["job"].as_str().context("no job")?;
     let ended = client.poll(job, LONG).await?;
     assert_eq!((ended.status, ended.code()), (504, "deadline-exceeded"));
+    lab.stop().await
+}
+
+// A line's deadline counts from when there was room for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_waits_has_its_whole_deadline() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    one_job_at_a_time(&mut lab, "demo").await?;
+    let request = lab.client().request(Method::POST, "/batches").header("content-type", NDJSON);
+    let request = request.header("cancel-after", "5s").body(line("a") + &line("b"));
+    let answer = lines(&send(request).await?)?;
+    // There is room for the second when the first one's time is over.
+    assert_eq!(answer.last().context("no last line")?["accepted"], 2, "{answer:?}");
+    let late = "SELECT count(*) FROM ingress.jobs WHERE deadline <> accepted_at + interval '5s' OR queued_at > deadline";
+    assert_eq!(lab.count(late).await?, 0);
     lab.stop().await
 }
 
@@ -618,8 +699,14 @@ async fn jobs_are_listed_in_pages_that_do_not_shift() -> Result<()> {
     assert_eq!(stranger.get("/jobs").await?.body, json!({"jobs": [], "next": null}));
     let later = client.get("/jobs?created_after=2099-01-01T00:00:00Z").await?;
     assert_eq!(later.body["jobs"], json!([]));
-    for bad in ["/jobs?status=done", "/jobs?colour=red", "/jobs?cursor=x", "/jobs?created_after=today"] {
-        let refused = client.get(bad).await?;
+    for bad in [
+        "status=done",
+        "colour=red",
+        "cursor=x",
+        "created_after=today",
+        "created_after=9999-12-31T23:59:59-01:00",
+    ] {
+        let refused = client.get(&format!("/jobs?{bad}")).await?;
         assert_eq!((refused.status, refused.code()), (400, "query-invalid"), "{bad}");
     }
     let completed = "status=http://hl7.org/fhir/task-status|completed";

@@ -253,7 +253,7 @@ async fn dead_letters_are_for_operators_only() -> Result<()> {
     lab.stop().await
 }
 
-// What must not go back: a job that its client has withdrawn, and one that goes on. A purged letter is gone.
+// What must not go back: a job that its client has withdrawn, one that goes on, and one that nobody was told of. A purged letter is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_go_back_is_refused_and_purged() -> Result<()> {
     let mut lab = deadly().await?;
@@ -285,6 +285,14 @@ async fn what_cannot_go_back_is_refused_and_purged() -> Result<()> {
         let answer = post(&operator, &requeue(n)).await?;
         assert_eq!((answer.status, answer.code()), (409, "requeue-refused"), "{n}: {}", answer.text);
     }
+    let unaccepted = format!(
+        "UPDATE ingress.jobs SET state = 'failed', failure = '{{\"code\":\"never-queued\"}}', finished_at = now() \
+         WHERE id = '{}'",
+        jobs[1]
+    );
+    lab.sql(&unaccepted).await?;
+    let answer = post(&operator, &requeue(1)).await?;
+    assert_eq!((answer.status, answer.code()), (409, "requeue-refused"), "{}", answer.text);
     assert_eq!((lab.messages("DEAD").await?, lab.messages("JOBS").await?), (3, 0));
     for letter in &letters {
         let path = format!("/dead/{}", letter["sequence"]);

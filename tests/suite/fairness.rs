@@ -395,6 +395,24 @@ async fn a_limit_of_jobs_in_flight_holds_and_does_not_stall() -> Result<()> {
     lab.stop().await
 }
 
+// Staff changes how many jobs of a client may be with workers: for those that wait it does, too, though no other comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_limit_of_jobs_in_flight_holds_for_those_that_wait() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    submit(lab.client(), 1).await?;
+    let stream = lab.jetstream().await?.get_stream(queue::JOBS).await?;
+    for running in [1, 3] {
+        lab.auth(&["user", "quota", "demo", "--running", &running.to_string()])?;
+        let reached = async || {
+            let all: Vec<_> = stream.consumers().filter_map(async |consumer| consumer.ok()).collect().await;
+            let own = all.into_iter().find(|consumer| consumer.name.starts_with("bulk-"))?;
+            (own.config.max_ack_pending == running).then_some(())
+        };
+        eventually(&format!("{running} may be with workers"), Duration::from_secs(10), reached).await?;
+    }
+    lab.stop().await
+}
+
 // A running job of three images is withdrawn: its worker is free after the image it is at, and nothing is
 // published.
 #[tokio::test(flavor = "multi_thread")]

@@ -335,13 +335,14 @@ async fn accounts_are_listed_in_pages_and_what_is_malformed_changes_nothing() ->
     let accounts = "SELECT md5(string_agg(u::text, '|' ORDER BY id)) FROM auth.users u";
     let before: String = office.lab.sql(accounts).await?[0].get(0);
     let one = "/accounts/page-1";
-    let far = "2001-01-01T00:00:00Z";
+    let (far, beyond) = ("2001-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00");
     let cases = [
         (Method::POST, "/accounts", json!({"name": "x", "is_admin": true}), 400, "element-unknown"),
         (Method::POST, "/accounts", json!({"role": "integrator"}), 422, "element-missing"),
         (Method::POST, "/accounts", json!({"name": "Upper"}), 422, "value-invalid"),
         (Method::POST, "/accounts", json!({"name": "x", "role": "root"}), 422, "value-invalid"),
         (Method::POST, "/accounts", json!({"name": "x", "expires_at": far}), 422, "value-invalid"),
+        (Method::POST, "/accounts", json!({"name": "x", "expires_at": beyond}), 422, "value-invalid"),
         (Method::POST, "/accounts", json!({"name": "x", "contact": "a\0b"}), 422, "value-invalid"),
         (Method::PATCH, one, json!({"password_hash": "x"}), 400, "element-unknown"),
         (Method::PATCH, one, json!({"quota": {"weight": 0}}), 422, "value-invalid"),

@@ -330,3 +330,35 @@ async fn dead_letters_are_kept_no_longer_than_reports() -> Result<()> {
     assert_eq!(lab.count(&told).await?, 1);
     lab.stop().await
 }
+
+// A letter that was put back while an older one stays is not removed once more at its retention: its job may have another
+// one by then, with the same payload.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_that_was_put_back_is_not_removed_again() -> Result<()> {
+    let mut lab = deadly().await?;
+    let operator = lab.start_operate("olga").await?;
+    let (other, brief) = (lab.register("other").await?, lab.register("brief").await?);
+    lab.auth(&["user", "quota", "brief", "--retention-days", "0"])?;
+    let kept = other.submit(&sample("isic2017-nv.jpg")).await?;
+    let job = lab.client().submit(&parameters(&[noise(1), noise(2), noise(3)])).await?;
+    // When its letter is removed, the two before it have been seen, and are older than any letter has to be.
+    let witness = brief.submit(&sample("isic2017-nv.jpg")).await?;
+    for job in [kept, job.clone(), witness] {
+        until_given_up(&mut lab, 0, &[job]).await?;
+    }
+    let two = async || (lab.messages("DEAD").await.ok()? == 2).then_some(());
+    eventually("the witness's letter is removed", LONG, two).await?;
+    let letters = operator.get("/dead").await?.body;
+    assert_eq!(letters["dead"][1]["job"], json!(job), "{letters}");
+    let requeue = format!("/dead/{}/requeue", letters["dead"][1]["sequence"]);
+    assert_eq!(send(operator.request(Method::POST, &requeue)).await?.status, 200);
+    lab.auth(&["user", "quota", "demo", "--retention-days", "0"])?;
+    until_given_up(&mut lab, 0, std::slice::from_ref(&job)).await?;
+    let one = async || (lab.messages("DEAD").await.ok()? == 1).then_some(());
+    eventually("its second letter is removed", LONG, one).await?;
+    let told = format!("SELECT count(*) FROM auth.audit WHERE action = 'dead-purged' AND object = '{job}'");
+    assert_eq!(lab.count(&told).await?, 1, "of its two letters one was removed");
+    let no_payload = async || (lab.object_count().await.ok()? == 0).then_some(());
+    eventually("its payload is removed", LONG, no_payload).await?;
+    lab.stop().await
+}

@@ -138,9 +138,11 @@ async fn what_is_not_understood_is_not_passed_over_in_silence() -> Result<()> {
     }
     for query in [
         "date=yesterday",
+        "date=9999-12-31T23:59:59-01:00",
         "_count=few",
         "_sort=colour",
         "_cursor=x",
+        "_cursor=-377705116800000000.019a0000-0000-7000-8000-000000000000",
         "_include=DiagnosticReport:subject",
         "subject:identifier=https://x.example|",
         "status=",

@@ -192,6 +192,28 @@ async fn very_many_losses_are_reported_in_time() -> Result<()> {
     lab.stop().await
 }
 
+// Reports that are left of deleted batches are found without a look at every job that has been removed before them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_deleted_batches_is_found_at_once() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let removed = "WITH gone AS (INSERT INTO ingress.batches (id, client, created_at, closed_at, deleted_at) \
+         SELECT gen_random_uuid(), id, now(), now(), now() FROM auth.users, generate_series(1, 20) \
+         WHERE username = 'demo' RETURNING id, client) \
+         INSERT INTO ingress.jobs (id, client, lane, state, images, accepted_at, finished_at, deadline, \
+         claim_check, batch, line, deleted_at) SELECT gen_random_uuid(), client, 'bulk', 'succeeded', 1, now(), \
+         now(), now(), false, id, n, now() FROM gone, generate_series(1, 1000) n";
+    lab.sql(removed).await?;
+    lab.sql("ANALYZE ingress.jobs, ingress.batches").await?;
+    lab.sql("UPDATE ingress.jobs SET deleted_at = NULL WHERE line = 1").await?;
+    let left = "SELECT count(*) FROM ingress.jobs WHERE deleted_at IS NULL";
+    let none = async || (lab.count(left).await.ok()? == 0).then_some(());
+    eventually("what is left is removed", LONG, none).await?;
+    let looks = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'jobs_undeleted'";
+    let looked = async || (lab.count(looks).await.ok()? > 0).then_some(());
+    eventually("it was looked for where nothing else is", LONG, looked).await?;
+    lab.stop().await
+}
+
 // R8: one bit of one waiting payload is wrong on the broker's disk. The broker itself notices nothing before it
 // reads the message, and then passes over it without a word: that job alone is reported, with nobody to work.
 #[tokio::test(flavor = "multi_thread")]

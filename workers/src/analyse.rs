@@ -177,6 +177,7 @@ mod tests {
             bytes: file.len(),
             format: Format::Jpeg,
             title: None,
+            taken: None,
             body_site: None,
         };
         Payload {

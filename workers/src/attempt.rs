@@ -146,7 +146,11 @@ impl Attempts {
             }
             Verdict::Again(_) if attempt < MAX_ATTEMPTS => {
                 let pause = pause_after(attempt, random::fraction());
-                ("retry", self.queue_again(&delivery, attempt + 1, pause).await)
+                let parked = self.queue_again(&delivery, attempt + 1, pause).await;
+                if parked {
+                    self.note_progress(&delivery, true).await;
+                }
+                ("retry", parked)
             }
             Verdict::Again(code) | Verdict::Mend(code) => ("dead", self.give_up(&delivery, code).await),
         };
@@ -184,7 +188,7 @@ impl Attempts {
         if delivery.held.is_withdrawn() {
             return Verdict::Withdrawn;
         }
-        self.note_progress(delivery).await;
+        self.note_progress(delivery, false).await;
         let job = delivery.header.job;
         let payload = match self.payload(delivery).await {
             Ok(payload) => Arc::new(payload),
@@ -229,9 +233,9 @@ impl Attempts {
     }
 
     /// Fire and forget: the result repeats what it says.
-    async fn note_progress(&self, delivery: &Delivery) {
+    async fn note_progress(&self, delivery: &Delivery, parked: bool) {
         let job = delivery.header.job;
-        let progress = Progress { job, attempt: delivery.attempt, started_at: delivery.began };
+        let progress = Progress { job, attempt: delivery.attempt, started_at: delivery.began, parked };
         let body = serde_json::to_vec(&progress).unwrap_or_default();
         let _ = self.client.publish(queue::progress_subject(job), body.into()).await;
     }

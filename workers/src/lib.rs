@@ -12,8 +12,8 @@
 //! withdrawn); `consume` (the loop), `reserved` (a smaller one, for callers who wait) → `attempt` (one message) → `executor`
 //! (a thread, its engine and `child`, its decoder's process) → `analyse` → `report`; `model` is a model's folder, `golden`
 //! what it must say, `models` which one a job is for; `quality` is how good an image is, `outline` what a report says of a
-//! lesion's place, `heat` what speaks for a class, and `language` how it is said. `pixels` is what models are trained on, and
-//! `memory` what a process keeps of what it has freed.
+//! lesion's place, `heat` what speaks for a class, and `language` how it is said. `pixels` is what models are trained on,
+//! `outlines` what they are evaluated on beside it, and `memory` what a process keeps of what it has freed.
 
 pub mod analyse;
 pub mod attempt;
@@ -32,6 +32,7 @@ pub mod memory;
 pub mod model;
 pub mod models;
 pub mod outline;
+pub mod outlines;
 pub mod pixels;
 pub mod pull;
 pub mod quality;

@@ -29,7 +29,7 @@ use dermflow_workers::{
     memory,
     model::Model,
     models::{Models, Offer},
-    pixels,
+    outlines, pixels,
     pull::{Pull, find},
     quarantine::Quarantine,
     reserved::Reserved,
@@ -94,6 +94,7 @@ struct GoldenOptions {
 }
 
 const GOLDEN: &str = "golden";
+const OUTLINES: &str = "outlines";
 const PIXELS: &str = "pixels";
 
 fn main() -> ExitCode {
@@ -104,10 +105,15 @@ fn main() -> ExitCode {
         // The worker says what became of it.
         return if child::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    let tools = [GoldenOptions::command().name(GOLDEN), pixels::Options::command().name(PIXELS)];
+    let tools = [
+        GoldenOptions::command().name(GOLDEN),
+        outlines::Options::command().name(OUTLINES),
+        pixels::Options::command().name(PIXELS),
+    ];
     let arguments = Options::command().subcommands(tools).subcommand_negates_reqs(true).get_matches();
     let done = match arguments.subcommand() {
         Some((GOLDEN, arguments)) => write_golden(arguments).map(|()| ExitCode::SUCCESS),
+        Some((OUTLINES, arguments)) => write_outlines(arguments).map(|()| ExitCode::SUCCESS),
         Some((_, arguments)) => write_pixels(arguments).map(|()| ExitCode::SUCCESS),
         None => work_until_told(&arguments),
     };
@@ -125,6 +131,10 @@ fn write_golden(arguments: &ArgMatches) -> anyhow::Result<()> {
 
 fn in_folder(folder: &Path) -> String {
     format!("model {}", folder.display())
+}
+
+fn write_outlines(arguments: &ArgMatches) -> anyhow::Result<()> {
+    Ok(outlines::run(outlines::Options::from_arg_matches(arguments)?)?)
 }
 
 fn write_pixels(arguments: &ArgMatches) -> anyhow::Result<()> {

@@ -67,6 +67,15 @@ pub fn run(Options { size, files }: Options) -> Result<(), NoPixels> {
     Ok(())
 }
 
+/// What the service's decoder makes of a file.
+///
+/// # Errors
+/// See [`NoPixels`].
+pub fn picture(file: &Path) -> Result<Picture, NoPixels> {
+    let read = || opened(fs::read(file)?);
+    read().map_err(|cause| NoPixels { file: file.to_owned(), cause })
+}
+
 fn write(out: &mut impl Write, path: &Path, size: Option<(u32, u32)>) -> Result<(), Cause> {
     let frame = frame(fs::read(path)?, size)?;
     write!(out, "P6\n{} {}\n255\n", frame.width(), frame.height())?;
@@ -75,14 +84,18 @@ fn write(out: &mut impl Write, path: &Path, size: Option<(u32, u32)>) -> Result<
 }
 
 fn frame(file: Vec<u8>, size: Option<(u32, u32)>) -> Result<RgbImage, Cause> {
+    let picture = opened(file)?;
+    let (width, height) = size.unwrap_or((picture.width(), picture.height()));
+    Ok(picture.squash(width, height))
+}
+
+fn opened(file: Vec<u8>) -> Result<Picture, Cause> {
     if file.len() > MAX_IMAGE_BYTES {
         return Err(ImageFault::TooManyBytes(file.len()).into());
     }
     let file = ImageBytes::from(file);
     let format = image::check(&file)?.format;
-    let picture = Picture::decode(file.as_slice(), format)?;
-    let (width, height) = size.unwrap_or((picture.width(), picture.height()));
-    Ok(picture.squash(width, height))
+    Ok(Picture::decode(file.as_slice(), format)?)
 }
 
 #[cfg(test)]

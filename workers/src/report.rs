@@ -215,6 +215,7 @@ mod tests {
             bytes: 26,
             format: Format::Jpeg,
             title: Some("Close-up".into()),
+            taken: None,
             body_site: site.map(|code| coding(SNOMED, code, "Skin").into()),
         }
     }

@@ -55,7 +55,7 @@ impl Identity {
     /// Whether the token is good at `now`, by clocks that differ a little.
     pub fn is_in_time(&self, now: OffsetDateTime) -> bool {
         let leeway = Duration::seconds(LEEWAY);
-        self.begins_at - leeway <= now && now < self.expires_at + leeway
+        self.begins_at.saturating_sub(leeway) <= now && now < self.expires_at.saturating_add(leeway)
     }
 }
 
@@ -538,6 +538,10 @@ mod tests {
         let identity = read(&sparse).unwrap();
         assert_eq!(identity.issued_at, OffsetDateTime::UNIX_EPOCH, "every revocation concerns it");
         assert!(identity.expires_at <= now + INTROSPECTION_CACHE);
+        // Midnight of 9999-12-31, which some providers take for never, and the first second that there is.
+        let mut always = good.clone();
+        (always["exp"], always["iat"]) = (json!(253_402_300_799_i64), json!(-377_705_116_800_i64));
+        assert!(read(&always).is_ok());
         let seconds = now.unix_timestamp();
         for (name, value) in [
             ("active", json!(false)),

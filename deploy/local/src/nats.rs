@@ -56,10 +56,12 @@ pub const INGRESS: Permissions = Permissions {
         "$JS.API.STREAM.CREATE.RETRIES",
         "$JS.API.STREAM.UPDATE.RETRIES",
         "$JS.API.STREAM.INFO.RETRIES",
+        "$JS.API.STREAM.MSG.GET.RETRIES",
         "$JS.API.STREAM.PURGE.RETRIES",
         "$JS.API.STREAM.CREATE.RESULTS",
         "$JS.API.STREAM.UPDATE.RESULTS",
         "$JS.API.STREAM.INFO.RESULTS",
+        "$JS.API.STREAM.MSG.GET.RESULTS",
         "$JS.API.STREAM.CREATE.DEAD",
         "$JS.API.STREAM.UPDATE.DEAD",
         "$JS.API.STREAM.INFO.DEAD",
@@ -506,6 +508,10 @@ mod tests {
         job.double_ack().await.unwrap();
         assert!(progress.next().await.is_some() && wake.next().await.is_some());
 
+        for (stream, subject) in [(queue::RETRIES, "retry.j2"), (queue::RESULTS, "results.j1")] {
+            let stream = at_ingress.get_stream_no_info(stream).await.unwrap();
+            stream.get_first_raw_message_by_subject(subject, 1).await.unwrap();
+        }
         bulk(&ingress, &worker).await;
         let recorder = queue::bind(&at_ingress, queue::RESULTS, queue::RECORDER).await.unwrap();
         let mut results =

@@ -33,7 +33,7 @@ pub(super) fn image(item: &Part<'_, '_>, faults: &mut Faults) -> Option<(ImageEn
     let title = title.filter(|title| !title.trim().is_empty()).map(str::to_owned);
     let data = attachment.required("data", faults)?;
     let (bytes, format) = image_file(data.string(faults)?, &data.path, faults)?;
-    Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, body_site: None }, bytes))
+    Some((ImageEntry { bytes: bytes.as_slice().len(), format, title, taken: None, body_site: None }, bytes))
 }
 
 #[cfg(test)]

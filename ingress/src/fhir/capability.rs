@@ -141,7 +141,7 @@ pub(super) fn operations() -> [Value; 1] {
         "min": 1,
         "max": MAX_IMAGES.to_string(),
         "documentation": "A photograph of a lesion; several are of the same one.",
-        "part": [parameter("content", "in", 1, 1, "Attachment", "JPEG or PNG, Base64 in data."), body_site],
+        "part": [parameter("content", "in", 1, 1, "Attachment", "JPEG or PNG, Base64 in data; when it was taken in creation."), body_site],
     });
     let mut analyze = definition(
         "OperationDefinition",

@@ -1,8 +1,12 @@
 //! Search parameters as FHIR R4 has them (<https://hl7.org/fhir/R4/search.html>).
 
+use std::fmt::Display;
+
+use dermflow_schemas::fhir;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::{Value, json};
 use time::{
-    Date, Duration, Month, OffsetDateTime, format_description::well_known::Rfc3339,
+    Date, Duration, Month, OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339,
     macros::format_description,
 };
 
@@ -17,8 +21,48 @@ const PLAIN: AsciiSet = NON_ALPHANUMERIC
     .remove(b'/')
     .remove(b'$');
 
-/// A query.
-pub(crate) fn query<'p>(parameters: impl IntoIterator<Item = (&'p str, &'p str)>) -> String {
+/// A page of what was found at `url` with `parameters` (R4 Bundle, `searchset`), and where the next one begins, if there is
+/// one.
+pub(crate) fn searchset(
+    url: &str,
+    parameters: &[(String, String)],
+    next: Option<&str>,
+    entries: Vec<Value>,
+) -> Value {
+    let pairs = || parameters.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    let link = |relation: &str, query: &str| {
+        let mark = if query.is_empty() { "" } else { "?" };
+        json!({"relation": relation, "url": format!("{url}{mark}{query}")})
+    };
+    let mut links = vec![link("self", &query(pairs()))];
+    if let Some(next) = next {
+        let kept = pairs().filter(|(name, _)| *name != CURSOR);
+        links.push(link("next", &query(kept.chain([(CURSOR, next)]))));
+    }
+    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
+    // FHIR has no empty lists.
+    if !entries.is_empty() {
+        bundle["entry"] = entries.into();
+    }
+    bundle
+}
+
+/// Where a page begins.
+const CURSOR: &str = "_cursor";
+
+/// A resource that was found, at `url` with its `id`.
+pub(crate) fn found(url: &str, id: impl Display, resource: Value) -> Value {
+    entry(&format!("{url}/{id}"), "match", resource)
+}
+
+/// A resource, and why it is there (R4 value set `search-entry-mode`).
+pub(crate) fn entry(full_url: &str, mode: &str, resource: Value) -> Value {
+    let mut entry = json!({"fullUrl": full_url, "search": {"mode": mode}});
+    entry["resource"] = resource;
+    entry
+}
+
+fn query<'p>(parameters: impl IntoIterator<Item = (&'p str, &'p str)>) -> String {
     let escaped = |text: &'p str| utf8_percent_encode(text, &PLAIN);
     let pairs: Vec<String> =
         parameters.into_iter().map(|(name, value)| format!("{}={}", escaped(name), escaped(value))).collect();
@@ -72,6 +116,14 @@ pub(crate) fn period(value: &str) -> Option<Period> {
     }
 }
 
+/// A FHIR `dateTime` (R4, Data Types) as a report has it: a year, a month or a day as it is, an instant in UTC.
+pub(crate) fn date_time(text: &str) -> Option<String> {
+    let (start, _) = instant(text).or_else(|| day(text)).or_else(|| month(text)).or_else(|| year(text))?;
+    let start = start.checked_to_offset(UtcOffset::UTC).filter(|start| start.year() > 0)?;
+    let is_date = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
+    Some(if is_date { text.to_owned() } else { fhir::instant(start) })
+}
+
 type Stretch = Option<(OffsetDateTime, OffsetDateTime)>;
 
 fn between(first: Date, next: Date) -> (OffsetDateTime, OffsetDateTime) {
@@ -79,7 +131,8 @@ fn between(first: Date, next: Date) -> (OffsetDateTime, OffsetDateTime) {
 }
 
 fn instant(text: &str) -> Stretch {
-    let at = OffsetDateTime::parse(text, &Rfc3339).ok()?;
+    // By the clock of another zone it may be in a year that UTC has no number for.
+    let at = OffsetDateTime::parse(text, &Rfc3339).ok()?.checked_to_offset(UtcOffset::UTC)?;
     Some((at, at.checked_add(Duration::milliseconds(1))?))
 }
 
@@ -128,10 +181,51 @@ mod tests {
         let years = (Some(at("2025-01-01T00:00:00Z")), Some(at("2026-01-01T00:00:00Z")));
         assert_eq!(period("2025"), Some(years));
         assert_eq!(period("ge2025-12"), Some((Some(at("2025-12-01T00:00:00Z")), None)));
-        for bad in
-            ["", "ge", "xx2026-01-31", "2026-02-30", "31.1.2026", "9999-12-31", "+026", "2026-1", "9999"]
-        {
+        for bad in [
+            "9999-12-31T23:59:59-00:01",
+            "",
+            "ge",
+            "xx2026-01-31",
+            "2026-02-30",
+            "31.1.2026",
+            "9999-12-31",
+            "+026",
+            "2026-1",
+            "9999",
+        ] {
             assert_eq!(period(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_date_and_time_is_as_exact_as_it_is_written() {
+        for date in ["2026", "2026-02", "2026-02-28", "0001-01-01"] {
+            assert_eq!(date_time(date).as_deref(), Some(date));
+        }
+        for (text, told) in [
+            ("2026-02-13T15:58:25+01:00", "2026-02-13T14:58:25.000Z"),
+            ("2026-02-13T14:58:25.4321Z", "2026-02-13T14:58:25.432Z"),
+        ] {
+            assert_eq!(date_time(text).as_deref(), Some(told));
+        }
+        for bad in [
+            "",
+            "0000",
+            "26",
+            "+026",
+            "-2026-01-01",
+            "2026-13",
+            "2026-02-30",
+            "2026-1-1",
+            "ge2026",
+            "2026-02-13T14:58",
+            "2026-02-13T14:58:25",
+            "2026-02-13 ",
+            "13.2.2026",
+            "0001-01-01T00:00:00+14:00",
+            "9999-12-31T23:59:59-14:00",
+        ] {
+            assert_eq!(date_time(bad), None, "{bad}");
         }
     }
 
@@ -168,6 +262,26 @@ mod tests {
             .map(|(n, v)| (plain(n), plain(v)))
             .collect();
         assert_eq!(read, pairs.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+
+    #[test]
+    fn links_say_what_was_asked_and_nothing_else() {
+        let pairs = [("_format", "json&agent=x"), ("_cursor", "7"), ("date", "2026-01-31T12:00:00+01:00")];
+        let pairs = pairs.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let bundle = searchset("https://x.example/fhir/Task", &pairs, Some("6"), Vec::new());
+        let date = "date=2026-01-31T12:00:00%2B01:00";
+        let urls = [
+            format!("https://x.example/fhir/Task?_format=json%26agent%3Dx&_cursor=7&{date}"),
+            format!("https://x.example/fhir/Task?_format=json%26agent%3Dx&{date}&_cursor=6"),
+        ];
+        assert_eq!(bundle["link"].as_array().unwrap().len(), 2);
+        for (link, url) in bundle["link"].as_array().unwrap().iter().zip(urls) {
+            assert_eq!(link["url"], url);
+        }
+        assert!(bundle.get("entry").is_none());
+        let whole = searchset("https://x.example/fhir/Task", &[], None, vec![json!({})]);
+        assert_eq!(whole["link"], json!([{"relation": "self", "url": "https://x.example/fhir/Task"}]));
+        assert_eq!(whole["entry"], json!([{}]));
     }
 
     fn plain(text: &str) -> String {

@@ -30,7 +30,7 @@ use crate::{
         },
         status::{accepted, finished},
     },
-    submit::{Ended, Submission, blocking, submit, wait, with_status_url},
+    submit::{Ended, Patience, Submission, blocking, submit, wait, with_status_url},
 };
 
 static IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -87,7 +87,7 @@ pub(super) async fn analysed(
     payload.manifest.model = model.or(payload.manifest.model);
     let key = key.map(|key| key.as_str().to_owned());
     let (lane, member) = (prefer.lane(), None);
-    let patience = Duration::ZERO;
+    let patience = Patience::none();
     let submission = Submission { client, who, lane, key, payload, cancel_after, member, patience, memory };
     let submitted = submit(app.clone(), submission).await?;
     let (job, budget) = (submitted.job, prefer.budget());

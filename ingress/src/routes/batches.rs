@@ -124,17 +124,29 @@ async fn begin(
     let place = app.bounds.uploads.take(client)?;
     // Runs to its end even when the caller hangs up half-way: an upload that the record counts is one that ends.
     let begun = tokio::spawn(async move {
-        let now = clock::now();
+        let (id, now) = (Uuid::now_v7(), clock::now());
         let (batch, mending) = match target {
             Target::New(key) => {
                 let key = key.as_ref().map(IdempotencyKey::as_str);
-                (app.store.open_batch(Uuid::now_v7(), client, key, now).await?, key.is_some())
+                (app.store.open_batch(Uuid::now_v7(), client, key, id, now).await?, key.is_some())
             }
-            Target::Known(id) => (app.store.reopen_batch(id, client, now).await?, true),
+            Target::Known(batch) => (app.store.reopen_batch(batch, client, id, now).await?, true),
         };
         let batch = batch.ok_or(Code::NotFound)?;
-        let upload =
-            Upload { pass, client, who, batch, form, language, cancel_after, mending, _place: place };
+        let over = app.draining.child_token();
+        let upload = Upload {
+            id,
+            pass,
+            client,
+            who,
+            batch,
+            form,
+            language,
+            cancel_after,
+            mending,
+            over,
+            _place: place,
+        };
         Ok(upload::start(app, upload, body.into_inner()))
     });
     begun.await.map_err(|error| internal(&error))?
@@ -462,11 +474,11 @@ async fn wait(app: &App, client: ClientId, batch: Uuid, wanted: &Wanted, file: F
             File::Results => !app.store.batch_results(batch, wanted.cursor).await?.is_empty(),
             File::Errors => !app.store.batch_errors(batch, wanted.cursor).await?.is_empty(),
         };
-        let now = clock::now();
-        let found = app.store.find_batch(batch, client, now).await?.ok_or(Code::NotFound)?;
-        let tally = app.store.tally(batch, now).await?;
-        let ended = found.closed_at.is_some() && tally.open() == 0;
-        if more || ended || Instant::now() + WAITER_POLL > end || app.draining.is_cancelled() {
+        if more || Instant::now() + WAITER_POLL > end || app.draining.is_cancelled() {
+            return Ok(());
+        }
+        let found = app.store.find_batch(batch, client, clock::now()).await?.ok_or(Code::NotFound)?;
+        if found.closed_at.is_some() && !app.store.has_open_jobs(batch).await? {
             return Ok(());
         }
         sleep(WAITER_POLL / 4).await;

@@ -1,6 +1,6 @@
 //! `POST /fhir`: a FHIR batch of a few `$analyze` requests, answered together.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     extract::State,
@@ -34,7 +34,7 @@ use crate::{
         openapi::{Any, Bundle, Guarded, Negotiated, Reads, Typed, Wishes},
         status::finished_record,
     },
-    submit::{Ended, Report, Submission, Submitted, blocking, internal, status_url, submit, wait},
+    submit::{Ended, Patience, Report, Submission, Submitted, blocking, internal, status_url, submit, wait},
 };
 
 /// The operation, as entries name it: relative to the base of the service.
@@ -89,7 +89,7 @@ pub(crate) async fn post(
                     payload,
                     cancel_after,
                     member: None,
-                    patience: Duration::ZERO,
+                    patience: Patience::none(),
                     memory: memory.ok_or(Code::Overloaded)?,
                 };
                 submit(app.clone(), submission).await

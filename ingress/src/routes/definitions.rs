@@ -10,7 +10,7 @@ use axum::{
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use dermflow_schemas::error::{ApiError, Code};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::{
     answer::{self, Problem, accepts_fhir},
@@ -71,31 +71,15 @@ fn search(
             _ => return Err(ApiError::from(Code::QueryInvalid).at(name.clone()).into()),
         }
     }
-    let base = format!("{}/fhir/{kind}", app.public_url);
-    let query: Vec<String> = parameters
-        .iter()
-        .map(|pair| {
-            let escaped = |text: &str| {
-                percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
-            };
-            format!("{}={}", escaped(&pair.0), escaped(&pair.1))
-        })
-        .collect();
-    let own = if query.is_empty() { base.clone() } else { format!("{base}?{}", query.join("&")) };
+    let url = format!("{}/fhir/{kind}", app.public_url);
     let total = found.len();
     let entry = |definition: Value| {
-        let full = format!("{base}/{}", definition["id"].as_str().unwrap_or_default());
-        json!({"fullUrl": full, "resource": definition, "search": {"mode": "match"}})
+        let id = definition["id"].as_str().unwrap_or_default().to_owned();
+        fhir::search::found(&url, id, definition)
     };
-    let mut bundle = json!({
-        "resourceType": "Bundle",
-        "type": "searchset",
-        "total": total,
-        "link": [{"relation": "self", "url": own}],
-    });
-    if total > 0 {
-        bundle["entry"] = found.into_iter().map(entry).collect();
-    }
+    let entries = found.into_iter().map(entry).collect();
+    let mut bundle = fhir::search::searchset(&url, parameters, None, entries);
+    bundle["total"] = total.into();
     tagged(headers, &bundle)
 }
 

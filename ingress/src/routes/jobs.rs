@@ -19,7 +19,7 @@ use dermflow_schemas::{
     limits::{DEFAULT_PAGE, MAX_PAGE},
 };
 use serde::{Deserialize, Serialize};
-use time::OffsetDateTime;
+use time::{OffsetDateTime, UtcOffset};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
@@ -183,9 +183,12 @@ pub(crate) async fn list(
     let states = wanted.status.as_deref().map(|list| list.split(',').map(str::parse).collect());
     let states: Result<Vec<JobState>, _> = states.unwrap_or(Ok(Vec::new()));
     let cursor = wanted.cursor.as_deref().map(str::parse).transpose().map_err(|_| invalid("cursor"))?;
+    // By the clock of another zone it may be in a year that UTC has no number for.
+    let after = wanted.created_after.map(|after| after.checked_to_offset(UtcOffset::UTC));
+    let after = after.map(|after| after.ok_or_else(|| invalid("created_after"))).transpose()?;
     let filter = Filter {
         states: states.map_err(|_| invalid("status"))?,
-        from: wanted.created_after.map(|after| after.saturating_add(time::Duration::MICROSECOND)),
+        from: after.map(|after| after.saturating_add(time::Duration::MICROSECOND)),
         before: None,
         batch: wanted.batch,
         cursor,

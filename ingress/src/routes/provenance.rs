@@ -8,7 +8,6 @@ use axum::{
     response::Response,
 };
 use dermflow_schemas::error::{ApiError, Code};
-use serde_json::json;
 
 use super::{
     openapi::{Any, Bundle, Guarded, Negotiated, Queried},
@@ -64,15 +63,10 @@ pub(crate) async fn search(
     let is_made = |target: &serde_json::Value| target["reference"] == wanted;
     let found =
         resources.last().filter(|one| one["target"].as_array().is_some_and(|all| all.iter().any(is_made)));
-    let base = format!("{}/fhir/Provenance", app.public_url);
-    let query = search::query(parameters.iter().map(|(name, value)| (name.as_str(), value.as_str())));
-    let link = json!([{"relation": "self", "url": format!("{base}?{query}")}]);
-    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": link});
-    if let Some(found) = found {
-        let full = format!("{base}/{}", found["id"].as_str().unwrap_or_default());
-        bundle["entry"] = json!([{"fullUrl": full, "resource": found, "search": {"mode": "match"}}]);
-    }
-    let told = job.filter(|_| found.is_some()).map(|job| vec![Deed::ended(job, true)]);
+    let url = format!("{}/fhir/Provenance", app.public_url);
+    let entry = found.map(|one| search::found(&url, one["id"].as_str().unwrap_or_default(), one.clone()));
+    let told = job.filter(|_| entry.is_some()).map(|job| vec![Deed::ended(job, true)]);
+    let bundle = search::searchset(&url, &parameters, None, entry.into_iter().collect());
     let deeds = told.map_or(Deeds::Status(None), Deeds::Each);
     Ok(deeds.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
 }

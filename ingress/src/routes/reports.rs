@@ -157,23 +157,12 @@ async fn found(
     let (reports, more) = app.store.search(client, &asked.wanted, asked.count).await?;
     let bytes = reports.iter().map(|found| found.sealed.bytes.len()).sum();
     let memory = app.bounds.bodies.share(Some(client)).take(bytes)?;
-    let url = |cursor: Option<String>| {
-        let cursor = cursor.as_deref().map(|cursor| ("_cursor", cursor));
-        let used = asked.used.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        let query = search::query(used.chain(cursor));
-        format!("{}/fhir/DiagnosticReport{}{query}", app.public_url, if query.is_empty() { "" } else { "?" })
-    };
-    let mut links = vec![json!({"relation": "self", "url": url(asked.cursor.clone())})];
-    if let Some(last) = reports.last().filter(|_| more) {
-        links.push(json!({"relation": "next", "url": url(Some(cursor(last)))}));
-    }
+    let next = reports.last().filter(|_| more).map(cursor);
     let deeds: Vec<Deed> = reports.iter().map(|found| Deed::ended(found.job, true)).collect();
     let body = blocking(move || {
-        let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
-        if !reports.is_empty() {
-            let entries = reports.into_iter().flat_map(|found| entries(&app, &found, asked.separate));
-            bundle["entry"] = Value::Array(entries.collect());
-        }
+        let url = format!("{}/fhir/DiagnosticReport", app.public_url);
+        let entries = reports.into_iter().flat_map(|found| entries(&app, &found, asked.separate)).collect();
+        let bundle = search::searchset(&url, &asked.used, next.as_deref(), entries);
         bundle.to_string().into_bytes()
     });
     let deeds = if deeds.is_empty() { Deeds::Status(None) } else { Deeds::Each(deeds) };
@@ -198,9 +187,7 @@ fn entries(app: &App, found: &Found, separate: bool) -> Vec<Value> {
         let text = |name: &str| resource[name].as_str().unwrap_or_default().to_owned();
         let full = format!("{}/fhir/{}/{}", app.public_url, text("resourceType"), text("id"));
         let mode = if n == 0 { "match" } else { "include" };
-        let mut entry = json!({"fullUrl": full, "search": {"mode": mode}});
-        entry["resource"] = resource;
-        entry
+        search::entry(&full, mode, resource)
     };
     resources.into_iter().enumerate().map(entry).collect()
 }
@@ -212,7 +199,8 @@ fn cursor(found: &Found) -> String {
 
 fn place(cursor: &str) -> Option<(OffsetDateTime, Uuid)> {
     let (micros, id) = cursor.split_once('.')?;
-    let nanos = micros.parse::<i128>().ok()?.checked_mul(1_000)?;
+    // PostgreSQL has no year -9999.
+    let nanos = i128::from(micros.parse::<u64>().ok()?) * 1_000;
     Some((OffsetDateTime::from_unix_timestamp_nanos(nanos).ok()?, id.parse().ok()?))
 }
 
@@ -221,9 +209,8 @@ struct Asked {
     wanted: Wanted,
     count: usize,
     separate: bool,
-    /// The parameters that were not passed over, without the cursor.
+    /// The parameters that were not passed over.
     used: Vec<(String, String)>,
-    cursor: Option<String>,
 }
 
 impl Asked {
@@ -238,12 +225,11 @@ impl Asked {
             return Err(ApiError::from(Code::QueryInvalid).at("query").detail(rule));
         }
         let wanted = Wanted::default();
-        let mut asked = Self { wanted, count: REPORT_PAGE, separate: false, used: Vec::new(), cursor: None };
+        let mut asked = Self { wanted, count: REPORT_PAGE, separate: false, used: Vec::new() };
         for (name, value) in parameters {
             let is_known = asked.take(app, client, name, value);
             match is_known.ok_or_else(|| ApiError::from(Code::QueryInvalid).at(name.clone()))? {
                 Known::Used => asked.used.push((name.clone(), value.clone())),
-                Known::Cursor => asked.cursor = Some(value.clone()),
                 Known::Not if lenient => {}
                 Known::Not => {
                     let rule = "unknown; Prefer: handling=lenient passes it over";
@@ -317,10 +303,7 @@ impl Asked {
             "_include" | "_include:iterate" => self.separate = INCLUDES.contains(&value).then_some(true)?,
             "_revinclude" => self.separate = (value == "Provenance:target").then_some(true)?,
             "_format" => value.contains("json").then_some(())?,
-            "_cursor" => {
-                wanted.after = Some(place(value)?);
-                return Some(Known::Cursor);
-            }
+            "_cursor" => wanted.after = Some(place(value)?),
             _ => return Some(Known::Not),
         }
         Some(Known::Used)
@@ -330,7 +313,6 @@ impl Asked {
 /// Whether a parameter is known.
 enum Known {
     Used,
-    Cursor,
     Not,
 }
 

@@ -193,6 +193,7 @@ fn progress(record: &Record, place: Option<Place>) -> String {
             format!("queued, position {position}, starts in about {} s", wait.as_secs())
         }
         (_, Some(Place { position, starts_in: None })) => format!("queued, position {position}"),
+        (_, None) if record.attempts > 0 => format!("queued, attempt {}", record.attempts + 1),
         (_, None) => "queued".into(),
     }
 }

@@ -83,28 +83,11 @@ pub(crate) async fn search(
     let mut records = app.store.list(client, &filter, count + 1).await?;
     let more = records.len() > count;
     records.truncate(count);
-    let url = |cursor: Option<JobId>| search_url(&app, &parameters, cursor);
-    let mut links = vec![json!({"relation": "self", "url": url(filter.cursor)})];
-    if let Some(last) = records.last().filter(|_| more) {
-        links.push(json!({"relation": "next", "url": url(Some(last.id))}));
-    }
-    let entry = |record: &Record| {
-        let full = format!("{}/fhir/Task/{}", app.public_url, record.id);
-        json!({"fullUrl": full, "resource": task(record), "search": {"mode": "match"}})
-    };
-    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
-    if !records.is_empty() {
-        bundle["entry"] = records.iter().map(entry).collect();
-    }
+    let next = records.last().filter(|_| more).map(|last| last.id.to_string());
+    let url = format!("{}/fhir/Task", app.public_url);
+    let entries = records.iter().map(|record| search::found(&url, record.id, task(record))).collect();
+    let bundle = search::searchset(&url, &parameters, next.as_deref(), entries);
     Ok(Deeds::Status(None).of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
-}
-
-fn search_url(app: &App, parameters: &[(String, String)], cursor: Option<JobId>) -> String {
-    let cursor = cursor.map(|cursor| cursor.to_string());
-    let kept = parameters.iter().filter(|(name, _)| name != "_cursor");
-    let kept = kept.map(|(name, value)| (name.as_str(), value.as_str()));
-    let query = search::query(kept.chain(cursor.as_deref().map(|cursor| ("_cursor", cursor))));
-    format!("{}/fhir/Task?{query}", app.public_url)
 }
 
 /// What the codes of a task's status are of.

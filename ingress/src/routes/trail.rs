@@ -11,7 +11,7 @@ use dermflow_auth::{
     audit::{
         ACTIONS, Action, Object,
         fhir::{OUTCOMES, resource},
-        search::{self, Filter, Recorded},
+        search::{self, Filter},
     },
     db::within,
 };
@@ -26,7 +26,7 @@ use crate::{
     app::App,
     audited::Deeds,
     extract::{Allowed, ReadTrail, SearchTrail},
-    fhir::search::period,
+    fhir::search::{found, period, searchset},
     routes::openapi::{Any, AuditEvent, Bundle, Guarded, Negotiated, Own, Queried},
 };
 
@@ -84,24 +84,15 @@ pub(crate) async fn search(
     let Query(parameters) = parameters.map_err(|_| ApiError::from(Code::QueryInvalid).at("query"))?;
     let (filter, count) = read(&parameters)?;
     // One more tells whether there is another page.
-    let found =
+    let listed =
         within(async { search::list(&app.store.connections().get().await?, &filter, count + 1).await });
-    let mut events = found.await?;
+    let mut events = listed.await?;
     let more = events.len() > count;
     events.truncate(count);
-    let next = events.last().filter(|_| more).map(|last| last.id);
-    let mut links = vec![json!({"relation": "self", "url": url(&app, &parameters, filter.cursor)})];
-    if next.is_some() {
-        links.push(json!({"relation": "next", "url": url(&app, &parameters, next)}));
-    }
-    let entry = |event: &Recorded| {
-        let full = format!("{}/fhir/AuditEvent/{}", app.public_url, event.id);
-        json!({"fullUrl": full, "resource": resource(event), "search": {"mode": "match"}})
-    };
-    let mut bundle = json!({"resourceType": "Bundle", "type": "searchset", "link": links});
-    if !events.is_empty() {
-        bundle["entry"] = events.iter().map(entry).collect();
-    }
+    let next = events.last().filter(|_| more).map(|last| last.id.to_string());
+    let url = format!("{}/fhir/AuditEvent", app.public_url);
+    let entries = events.iter().map(|event| found(&url, event.id, resource(event))).collect();
+    let bundle = searchset(&url, &parameters, next.as_deref(), entries);
     let deed = Deeds::one(Action::TrailRead, None, json!({ "events": events.len() }));
     Ok(deed.of(answer::fhir(StatusCode::OK, bundle.to_string().into_bytes())))
 }
@@ -150,19 +141,10 @@ fn read(parameters: &[(String, String)]) -> Result<(Filter, usize), ApiError> {
     Ok((filter, count))
 }
 
-/// What an id or a name of ours looks like; it goes into links as it is.
+/// What an id or a name of ours looks like.
 fn is_id(value: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
     (1..=64).contains(&value.len()) && value.bytes().all(plain)
-}
-
-fn url(app: &App, parameters: &[(String, String)], cursor: Option<i64>) -> String {
-    // None of the values that are let through has a character that a query would have to escape but `+`.
-    let escaped = |value: &str| value.replace('+', "%2B").replace(' ', "%20");
-    let kept = parameters.iter().filter(|(name, _)| name != "_cursor");
-    let kept = kept.map(|(name, value)| format!("{name}={}", escaped(value)));
-    let query: Vec<String> = kept.chain(cursor.map(|cursor| format!("_cursor={cursor}"))).collect();
-    format!("{}/fhir/AuditEvent?{}", app.public_url, query.join("&"))
 }
 
 #[cfg(test)]

@@ -118,10 +118,8 @@ pub(crate) fn line_key(batch: Uuid, custom_id: &str) -> String {
     format!("batch {batch} {custom_id}")
 }
 
-/// What the beginning of an upload at `$3` changes of the batch `b`. Uploads that were not seen since `$4` died with their
-/// ingress.
-const BEGUN: &str = "closed_at = NULL, upload_seen_at = $3, \
-                     uploads = CASE WHEN b.upload_seen_at > $4 THEN b.uploads + 1 ELSE 1 END";
+/// The upload `$3` begins, seen at `$4`, to the batch that `opened` gives.
+const BEGIN: &str = "INSERT INTO uploads (id, batch, seen_at) SELECT $3::uuid, id, $4::timestamptz FROM opened RETURNING batch";
 
 impl Store {
     /// A new batch, or the one that was made with this key, with an upload that begins; `None` when that one was deleted.
@@ -130,17 +128,17 @@ impl Store {
         id: Uuid,
         client: ClientId,
         key: Option<&str>,
+        upload: Uuid,
         now: OffsetDateTime,
     ) -> Result<Option<Uuid>> {
         within(async {
             let upsert = format!(
-                "INSERT INTO batches AS b (id, client, key, created_at, uploads, upload_seen_at) \
-                 VALUES ($1, $2, $5, $3, 1, $3) \
-                 ON CONFLICT (client, key) DO UPDATE SET {BEGUN} WHERE b.deleted_at IS NULL RETURNING id"
+                "WITH opened AS (INSERT INTO batches AS b (id, client, key, created_at) VALUES ($1, $2, $5, $4) \
+                 ON CONFLICT (client, key) DO UPDATE SET closed_at = NULL WHERE b.deleted_at IS NULL RETURNING id) \
+                 {BEGIN}"
             );
             let connection = self.pool.get().await?;
-            let expired = now - UPLOAD_LEASE;
-            let row = connection.query_opt(&upsert, &[&id, &client.uuid(), &now, &expired, &key]).await?;
+            let row = connection.query_opt(&upsert, &[&id, &client.uuid(), &upload, &now, &key]).await?;
             Ok(row.map(|row| row.get(0)))
         })
         .await
@@ -151,46 +149,46 @@ impl Store {
         &self,
         id: Uuid,
         client: ClientId,
+        upload: Uuid,
         now: OffsetDateTime,
     ) -> Result<Option<Uuid>> {
         within(async {
             let update = format!(
-                "UPDATE batches AS b SET {BEGUN} \
-                 WHERE id = $1 AND client = $2 AND deleted_at IS NULL RETURNING id"
+                "WITH opened AS (UPDATE batches SET closed_at = NULL \
+                 WHERE id = $1 AND client = $2 AND deleted_at IS NULL RETURNING id) {BEGIN}"
             );
             let connection = self.pool.get().await?;
-            let expired = now - UPLOAD_LEASE;
-            let row = connection.query_opt(&update, &[&id, &client.uuid(), &now, &expired]).await?;
+            let row = connection.query_opt(&update, &[&id, &client.uuid(), &upload, &now]).await?;
             Ok(row.map(|row| row.get(0)))
         })
         .await
     }
 
-    /// An upload goes on.
-    pub(crate) async fn upload_seen(&self, batch: Uuid, now: OffsetDateTime) -> Result<()> {
+    /// An upload goes on; whether its batch does, too.
+    pub(crate) async fn upload_seen(&self, upload: Uuid, batch: Uuid, now: OffsetDateTime) -> Result<bool> {
         within(async {
-            let update = "UPDATE batches SET upload_seen_at = $2 WHERE id = $1";
-            self.pool.get().await?.execute(update, &[&batch, &now]).await?;
-            Ok(())
+            let update = "WITH seen AS (UPDATE uploads SET seen_at = $3 WHERE id = $1) \
+                          SELECT EXISTS (SELECT FROM batches WHERE id = $2 AND deleted_at IS NULL)";
+            Ok(self.pool.get().await?.query_one(update, &[&upload, &batch, &now]).await?.get(0))
         })
         .await
     }
 
     /// An upload ended: it reached its end, or it did not, and then the batch is open again, unless another upload has closed
     /// it after `since`: whoever was cut may have sent everything again before we know of it. Then that is when its last line
-    /// came; when we ended it, now.
+    /// came that no other upload had brought; when we ended it, now. Of an upload that has ended it changes nothing.
     pub(crate) async fn end_upload(
         &self,
-        batch: Uuid,
+        upload: Uuid,
         complete: bool,
         since: OffsetDateTime,
         now: OffsetDateTime,
     ) -> Result<()> {
         within(async {
-            let update = "UPDATE batches SET uploads = greatest(uploads - 1, 0), \
-                          closed_at = CASE WHEN $2 THEN $4::timestamptz WHEN closed_at > $3 THEN closed_at END \
-                          WHERE id = $1";
-            self.pool.get().await?.execute(update, &[&batch, &complete, &since, &now]).await?;
+            let update = "WITH ended AS (DELETE FROM uploads WHERE id = $1 RETURNING batch) UPDATE batches \
+                          SET closed_at = CASE WHEN $2 THEN $4::timestamptz WHEN closed_at > $3 THEN closed_at END \
+                          FROM ended WHERE id = ended.batch";
+            self.pool.get().await?.execute(update, &[&upload, &complete, &since, &now]).await?;
             Ok(())
         })
         .await
@@ -205,8 +203,8 @@ impl Store {
     ) -> Result<Option<Batch>> {
         within(async {
             let select = "SELECT id, created_at, \
-                          CASE WHEN uploads = 0 OR upload_seen_at <= $3 THEN closed_at END AS closed_at \
-                          FROM batches WHERE id = $1 AND client = $2 AND deleted_at IS NULL";
+                          CASE WHEN NOT EXISTS (SELECT FROM uploads WHERE batch = batches.id AND seen_at > $3) \
+                          THEN closed_at END AS closed_at FROM batches WHERE id = $1 AND client = $2 AND deleted_at IS NULL";
             let connection = self.pool.get().await?;
             let select = connection.prepare_cached(select).await?;
             let row = connection.query_opt(&select, &[&id, &client.uuid(), &(now - UPLOAD_LEASE)]).await?;
@@ -238,9 +236,20 @@ impl Store {
         .await
     }
 
+    /// Whether a job of a batch has not ended.
+    pub(crate) async fn has_open_jobs(&self, batch: Uuid) -> Result<bool> {
+        within(async {
+            let connection = self.pool.get().await?;
+            let select = "SELECT EXISTS (SELECT FROM jobs WHERE batch = $1 AND finished_at IS NULL)";
+            let select = connection.prepare_cached(select).await?;
+            Ok(connection.query_one(&select, &[&batch]).await?.get(0))
+        })
+        .await
+    }
+
     /// Notes that a line was refused for good: by the name in `custom_id`, if that names nothing else in the batch, until a
     /// line of this name is accepted; else by its number, and then it stays. A line that is refused again, as when its upload
-    /// is resumed, is noted once.
+    /// is resumed, is noted once. Whether this was the first time.
     pub(crate) async fn refuse_line(
         &self,
         client: ClientId,
@@ -248,7 +257,7 @@ impl Store {
         line: usize,
         custom_id: Option<&str>,
         error: &Value,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         within(async {
             let mut connection = self.pool.get().await?;
             let transaction = connection.transaction().await?;
@@ -266,13 +275,13 @@ impl Store {
                           OR ($2 IS NULL AND custom_id IS NULL AND line = $3 AND error = $4))";
             let delete = transaction.prepare_cached(delete).await?;
             let (line, error) = (line as i32, Json(error));
-            transaction.execute(&delete, &[&batch, &name, &line, &error]).await?;
+            let known = transaction.execute(&delete, &[&batch, &name, &line, &error]).await?;
             let insert = "INSERT INTO batch_refusals (batch, event, line, custom_id, error) \
                           VALUES ($1, $2, $3, $4, $5)";
             let insert = transaction.prepare_cached(insert).await?;
             transaction.execute(&insert, &[&batch, &event, &line, &name, &error]).await?;
             transaction.commit().await?;
-            Ok(())
+            Ok(known == 0)
         })
         .await
     }
@@ -376,8 +385,11 @@ impl Store {
                           FROM unnest($2::uuid[], $3::bigint[]) AS ended (id, event) \
                           WHERE jobs.id = ended.id AND state = ANY($4)";
             transaction.execute(update, &[&now, &ids, &events, &open_states(Event::Cancelled)]).await?;
-            let ended = "SELECT id FROM jobs WHERE batch IN (SELECT id FROM batches WHERE deleted_at IS NOT NULL) \
-                         AND finished_at IS NOT NULL AND deleted_at IS NULL LIMIT $1 FOR UPDATE SKIP LOCKED";
+            // One look into an index a batch; without the order all that has been removed might be looked at again.
+            let ended = "SELECT ended.id FROM batches CROSS JOIN LATERAL (SELECT id FROM jobs \
+                         WHERE batch = batches.id AND finished_at IS NOT NULL AND deleted_at IS NULL \
+                         ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED) AS ended \
+                         WHERE batches.deleted_at IS NOT NULL LIMIT $1";
             let ended = transaction.query(ended, &[&SWEEP_BATCH]).await?;
             let ended: Vec<Uuid> = ended.iter().map(|row| row.get(0)).collect();
             let erased = remove_reports(&transaction, &ended, now).await?;

@@ -232,6 +232,9 @@ fn may_reopen(
         _ if record.deleted_at.is_some() => Err("its client has removed it"),
         State::Cancelled => Err("its client has cancelled it"),
         State::Succeeded => Err("it has succeeded"),
+        State::Failed if record.failure.as_ref().is_some_and(|failure| failure.code == Code::NeverQueued) => {
+            Err("its client was told that it was not accepted")
+        }
         State::Failed if record.finished_at.is_none_or(|at| at < since) => {
             Err("the job's record is no longer kept")
         }

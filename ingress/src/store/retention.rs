@@ -9,7 +9,7 @@ use dermflow_auth::{
 use dermflow_schemas::{
     error::Code,
     id::JobId,
-    limits::{MIN_RETENTION_DAYS, RETENTION_DAYS, SWEEP_BATCH},
+    limits::{MIN_RETENTION_DAYS, RETENTION_DAYS, SWEEP_BATCH, UPLOAD_LEASE},
 };
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -163,15 +163,16 @@ impl Store {
         .await
     }
 
-    /// Erases batches past their client's retention of which no job is left.
+    /// Erases batches past their client's retention of which no job is left, and to which nobody uploads.
     pub(crate) async fn erase_batches(&self, now: OffsetDateTime) -> Result<()> {
         within(async {
             let erase = format!(
                 "DELETE FROM batches WHERE id IN (SELECT b.id FROM batches b LEFT JOIN auth.users ON users.id = b.client \
-                 WHERE b.created_at < $1::timestamptz - {} AND NOT EXISTS (SELECT FROM jobs WHERE batch = b.id) LIMIT $2)",
+                 WHERE b.created_at < $1::timestamptz - {} AND NOT EXISTS (SELECT FROM jobs WHERE batch = b.id) \
+                 AND NOT EXISTS (SELECT FROM uploads WHERE batch = b.id AND seen_at > $3) LIMIT $2)",
                 kept()
             );
-            self.pool.get().await?.execute(&erase, &[&now, &SWEEP_BATCH]).await?;
+            self.pool.get().await?.execute(&erase, &[&now, &SWEEP_BATCH, &(now - UPLOAD_LEASE)]).await?;
             Ok(())
         })
         .await

@@ -152,13 +152,13 @@ impl Store {
         .await
     }
 
-    /// The job of each client and lane that has waited longest. One that the broker passed over comes to this
+    /// The job of each client and lane that has waited longest, but for those that wait for another attempt. One that the broker passed over comes to this
     /// place sooner or later, and stays there.
     pub(crate) async fn first_in_line(&self, before: OffsetDateTime, limit: i64) -> Result<Vec<Open>> {
         within(async {
             let select = format!(
                 "SELECT id, stream_seq FROM (SELECT DISTINCT ON (client, lane) id, stream_seq FROM jobs \
-                 WHERE {QUEUED} AND state = 'queued' ORDER BY client, lane, stream_seq) first \
+                 WHERE {QUEUED} AND state = 'queued' AND attempts = 0 ORDER BY client, lane, stream_seq) first \
                  ORDER BY stream_seq LIMIT $2"
             );
             let rows = self.pool.get().await?.query(&select, &[&before, &limit]).await?;
@@ -176,7 +176,7 @@ impl Store {
     ) -> Result<Vec<Open>> {
         within(async {
             let select = format!(
-                "SELECT id, stream_seq FROM jobs WHERE {QUEUED} AND state = 'queued' AND id > $2 \
+                "SELECT id, stream_seq FROM jobs WHERE {QUEUED} AND state = 'queued' AND attempts = 0 AND id > $2 \
                  ORDER BY id LIMIT $3"
             );
             let rows = self.pool.get().await?.query(&select, &[&before, &after.uuid(), &limit]).await?;

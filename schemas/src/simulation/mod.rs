@@ -1,8 +1,8 @@
 //! The life of a job under everything that can go wrong: requests that are cut off and tried again, messages
-//! that are lost, repeated, reordered and delayed, processes that die between any two steps. All of it follows
-//! from a seed, without a clock and without a broker; the record changes only by [`crate::job::step`].
+//! that are lost, repeated, reordered and delayed, processes that die between any two steps, a disk that loses messages,
+//! operators who put dead letters back. All of it follows from a seed, without a clock and without a broker; the record changes only by [`crate::job::step`].
 //!
-//! The model knows the rules that the processes keep (`submit`, `recorder`, `sweeper`, `attempt`). A [`Defect`]
+//! The model knows the rules that the processes keep (`submit`, `recorder`, `sweeper`, `lost`, `dead`, `attempt`). A [`Defect`]
 //! breaks one of them: the tests show that each would be found.
 
 mod world;
@@ -42,9 +42,19 @@ enum Defect {
     AttemptsUncounted,
     /// A worker that was told to stop does not ack.
     CancelKeepsMessage,
+    /// A dead letter goes back under the message id of its job's first life.
+    RequeueUnderOldId,
+    /// A failure from before a job was put back ends it.
+    StaleFailureCounts,
+    /// An operator puts back a job that its client was told was not accepted.
+    RequeueUnaccepted,
+    /// The sweeper looks for lost jobs in the order against the one in which they move.
+    LookBackwards,
+    /// The sweeper does not look for lost jobs.
+    LossUnnoticed,
 }
 
-const DEFECTS: [Defect; 14] = [
+const DEFECTS: [Defect; 19] = [
     Defect::AckBeforePublish,
     Defect::AckBeforeRecord,
     Defect::LastResultWins,
@@ -59,6 +69,11 @@ const DEFECTS: [Defect; 14] = [
     Defect::RetryDropped,
     Defect::AttemptsUncounted,
     Defect::CancelKeepsMessage,
+    Defect::RequeueUnderOldId,
+    Defect::StaleFailureCounts,
+    Defect::RequeueUnaccepted,
+    Defect::LookBackwards,
+    Defect::LossUnnoticed,
 ];
 
 /// Steps of a schedule before the surroundings calm down.

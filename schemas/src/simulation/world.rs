@@ -1,4 +1,4 @@
-//! The model: clients, ingress, record, queue, workers, recorders, sweeper. One call of [`World::step`] lets one
+//! The model: clients, ingress, record, queue, workers, recorders, sweeper, operators. One call of [`World::step`] lets one
 //! of them take one step.
 
 use super::{Defect, Rng};
@@ -17,9 +17,12 @@ const GRACES: [u32; 2] = [REQUEST + 2, 40];
 const DEADLINES: [u32; 2] = [25, 4_000];
 /// Ticks in which a calm system must have finished every job that is not in a hurry.
 const CALM: u32 = 600;
-/// Per cent of attempts at a job that kills its worker, and of those that fail in passing.
+/// Per cent of jobs that kill their worker; of attempts that fail in passing, and those with which the model is at fault.
 const POISON: usize = 3;
 const TRANSIENT: usize = 10;
+const AT_FAULT: usize = TRANSIENT + 5;
+/// How often operators put a job back, at most.
+const REQUEUES: u32 = 2;
 
 /// What a client wants done, under a key of its own.
 #[derive(Debug, Default)]
@@ -41,8 +44,14 @@ struct Job {
     /// Whether the deadline is long enough to be met.
     patient: bool,
     poison: bool,
-    /// The broker's disk lost the payload.
-    lost: bool,
+    /// How many messages of its present life the broker's disk lost.
+    lost: u32,
+    /// The record knows where in the queue it was put.
+    placed: bool,
+    /// How often it was put back.
+    requeues: u32,
+    /// The dead letter that it was put back from last, until that is removed.
+    pending: Option<u32>,
     /// How it ended, and how often.
     ends: Vec<State>,
     /// Settled by the sweeper.
@@ -55,6 +64,7 @@ struct Job {
 enum Sweep {
     NeverQueued,
     Deadline,
+    Lost,
 }
 
 /// A request on its way through an ingress process.
@@ -86,6 +96,7 @@ struct Message<T> {
 #[derive(Debug, Clone, Copy)]
 struct Payload {
     job: usize,
+    requeues: u32,
     attempt: u32,
     deadline: u32,
 }
@@ -93,7 +104,15 @@ struct Payload {
 #[derive(Debug, Clone, Copy)]
 struct Outcome {
     job: usize,
+    requeues: u32,
     event: Event,
+}
+
+/// A payload that workers gave up.
+#[derive(Debug, Clone, Copy)]
+struct Letter {
+    id: u32,
+    job: usize,
 }
 
 /// A stream with one consumer: at least once, in any order.
@@ -146,6 +165,7 @@ struct Attempt {
 enum Phase {
     Delivered,
     Running,
+    Bury,
     Result(Event),
     Retry,
     Ack,
@@ -171,6 +191,10 @@ pub(super) struct Covered {
     exhausted: u64,
     stopped: u64,
     crashes: u64,
+    lost: u64,
+    requeued: u64,
+    succeeded_again: u64,
+    stale: u64,
 }
 
 impl Covered {
@@ -184,7 +208,7 @@ impl Covered {
         self.clone().fields().into_iter().all(|n| *n > 100)
     }
 
-    fn fields(&mut self) -> [&mut u64; 10] {
+    fn fields(&mut self) -> [&mut u64; 14] {
         let Self {
             succeeded,
             failed,
@@ -196,8 +220,27 @@ impl Covered {
             exhausted,
             stopped,
             crashes,
+            lost,
+            requeued,
+            succeeded_again,
+            stale,
         } = self;
-        [succeeded, failed, cancelled, never_queued, deadline, late, redelivered, exhausted, stopped, crashes]
+        [
+            succeeded,
+            failed,
+            cancelled,
+            never_queued,
+            deadline,
+            late,
+            redelivered,
+            exhausted,
+            stopped,
+            crashes,
+            lost,
+            requeued,
+            succeeded_again,
+            stale,
+        ]
     }
 }
 
@@ -213,10 +256,16 @@ pub(super) struct World {
     orders: Vec<Order>,
     jobs: Vec<Job>,
     requests: Vec<Request>,
-    /// The ids that the broker drops repetitions of; a restart forgets them.
-    dedupe: Vec<usize>,
+    /// The ids that the broker drops repetitions of, of a job's first and further lives; a restart forgets them.
+    dedupe: Vec<(usize, u32)>,
     queue: Stream<Payload>,
     results: Stream<Outcome>,
+    dead: Vec<Letter>,
+    letters: u32,
+    /// Operators put no further letter back, and finish what they have begun.
+    closing: bool,
+    /// Jobs, in which life, that the sweeper has not found in the first place where it looked.
+    suspects: Vec<(usize, u32)>,
     workers: [Option<Attempt>; 3],
     recorders: [Option<Batch>; 2],
     pub(super) covered: Covered,
@@ -238,6 +287,10 @@ impl World {
             dedupe: Vec::new(),
             queue: Stream::new(),
             results: Stream::new(),
+            dead: Vec::new(),
+            letters: 0,
+            closing: false,
+            suspects: Vec::new(),
             workers: [const { None }; 3],
             recorders: [const { None }; 2],
             covered: Covered::default(),
@@ -268,24 +321,33 @@ impl World {
         Ok(())
     }
 
-    /// What seldom happens: a client loses interest, the broker restarts.
+    /// What seldom happens: a client loses interest, the broker restarts, or loses something, an operator looks.
     fn rare(&mut self) -> Checked {
         match self.rng.below(4) {
             0 => self.cancel()?,
             1 if self.faults > 0 => self.dedupe.clear(),
             2 if self.fault() => self.lose(),
+            3 => self.operate()?,
             _ => {}
         }
         Ok(())
     }
 
-    /// The broker's disk loses a job.
+    /// The broker's disk loses a payload, or a result.
     fn lose(&mut self) {
-        if !self.queue.messages.is_empty() {
-            let n = self.rng.below(self.queue.messages.len());
-            let lost = self.queue.messages.remove(n);
-            self.jobs[lost.body.job].lost = true;
+        let (payloads, results) = (self.queue.messages.len(), self.results.messages.len());
+        if payloads + results == 0 {
+            return;
         }
+        let n = self.rng.below(payloads + results);
+        let (job, requeues) = if n < payloads {
+            let Payload { job, requeues, .. } = self.queue.messages.remove(n).body;
+            (job, requeues)
+        } else {
+            let Outcome { job, requeues, .. } = self.results.messages.remove(n - payloads).body;
+            (job, requeues)
+        };
+        self.jobs[job].lost += u32::from(requeues == self.jobs[job].requeues);
     }
 
     /// The surroundings behave from here on: everything must come to its end, and then be right.
@@ -299,14 +361,17 @@ impl World {
             self.round()?;
         }
         for (n, job) in self.jobs.iter().enumerate() {
-            let owed = self.orders[job.order].accepted.contains(&n) && job.patient && !job.lost;
-            if owed && job.swept.is_some() {
+            // What is lost while the record does not know where it was put ends at its deadline.
+            let found = job.lost == 0 || job.placed;
+            let owed = self.orders[job.order].accepted.contains(&n) && job.patient && found;
+            if owed && job.swept.is_some_and(|why| why != Sweep::Lost) {
                 return Err(format!("job {n} was accepted and then lost: {job:?}"));
             }
             if owed && !job.state.is_terminal() {
                 return Err(format!("job {n} was accepted and does not end: {job:?}"));
             }
         }
+        self.closing = true;
         self.now += DEADLINES[1] + self.grace;
         self.sweep()?;
         for _ in 0..50 {
@@ -327,6 +392,7 @@ impl World {
         }
         self.record()?;
         self.record()?;
+        self.operate()?;
         self.sweep()
     }
 
@@ -334,6 +400,7 @@ impl World {
         self.queue.messages.is_empty()
             && self.results.messages.is_empty()
             && self.requests.is_empty()
+            && self.jobs.iter().all(|job| job.pending.is_none() && (!job.placed || job.state.is_terminal()))
             && self.workers.iter().all(Option::is_none)
             && self.recorders.iter().all(Option::is_none)
     }
@@ -348,9 +415,13 @@ impl World {
             return Err(format!("something is left: {:?} {:?}", self.queue, self.results));
         }
         for (n, job) in self.jobs.iter().enumerate() {
-            let ended = usize::from(job.state.is_terminal());
-            if ended != 1 || job.ends != [job.state] {
-                return Err(format!("job {n} did not end exactly once: {job:?}"));
+            let [failed @ .., last] = job.ends.as_slice() else {
+                return Err(format!("job {n} did not end: {job:?}"));
+            };
+            let reopened =
+                failed.len() == job.requeues as usize && failed.iter().all(|end| *end == State::Failed);
+            if *last != job.state || !reopened {
+                return Err(format!("job {n} did not end exactly once in each of its lives: {job:?}"));
             }
             let done = u32::from(job.state == State::Succeeded);
             if job.billed != done || job.reports != done {
@@ -360,6 +431,10 @@ impl World {
         for (n, order) in self.orders.iter().enumerate() {
             if order.accepted.iter().any(|job| *job != order.accepted[0]) {
                 return Err(format!("the key of order {n} stands for several jobs: {order:?}"));
+            }
+            let billed: u32 = self.jobs.iter().filter(|job| job.order == n).map(|job| job.billed).sum();
+            if billed > 1 {
+                return Err(format!("order {n} is billed {billed} times: {order:?}"));
             }
         }
         Ok(())
@@ -389,7 +464,7 @@ impl World {
             };
             *ended += 1;
         }
-        if line.ends.len() > 1 {
+        if line.ends.len() > 1 + line.requeues as usize {
             return Err(format!("job {job} ended twice: {line:?}"));
         }
         Ok(true)
@@ -453,7 +528,10 @@ impl World {
             deadline,
             patient,
             poison: self.rng.percent(POISON),
-            lost: false,
+            lost: 0,
+            placed: false,
+            requeues: 0,
+            pending: None,
             ends: Vec::new(),
             swept: None,
             billed: 0,
@@ -467,12 +545,20 @@ impl World {
     /// The broker stores the payload and acknowledges; either may fail.
     fn publish(&mut self, job: usize, deadline: u32) -> Option<Stage> {
         let (stored, acknowledged) = (!self.fault(), !self.fault());
-        if stored && !self.dedupe.contains(&job) {
-            self.dedupe.push(job);
-            self.queue.store(Payload { job, attempt: 1, deadline }, self.now);
+        if stored {
+            self.put(Payload { job, requeues: 0, attempt: 1, deadline }, 0);
         }
         let answered = (stored && acknowledged) || self.is(Defect::AnswerUnacknowledged);
         answered.then_some(Stage::Mark(job, deadline))
+    }
+
+    /// Stores a payload, unless there was one of this id.
+    fn put(&mut self, payload: Payload, life: u32) {
+        let id = (payload.job, life);
+        if !self.dedupe.contains(&id) {
+            self.dedupe.push(id);
+            self.queue.store(payload, self.now);
+        }
     }
 
     fn mark(&mut self, job: usize, deadline: u32) -> Stage {
@@ -480,6 +566,7 @@ impl World {
         if self.change(job, Event::Queued) == Ok(true) {
             self.jobs[job].deadline = deadline;
         }
+        self.jobs[job].placed = true;
         Stage::Answer(job)
     }
 
@@ -554,7 +641,7 @@ impl World {
         match attempt.phase {
             Phase::Delivered if attempt.number > MAX_ATTEMPTS => {
                 self.covered.exhausted += 1;
-                Some(Phase::Result(Event::Failed))
+                Some(Phase::Bury)
             }
             Phase::Delivered if self.now > payload.deadline => Some(Phase::Result(Event::Failed)),
             Phase::Delivered => {
@@ -565,6 +652,15 @@ impl World {
                 Some(Phase::Running)
             }
             Phase::Running => Some(self.verdict(attempt)),
+            // The letter first: what follows deletes the payload.
+            Phase::Bury => {
+                if self.fault() {
+                    return self.rng.percent(50).then_some(Phase::Bury);
+                }
+                self.letters += 1;
+                self.dead.push(Letter { id: self.letters, job: payload.job });
+                Some(if self.fault() { Phase::Bury } else { Phase::Result(Event::Failed) })
+            }
             Phase::Result(event) => {
                 if self.is(Defect::AckBeforePublish) {
                     self.queue.ack(message);
@@ -573,7 +669,8 @@ impl World {
                 if self.fault() {
                     return self.rng.percent(50).then_some(Phase::Result(event));
                 }
-                self.results.store(Outcome { job: payload.job, event }, self.now);
+                let Payload { job, requeues, .. } = payload;
+                self.results.store(Outcome { job, requeues, event }, self.now);
                 if self.fault() { Some(Phase::Result(event)) } else { Some(Phase::Ack) }
             }
             Phase::Retry => {
@@ -583,6 +680,10 @@ impl World {
                 if !self.is(Defect::RetryDropped) {
                     let backoff = self.now + 1 + self.rng.below(8) as u32;
                     self.queue.store(Payload { attempt: attempt.number + 1, ..payload }, backoff);
+                }
+                // So may the note of the pause.
+                if !self.fault() {
+                    let _ = self.change(payload.job, Event::Parked);
                 }
                 Some(Phase::Ack)
             }
@@ -600,8 +701,9 @@ impl World {
             (0..TRANSIENT, true) => Phase::Retry,
             (0..TRANSIENT, false) => {
                 self.covered.exhausted += 1;
-                Phase::Result(Event::Failed)
+                Phase::Bury
             }
+            (TRANSIENT..AT_FAULT, _) => Phase::Bury,
             (90.., _) => Phase::Result(Event::Failed),
             _ => Phase::Result(Event::Succeeded),
         }
@@ -667,9 +769,20 @@ impl World {
     }
 
     /// The first result wins; report and count are of the same transaction.
-    fn settle(&mut self, Outcome { job, event }: Outcome) -> Checked {
+    fn settle(&mut self, Outcome { job, requeues, event }: Outcome) -> Checked {
+        // A failure from before it was put back says nothing about it.
+        let stale = event == Event::Failed && requeues < self.jobs[job].requeues;
+        if stale && !self.is(Defect::StaleFailureCounts) {
+            self.covered.stale += 1;
+            return Ok(());
+        }
         let won = self.change(job, event)?;
+        if won && stale {
+            return Err(format!("job {job} was ended by a failure of an earlier life: {:?}", self.jobs[job]));
+        }
         self.covered.late += u64::from(!won);
+        self.covered.succeeded_again +=
+            u64::from(won && event == Event::Succeeded && self.jobs[job].requeues > 0);
         if event == Event::Succeeded && (won || self.is(Defect::CountEveryResult)) {
             self.jobs[job].billed += 1;
             self.jobs[job].reports = 1;
@@ -706,6 +819,92 @@ impl World {
                 self.withdraw(n);
             }
         }
+        if self.is(Defect::LossUnnoticed) { Ok(()) } else { self.settle_lost() }
+    }
+
+    /// Ends jobs that were not in the queue a while ago and are not among the results now, and looks who is not in the
+    /// queue now.
+    fn settle_lost(&mut self) -> Checked {
+        for (job, requeues) in std::mem::take(&mut self.suspects) {
+            let line = &self.jobs[job];
+            let same =
+                line.requeues == requeues && line.placed && !self.is_in(job, self.is(Defect::LookBackwards));
+            if !same || !self.change(job, Event::Failed)? {
+                continue;
+            }
+            let line = &mut self.jobs[job];
+            line.swept = Some(Sweep::Lost);
+            self.covered.lost += 1;
+            if line.lost == 0 {
+                return Err(format!("job {job} is called lost, and is not: {line:?}"));
+            }
+        }
+        let looked_for = |n: &usize| {
+            let job = &self.jobs[*n];
+            job.placed && !job.state.is_terminal() && !self.is_in(*n, !self.is(Defect::LookBackwards))
+        };
+        self.suspects = (0..self.jobs.len()).filter(looked_for).map(|n| (n, self.jobs[n].requeues)).collect();
         Ok(())
+    }
+
+    /// Whether a job is in the queue, or else among the results.
+    fn is_in(&self, job: usize, queue: bool) -> bool {
+        if queue {
+            self.queue.messages.iter().any(|message| message.body.job == job)
+        } else {
+            self.results.messages.iter().any(|message| message.body.job == job)
+        }
+    }
+
+    // Operators.
+
+    /// What was begun goes on, or somebody puts a letter back.
+    fn operate(&mut self) -> Checked {
+        if let Some(job) = self.jobs.iter().position(|job| job.pending.is_some()) {
+            self.put_back(job);
+            return Ok(());
+        }
+        if self.dead.is_empty() || self.closing {
+            return Ok(());
+        }
+        let letter = self.dead[self.rng.below(self.dead.len())];
+        let job = &self.jobs[letter.job];
+        // An operator is slower than a request.
+        let is_asked = self.requests.iter().any(|request| request.order == job.order);
+        let unaccepted = job.swept == Some(Sweep::NeverQueued) && !self.is(Defect::RequeueUnaccepted);
+        if is_asked || unaccepted || job.requeues == REQUEUES || !self.change(letter.job, Event::Requeued)? {
+            return Ok(());
+        }
+        let job = &mut self.jobs[letter.job];
+        (job.requeues, job.pending) = (job.requeues + 1, Some(letter.id));
+        (job.placed, job.lost, job.swept) = (false, 0, None);
+        job.deadline = self.now + DEADLINES[usize::from(job.patient)];
+        self.covered.requeued += 1;
+        self.put_back(letter.job);
+        Ok(())
+    }
+
+    /// The payload goes into the queue, the record notes it, the letter is removed. The operators' process may die anywhere.
+    fn put_back(&mut self, n: usize) {
+        let Job { requeues, deadline, pending, .. } = self.jobs[n];
+        let is_open = !self.jobs[n].state.is_terminal();
+        if is_open && !self.jobs[n].placed {
+            if self.fault() {
+                return;
+            }
+            let life = if self.is(Defect::RequeueUnderOldId) { 0 } else { requeues };
+            self.put(Payload { job: n, requeues, attempt: 1, deadline }, life);
+            if self.fault() {
+                return;
+            }
+            self.jobs[n].placed = true;
+        }
+        // One that failed before it is known to be in the queue may still need its letter.
+        if is_open || self.jobs[n].placed || self.jobs[n].state != State::Failed {
+            self.dead.retain(|letter| Some(letter.id) != pending);
+        }
+        if !self.fault() {
+            self.jobs[n].pending = None;
+        }
     }
 }

@@ -8,14 +8,17 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use dermflow_schemas::queue;
+use dermflow_schemas::{
+    limits::ATOMIC_FROM,
+    queue::{self, Message, PublishError, Publisher},
+};
 use dermflow_tests::{
     checker::{Ledger, order},
     form::scale,
     lab::{Lab, Setup, Worker},
     wait::eventually,
 };
-use futures_util::future::join_all;
+use futures_util::{FutureExt, StreamExt, future::join_all};
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
@@ -126,11 +129,53 @@ async fn r11_a_full_queue_refuses_and_recovers() -> Result<()> {
     assert_eq!((refused.status, refused.code()), (503, "queue-full"), "{}", refused.text);
     ensure!(!refused.header("retry-after").is_empty(), "no Retry-After");
     assert_eq!(client.get(&format!("/fhir/_async/{}", accepted[0])).await?.status, 202);
+    let other = lab.register("other").await?;
+    let mut wakes = lab.broker().await?.subscribe("wake.bulk.*").await?;
+    let refused = other.analyze(&order(n), &[("prefer", "respond-async")]).await?;
+    assert_eq!((refused.status, refused.code()), (503, "queue-full"), "{}", refused.text);
     let held = lab.messages(queue::JOBS).await?;
     assert_eq!(held, accepted.len() as u64);
     lab.start_worker(Worker::simulated(1)).await?;
     ledger.submit_all(&client, n..n + room as usize, 8).await?;
     ledger.check(&lab, &[], SETTLE).await?;
+    let id: String = lab.sql("SELECT id::text FROM auth.users WHERE username = 'other'").await?[0].get(0);
+    let mut woken = 0;
+    while let Some(Some(wake)) = wakes.next().now_or_never() {
+        ensure!(!wake.subject.ends_with(&id), "workers were told of a job that is not in the queue");
+        woken += 1;
+    }
+    ensure!(woken > 0, "workers were told of nothing");
+    lab.stop().await
+}
+
+// A batch that the broker refuses late: its messages have what is left of the time that all of them had, and no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_batch_is_refused_for_costs_no_second_deadline() -> Result<()> {
+    let lab = Lab::start(Setup::without_workers()).await?;
+    let broker = lab.broker().await?;
+    let mut batch = broker.subscribe("elsewhere").await?;
+    let (deadline, late) = (Duration::from_secs(3), Duration::from_secs(2));
+    // In place of a stream: it takes its time to refuse the batch, and answers to none of its messages.
+    let stream = async {
+        let reply = loop {
+            let message = batch.next().await.context("no message that asks for an answer")?;
+            if let Some(reply) = message.reply {
+                break reply;
+            }
+        };
+        tokio::time::sleep(late).await;
+        let refusal = r#"{"error": {"code": 400, "err_code": 10201, "description": "duplicate"}}"#;
+        broker.publish(reply, refusal.into()).await?;
+        anyhow::Ok(Instant::now())
+    };
+    let messages = (0..ATOMIC_FROM).map(|n| Message::new("elsewhere".into(), n.to_string(), "x".into()));
+    let publisher = Publisher::new(queue::context(lab.broker().await?));
+    let begun = Instant::now();
+    let call = async { Ok((publisher.publish_all(messages.collect(), deadline).await, Instant::now())) };
+    let (refused, (outcomes, ended)) = tokio::try_join!(stream, call)?;
+    ensure!(outcomes.iter().all(|one| *one == Err(PublishError::Unknown)), "{outcomes:?}");
+    ensure!(ended > refused, "the refusal came too late for anybody to try again");
+    ensure!(ended - begun < deadline + late / 2, "it took {:?}", ended - begun);
     lab.stop().await
 }
 

@@ -3,13 +3,18 @@
 use std::{
     fs,
     io::{Read, Seek, SeekFrom, Write},
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use dermflow_schemas::queue;
+use dermflow_schemas::{
+    clock,
+    envelope::JobHeader,
+    limits::PUBLISH_DEADLINE,
+    queue::{self, Message, Publisher},
+};
 use dermflow_tests::{
     checker::Ledger,
     form::scale,
@@ -176,6 +181,70 @@ async fn r8_a_flipped_bit_that_the_broker_skips_in_silence_is_reported() -> Resu
 #[tokio::test(flavor = "multi_thread")]
 async fn r8_a_truncated_file_is_reported() -> Result<()> {
     damaged_payload(Damage::Truncate, false).await
+}
+
+/// Damages the message at `place` while the broker is down, whose index stays in order: it counts the message, and gives it
+/// to nobody. Its job is reported, and no other.
+async fn damaged_elsewhere(
+    lab: &mut Lab,
+    ledger: &Ledger,
+    job: &str,
+    (path, at): (PathBuf, usize),
+    meanwhile: impl AsyncFnOnce(&mut Lab) -> Result<()>,
+) -> Result<()> {
+    lab.node(0).stop().await?;
+    damage(&path, at, Damage::Flip)?;
+    lab.restart_nats().await?;
+    meanwhile(lab).await?;
+    let named = report_losses(lab, ledger, 1).await?;
+    ensure!(named == [job], "{job} is lost, and reported are {named:?}");
+    Ok(())
+}
+
+// R8: one bit of a result that waits to be recorded. The recorder never sees it, and the payload is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn r8_a_damaged_result_is_reported() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let ledger = Ledger::default();
+    let accepted = ledger.submit_all(lab.client(), 0..20, 8).await?;
+    lab.kill_ingress(0).await?;
+    lab.start_worker(Worker::simulated(1)).await?;
+    let waiting = async || {
+        let (jobs, results) = (left_in_queue(&lab).await, lab.messages(queue::RESULTS).await.ok()?);
+        (jobs == 0 && results == 20).then_some(())
+    };
+    eventually("every result waits, and no payload", SETTLE, waiting).await?;
+    let job = &accepted[10];
+    let results = lab.jetstream().await?.get_stream_no_info(queue::RESULTS).await?;
+    let result = results.get_last_raw_message_by_subject(&queue::result_subject(job.parse()?)).await?;
+    ensure!(result.payload.len() > 2_000, "the damage would be behind it");
+    let place = lab.message_place(queue::RESULTS, i64::try_from(result.sequence)?).await?;
+    let restart = async |lab: &mut Lab| lab.restart_ingress(0).await;
+    damaged_elsewhere(&mut lab, &ledger, job, place, restart).await?;
+    lab.stop().await
+}
+
+// R8: one bit of an attempt that waits for its back-off to end, as a worker stores it.
+#[tokio::test(flavor = "multi_thread")]
+async fn r8_a_damaged_retry_is_reported() -> Result<()> {
+    let mut lab = Lab::start(Setup::without_workers()).await?;
+    let ledger = Ledger::default();
+    let accepted = ledger.submit_all(lab.client(), 0..1, 1).await?;
+    let context = lab.jetstream().await?;
+    let jobs = context.get_stream_no_info(queue::JOBS).await?;
+    let first = jobs.get_raw_message(1).await?;
+    let (header, tail) = JobHeader::decode(&first.payload)?;
+    let JobHeader { job, lane, client, .. } = header;
+    let body = header.at_attempt(2).encode(&tail);
+    let retry = Message::retry(lane, client, job, clock::now() + REPORTED_WITHIN / 4, body);
+    Publisher::new(context).publish(retry, PUBLISH_DEADLINE).await?;
+    jobs.delete_message(1).await?;
+    let place = lab.message_place(queue::RETRIES, 1).await?;
+    damaged_elsewhere(&mut lab, &ledger, &accepted[0], place, async |lab| {
+        lab.start_worker(Worker::simulated(1)).await
+    })
+    .await?;
+    lab.stop().await
 }
 
 async fn consumers(lab: &Lab, stream: &str) -> Result<Vec<String>> {

@@ -1,4 +1,5 @@
-"""Image files as the service sees them: `worker pixels` decodes, turns and squashes them, in training and evaluation too."""
+"""Image files as the service sees them: `worker pixels` decodes, turns and squashes them, in training and evaluation too; and
+the outlines that `worker outlines` says it would report."""
 
 import io
 import subprocess
@@ -31,6 +32,15 @@ def decoded(worker, files, size=None):
             columns, rows = map(int, stream.readline().split())
             stream.readline()  # 255
             yield np.frombuffer(stream.read(columns * rows * 3), np.uint8).reshape(rows, columns, 3)
+
+
+def outlined(worker, model, library, files):
+    """One ring for each file: points (x, y) in pixels, the first one again at the end; none where no lesion is seen."""
+    for start in range(0, len(files), AT_ONCE):
+        command = [worker, "outlines", "--ort-dylib", library, model, *files[start : start + AT_ONCE]]
+        for line in subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines():
+            points = line.removeprefix("POLYGON ").strip("()")
+            yield [] if points == "EMPTY" else [tuple(map(float, point.split())) for point in points.split(", ")]
 
 
 def bilinear(image, size):

@@ -11,6 +11,7 @@ use crate::model::{Metric, points};
 const PREPROCESSING: &str = "squash-bilinear-2";
 
 impl Case<'_> {
+    /// Without a `udiCarrier`: what is no medical device has no UDI, and whoever makes one of it gets their own.
     pub(super) fn device(&self) -> Device {
         let model = self.model;
         let (mark, warning) =

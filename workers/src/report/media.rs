@@ -2,7 +2,7 @@
 
 use dermflow_schemas::{
     envelope::ImageEntry,
-    fhir::{Attachment, Contained, Language, Media, Resource, contained, hl7, inline, local},
+    fhir::{Attachment, Contained, Language, Media, Resource, contained, hl7, inline, instant, local},
 };
 
 use super::{Case, contained_as, image_id, note, observations::modality, sid};
@@ -24,7 +24,7 @@ impl Case<'_> {
             type_: Some(hl7("media-type", "image", "Image").into()),
             modality: finding.clinical.map(|clinical| modality(clinical).into()),
             subject: self.manifest.subject.clone(),
-            created: Some(self.accepted_at),
+            created: Some(entry.taken.clone().unwrap_or_else(|| instant(self.accepted_at))),
             body_site: entry.body_site.clone(),
             height: Some(finding.height),
             width: Some(finding.width),
@@ -62,7 +62,7 @@ impl Case<'_> {
             type_: Some(hl7("media-type", "image", "Image").into()),
             view: Some(local("class-activation-map", "Class activation heat map").into()),
             subject: self.manifest.subject.clone(),
-            created: Some(self.finished_at),
+            created: Some(instant(self.finished_at)),
             device: Some(contained("device", None)),
             height: Some(map.height),
             width: Some(map.width),
@@ -90,6 +90,15 @@ mod tests {
         *,
     };
     use crate::model::tests::simulated;
+
+    #[test]
+    fn a_photograph_was_made_when_the_caller_says_or_it_reached_us() {
+        let told = ImageEntry { taken: Some("2026-02".into()), ..entry(None) };
+        let manifest = Manifest::new(vec![told, entry(None)], None, None);
+        let report = report_of(&simulated(&[]), &manifest, &[finding(THIRDS), finding(THIRDS)]);
+        assert_eq!(resource(&report, "image-1")["createdDateTime"], "2026-02");
+        assert_eq!(resource(&report, "image-2")["createdDateTime"], report["effectiveDateTime"]);
+    }
 
     #[test]
     fn a_heat_map_is_linked_and_hashed() {

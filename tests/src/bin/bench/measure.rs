@@ -79,7 +79,8 @@ pub(crate) fn bare_decoding(
 
 /// What a worker unpacks for one image file.
 pub(crate) fn payload(file: Vec<u8>) -> Payload {
-    let entry = ImageEntry { bytes: file.len(), format: Format::Jpeg, title: None, body_site: None };
+    let entry =
+        ImageEntry { bytes: file.len(), format: Format::Jpeg, title: None, taken: None, body_site: None };
     Payload { manifest: Manifest::new(vec![entry], None, None), images: vec![file.into()] }
 }
 
