@@ -193,7 +193,7 @@ mod tests {
 
     use hyper::{Request, body::Incoming, server::conn::http2, service::service_fn};
     use hyper_util::rt::{TokioIo, TokioTimer};
-    use tokio::io::duplex;
+    use tokio::{io::duplex, time::timeout};
 
     use super::*;
     use crate::keeping::keeping;
@@ -235,7 +235,7 @@ mod tests {
             assert!(Arc::strong_count(&kept) > 2, "it is in memory");
             // What the window has room for comes, and then nothing more.
             let error = loop {
-                match answer.data().await.unwrap() {
+                match timeout(WRITE_TIMEOUT * 2, answer.data()).await.expect("it is kept").unwrap() {
                     Ok(_) => {}
                     Err(error) => break error,
                 }
