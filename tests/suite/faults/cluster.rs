@@ -36,11 +36,13 @@ async fn until_more(ledger: &Ledger, more: usize) -> Result<()> {
 }
 
 /// How long after the fault that happens now a submission is sent that is accepted. One is sent every [`PACE`], as one that
-/// came too early is refused only after its deadline. `fault` counts the faults of the test.
+/// came too early is refused only after its deadline; all that were not accepted are sent again. `fault` counts the faults of
+/// the test.
 async fn available_after(lab: &Lab, ledger: &Ledger, fault: usize) -> Result<Duration> {
     let (begun, mut pace) = (Instant::now(), interval(PACE));
-    let (mut attempts, mut order) = (FuturesUnordered::new(), fault * 10_000);
-    loop {
+    let (mut attempts, first) = (FuturesUnordered::new(), fault * 10_000);
+    let mut order = first;
+    let after = loop {
         tokio::select! {
             _ = pace.tick() => {
                 let (sent, n) = (begun.elapsed(), order);
@@ -50,11 +52,14 @@ async fn available_after(lab: &Lab, ledger: &Ledger, fault: usize) -> Result<Dur
             }
             Some((sent, job)) = attempts.next() => {
                 if job?.is_some() {
-                    return Ok(sent);
+                    break sent;
                 }
             }
         }
-    }
+    };
+    drop(attempts);
+    ledger.submit_all(lab.client(), first..order, 16).await?;
+    Ok(after)
 }
 
 async fn judge(lab: Lab, ledger: Ledger, times: &[Duration]) -> Result<()> {
