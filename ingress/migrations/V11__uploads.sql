@@ -1,8 +1,4 @@
--- The uploads to a batch that go on, and when each was last seen: one that is counted by name ends once, and nobody else's
--- place. Those of an ingress that dies do not end, and stay with their batch.
-CREATE TABLE ingress.uploads (
-    id      uuid PRIMARY KEY,                  -- UUIDv7
-    batch   uuid NOT NULL REFERENCES ingress.batches ON DELETE CASCADE,
-    seen_at timestamptz NOT NULL
-);
-CREATE INDEX uploads_batch ON ingress.uploads (batch);
+-- How many uploads to a batch go on, and when one of them was last seen: those of an ingress that dies do not end.
+ALTER TABLE ingress.batches
+    ADD COLUMN uploads        integer NOT NULL DEFAULT 0,
+    ADD COLUMN upload_seen_at timestamptz;
