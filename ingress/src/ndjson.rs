@@ -1,10 +1,8 @@
 //! Lines of a request body, one after the other, within bounds of memory and time.
 
-use std::time::Duration;
-
 use axum::body::{Body, BodyDataStream};
 use bytes::{Bytes, BytesMut};
-use dermflow_schemas::limits::{UPLOAD_PATIENCE, UPLOAD_SILENCE};
+use dermflow_schemas::limits::{UPLOAD_ROOM_PATIENCE, UPLOAD_SILENCE};
 use futures_util::StreamExt;
 use tokio::time::timeout;
 
@@ -49,9 +47,6 @@ pub(crate) enum Cut {
     NoRoom,
 }
 
-/// How long a body waits for memory: longer than lines in hand, which may hold it, wait for room in the queue.
-const ROOM_PATIENCE: Duration = UPLOAD_PATIENCE.saturating_add(UPLOAD_SILENCE);
-
 impl Lines {
     pub(crate) fn new(body: Body, share: Share, limit: usize) -> Self {
         Self {
@@ -92,7 +87,7 @@ impl Lines {
         let needed = kib_of(self.buffer.len());
         let held = self.memory.as_ref().map_or(0, Memory::kib);
         if needed > held {
-            let more = timeout(ROOM_PATIENCE, self.share.wait(needed - held));
+            let more = timeout(UPLOAD_ROOM_PATIENCE, self.share.wait(needed - held));
             let more = more.await.map_err(|_| Cut::NoRoom)?.map_err(|_| Cut::NoRoom)?;
             match &mut self.memory {
                 Some(memory) => memory.merge(more),

@@ -103,6 +103,8 @@ pub const UPLOAD_LINES: usize = 64;
 pub const UPLOAD_PATIENCE: Duration = Duration::from_mins(1);
 /// How long an upload may stay silent, in either direction.
 pub const UPLOAD_SILENCE: Duration = Duration::from_secs(30);
+/// How long an upload waits for memory for its next line: longer than its lines in hand, which may hold it, wait for room.
+pub const UPLOAD_ROOM_PATIENCE: Duration = UPLOAD_PATIENCE.saturating_add(UPLOAD_SILENCE);
 /// How long an upload that shows no sign of itself counts as going on: one whose ingress has died shows none.
 pub const UPLOAD_LEASE: Duration = Duration::from_secs(30);
 /// How often an upload shows that it goes on, and looks whether its batch is still there.
